@@ -1,0 +1,433 @@
+"""RunRecord: all that one run found, as JSON both ways. Reports are made from it alone, so it needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union
+
+from .errors import Refused
+
+SCHEMA = "bdclean.run/1"
+REPORT_SCHEMA = "bdclean.report/1"
+
+BACKDOORED, SUSPICIOUS, NO_EVIDENCE, NOT_ASSESSED = "backdoored", "suspicious", "no-evidence", "not-assessed"
+VERDICTS = (BACKDOORED, SUSPICIOUS, NO_EVIDENCE, NOT_ASSESSED)
+RAN, REFUSED, FAILED, INTERRUPTED = "ran", "refused", "failed", "interrupted"
+OUTCOMES = (RAN, REFUSED, FAILED, INTERRUPTED)
+FAILS, PASSES, INCONCLUSIVE, NOT_MEASURED = "fails", "passes", "inconclusive", "not-measured"
+
+CLEANSE_ONLY = ("recipe", "before", "after", "curve", "output")
+
+
+@dataclass
+class Rate:
+    """A share in [0, 1] of `n` images with its 95 % interval; None where it was not measured."""
+
+    value: float | None = None
+    n: int = 0
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass
+class Measure:
+    """A named number with its interval: clean_accuracy, agreement, der, ... None where it was not measured."""
+
+    name: str
+    value: float | None = None
+    n: int = 0
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass
+class TriggerRow:
+    """What one trigger did to one model. `outcome` is fails, passes, inconclusive or not-measured."""
+
+    trigger: str  # a SPEC that `--trigger` takes
+    family: str = ""
+    seen_family: bool = False
+    target: int | str | None = None  # a class, or "next" for label + 1
+    target_source: str = ""  # given, screening, ...
+    images: int = 0
+    asr: Rate = field(default_factory=Rate)
+    base_rate: Rate | None = None
+    control_rate: dict[str, Any] | None = None  # median, highest, count
+    robust_accuracy: Rate | None = None
+    worst_source: dict[str, Any] | None = None  # class, value, n, low, high
+    outcome: str = NOT_MEASURED
+    reason: str = ""
+
+
+@dataclass
+class Finding:
+    """What a detector that knows no trigger says, in `reason` as a sentence."""
+
+    detector: str
+    verdict: str
+    score: float | None = None
+    threshold: float | None = None
+    p_value: float | None = None
+    reason: str = ""
+
+
+@dataclass
+class Skipped:
+    """What was not done, and why: never folded into a verdict."""
+
+    what: str
+    reason: str
+
+
+@dataclass
+class CheckpointEntry:
+    """The file that was read, and how it was understood."""
+
+    path: str = ""  # as typed
+    sha256: str | None = None
+    format: str | None = None
+    architecture: str | None = None
+    kind: str | None = None
+    classes: int | None = None
+    input_size: list[int] | None = None  # 3, height, width
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    parameters: int | None = None
+    unread: list[str] = field(default_factory=list)
+    preprocess: str | None = None
+    preprocess_source: str | None = None  # given, metadata, config.json, first normalisation layer, ...
+    preprocess_margin: float | None = None
+    alternatives: list[dict[str, Any]] = field(default_factory=list)  # other readings: name, reason
+
+
+@dataclass
+class DataEntry:
+    """The images that were used. `skipped` were unreadable, `set_aside` a recipe distrusted."""
+
+    path: str = ""
+    images: int = 0
+    labeled: bool = False
+    digest: str | None = None
+    skipped: int = 0
+    set_aside: int = 0
+    duplicates: int = 0
+    held_out: int | None = None
+    test: str | None = None
+    labeled_path: str | None = None
+    labels_source: str | None = None
+    classes: list[str] | None = None
+    unreadable: list[dict[str, Any]] = field(default_factory=list)  # path, reason
+
+
+@dataclass
+class RecipeEntry:
+    """What was done to the model."""
+
+    name: str
+    source: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    stages: list[Any] = field(default_factory=list)
+    families: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Side:
+    """One model of a cleansing, before or after: its measures, trigger rows and verdict."""
+
+    verdict: str = NOT_ASSESSED
+    measures: list[Measure] = field(default_factory=list)
+    triggers: list[TriggerRow] = field(default_factory=list)
+
+
+@dataclass
+class OutputEntry:
+    """The file that was written."""
+
+    path: str
+    sha256: str
+
+
+@dataclass
+class Problem:
+    """Why a run did not end: the sentence, its exit code, and for a defect the traceback's digest."""
+
+    message: str
+    exit_code: int
+    kind: str = ""
+    digest: str | None = None
+
+
+@dataclass
+class RunRecord:
+    """One run. For cleanse, `measures`, `triggers` and `verdict` are the cleansed model's, as measured on the file."""
+
+    command: str
+    verdict: str = NOT_ASSESSED
+    outcome: str = RAN
+    started: str = ""  # ISO 8601 with time zone
+    seconds: float | None = None
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str | None = None
+    precision: str | None = None
+    argv: list[str] = field(default_factory=list)
+    checkpoint: CheckpointEntry = field(default_factory=CheckpointEntry)
+    data: DataEntry | None = None
+    threshold: float | None = None  # of the attack success rate, for the rows' outcomes
+    measures: list[Measure] = field(default_factory=list)
+    triggers: list[TriggerRow] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    pictures: list[dict[str, Any]] = field(default_factory=list)  # role, png_base64, before, after
+    confusion: Any = None
+    feature_map: Any = None
+    calibration: Any = None
+    skipped: list[Skipped] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    advice: str | None = None  # for not-assessed: what is missing, e.g. how many images would be needed
+    problem: Problem | None = None
+    recipe: RecipeEntry | None = None
+    before: Side | None = None
+    after: Side | None = None
+    curve: list[dict[str, Any]] | None = None
+    output: OutputEntry | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # top-level keys of a newer bdclean, kept as they are
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of this run without any `--fail-on`."""
+        if self.problem is not None:
+            return self.problem.exit_code
+        return {BACKDOORED: 1, SUSPICIOUS: 1, NO_EVIDENCE: 0}.get(self.verdict, 3)
+
+    def measure(self, name: str) -> Measure | None:
+        """Returns the measure called `name`, of the cleansed model where there is one."""
+        listed = [*self.measures, *(self.after.measures if self.after else [])]
+        return next((m for m in listed if m.name == name), None)
+
+    def rows(self) -> list[TriggerRow]:
+        """Returns the trigger rows that the verdict hangs on: of the cleansed model where there is one."""
+        return self.after.triggers if self.after is not None else self.triggers
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the record as plain JSON values; numbers that are not finite become null."""
+        values = _plain(self)
+        extra = values.pop("extra")
+        for key in CLEANSE_ONLY:
+            if values[key] is None and self.command != "cleanse":
+                del values[key]
+        return {"schema": SCHEMA, **values, **extra}
+
+    @staticmethod
+    def from_json(document: Any) -> RunRecord:
+        """Returns the record in `document`; raises Refused naming the first key that does not fit."""
+        if not isinstance(document, dict):
+            raise Refused(f"a record is a JSON object, found {_kind(document)}.")
+        schema = document.get("schema")
+        if schema != SCHEMA:
+            raise Refused(f"schema is {schema!r}, expected {SCHEMA!r}: this is no record of bdclean's.")
+        known = {f.name for f in dataclasses.fields(RunRecord)} - {"extra"}
+        extra = {key: value for key, value in document.items() if key not in known and key != "schema"}
+        body = {key: value for key, value in document.items() if key in known}
+        record: RunRecord = _typed({**body, "extra": extra}, RunRecord, "record")
+        if record.verdict not in VERDICTS:
+            raise Refused(f"record.verdict is {record.verdict!r}, expected one of {', '.join(VERDICTS)}.")
+        return record
+
+    def dump(self) -> str:
+        """Returns the record as one line of ASCII JSON."""
+        return json.dumps(self.to_json(), allow_nan=False)
+
+    def write(self, path: Path) -> None:
+        """Writes the record to `path` by atomic rename, so that a reader never sees half of one."""
+        write_text(path, json.dumps(self.to_json(), allow_nan=False, indent=1) + "\n")
+
+
+def report_document(records: list[RunRecord]) -> dict[str, Any]:
+    """Returns what `--format json` prints: always one document, also for a single run."""
+    return {"schema": REPORT_SCHEMA, "runs": [record.to_json() for record in records]}
+
+
+def parse_records(text: str, source: str) -> list[RunRecord]:
+    """Returns the records in `text`: one `run/1`, one `report/1`, or JSON lines of either. `source` names it in errors."""
+    if not text.strip():
+        raise Refused(f"{source} is empty: expected a record.")
+    try:
+        documents = [json.loads(text)]
+    except (ValueError, RecursionError):
+        documents = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                documents.append(json.loads(line))
+            except (ValueError, RecursionError):
+                raise Refused(
+                    f"{source} is not JSON (line {number}): expected a record of bdclean's."
+                ) from None
+    records: list[RunRecord] = []
+    for document in documents:
+        runs = [document]
+        if isinstance(document, dict) and document.get("schema") == REPORT_SCHEMA:
+            runs = document.get("runs")
+            if not isinstance(runs, list):
+                raise Refused(f"{source}: runs is {_kind(runs)}, expected a list.")
+        try:
+            records.extend(RunRecord.from_json(run) for run in runs)
+        except Refused as error:
+            raise Refused(f"{source}: {error}") from None
+    return records
+
+
+def record_path(target: Path, stem: str, sha256: str | None) -> Path:
+    """Returns where `--record target` puts a run: in a folder `<stem>-<first 8 of sha256>.json`, else `target`.
+
+    A path that ends in a separator or has no suffix and does not exist yet counts as a folder only if it is one.
+    """
+    if not target.is_dir():
+        return target
+    return target / f"{stem}-{(sha256 or 'unread')[:8]}.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` to `path` by atomic rename; raises Refused where that cannot be done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            # mkstemp makes files private; a report is as readable as any other new file.
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise Refused(f"{path} cannot be written: {error.strerror or error}.") from None
+
+
+def schema() -> dict[str, Any]:
+    """Returns the record's JSON Schema (draft 2020-12), derived from the dataclasses above."""
+    definitions: dict[str, Any] = {}
+    top = _schema_of(RunRecord, definitions)
+    body = definitions.pop(top["$ref"].rsplit("/", 1)[1])
+    del body["properties"]["extra"]
+    body["properties"] = {"schema": {"const": SCHEMA}, **body["properties"]}
+    body["properties"]["verdict"] = {"enum": list(VERDICTS)}
+    body["properties"]["outcome"] = {"enum": list(OUTCOMES)}
+    body["required"] = ["schema", *body["required"]]
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": draft, "$id": SCHEMA, **body, "$defs": definitions}
+
+
+# --- values, types and JSON ---------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a NumPy or torch scalar
+        return _plain(value.item())
+    raise TypeError(f"{type(value).__name__} has no place in a record")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """Returns JSON `value` as the type `hint`; raises Refused naming `where` if it does not fit."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        options = [a for a in arguments if a is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _typed(value, option, where)
+            except Refused:
+                continue
+        return _typed(value, options[-1], where)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return _typed_dataclass(value, hint, where)
+    elif origin is list:
+        if isinstance(value, list):
+            return [_typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value)]
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {key: _typed(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
+            return float(value)
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif isinstance(value, hint):
+        return value
+    raise Refused(f"{where} is {_kind(value)}, expected {getattr(hint, '__name__', hint)}.")
+
+
+def _typed_dataclass(value: dict[str, Any], hint: Any, where: str) -> Any:
+    hints = typing.get_type_hints(hint)
+    fields = {f.name: f for f in dataclasses.fields(hint)}
+    for name, f in fields.items():
+        needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if needed and name not in value:
+            raise Refused(f"{where}.{name} is missing.")
+    return hint(**{key: _typed(value[key], hints[key], f"{where}.{key}") for key in fields if key in value})
+
+
+def _schema_of(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return {}
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [_schema_of(argument, definitions) for argument in arguments]}
+    if origin is list:
+        return {"type": "array", "items": _schema_of(arguments[0], definitions)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": _schema_of(arguments[1], definitions)}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if hint.__name__ not in definitions:
+            definitions[hint.__name__] = {}
+            hints = typing.get_type_hints(hint)
+            needed = [
+                f.name
+                for f in dataclasses.fields(hint)
+                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            ]
+            definitions[hint.__name__] = {
+                "type": "object",
+                "description": (hint.__doc__ or "").split("\n")[0],
+                "properties": {name: _schema_of(kind, definitions) for name, kind in hints.items()},
+                "required": needed,
+            }
+        return {"$ref": f"#/$defs/{hint.__name__}"}
+    names = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+    return {"type": names[hint]}

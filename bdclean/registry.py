@@ -1,0 +1,294 @@
+"""Names that people type -> classes, imported only when asked for; KEY=VALUE settings -> dataclass fields."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from .errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a name's class lives, the line that `bdclean ls` shows, and the corruption families it trains on."""
+
+    path: str
+    line: str
+    families: tuple[str, ...] = ()
+
+
+RECIPES: dict[str, Entry] = {
+    "auto": Entry("bdclean.recipes.auto:Auto", "bdclean's own choice for what is given"),
+    "bcu": Entry(
+        "bdclean.recipes.bcu:BCU",
+        "blind unlearning: layer-wise re-initialisation and distillation on unlabeled images (2211.12044)",
+    ),
+    "ft": Entry("bdclean.recipes.ft:FT", "plain fine-tuning on labeled images (2212.09067)"),
+    "inoculate": Entry(
+        "bdclean.recipes.inoculate:Inoculate",
+        "distillation under random counterfeit triggers, adversaries and inverted triggers, unlabeled images",
+    ),
+    "sft": Entry("bdclean.recipes.sft:SFT", "super-fine-tuning on labeled images, cyclic rates (2212.09067)"),
+}
+
+TRIGGERS: dict[str, Entry] = {
+    "badnets": Entry(
+        "bdclean.triggers.badnets:BadNets", "a small patch: size, position, pattern (1708.06733)"
+    ),
+    "blend": Entry("bdclean.triggers.blend:Blend", "a picture or noise blended over the image (1712.05526)"),
+    "file": Entry(
+        "bdclean.triggers.file:File", "a trigger from a file: PNG with alpha, mask and pattern, or delta"
+    ),
+    "sig": Entry("bdclean.triggers.sig:SIG", "a sinusoidal stripe pattern added to the image (1902.11237)"),
+}
+
+ATTACKS: dict[str, Entry] = {
+    "badnets": Entry("bdclean.attacks.poison:Poison", "poisons a training set with a patch"),
+    "blend": Entry("bdclean.attacks.poison:Poison", "poisons a training set with a blended picture"),
+}
+
+DETECTORS: dict[str, Entry] = {}
+
+TABLES: dict[str, dict[str, Entry]] = {
+    "recipe": RECIPES,
+    "trigger": TRIGGERS,
+    "attack": ATTACKS,
+    "detector": DETECTORS,
+}
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Returns the ending of an error sentence: the names nearest to `name`, or all of them."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(names)}." if names else "there is none yet."
+
+
+def find(table: Mapping[str, Entry], name: str) -> Entry:
+    """Returns the entry called `name`; raises UsageError naming the closest ones."""
+    if name not in table:
+        noun = next((noun for noun, known in TABLES.items() if known is table), "entry")
+        raise UsageError(f"no {noun} is called {name!r}: {closest(name, table)}")
+    return table[name]
+
+
+def load(table: Mapping[str, Entry], name: str) -> type[Any]:
+    """Returns the class called `name`, importing its module; raises UsageError naming the closest known names."""
+    module, _, attribute = find(table, name).path.partition(":")
+    found: type[Any] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
+    """Returns {key: value} of KEY=VALUE strings; raises UsageError on a missing `=` or a key given twice."""
+    settings: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise UsageError(f"{pair!r} is no setting: write KEY=VALUE.")
+        if key in settings:
+            raise UsageError(f"{key} is given twice: {settings[key]!r} and {value!r}.")
+        settings[key] = value.strip()
+    return settings
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """Returns name and settings of a SPEC, `NAME[:KEY=VALUE,...]`, split at the first colon.
+
+    `file:PATH[,KEY=VALUE,...]` gives its PATH, which may hold colons and commas, as the setting `path`.
+    """
+    name, _, rest = spec.partition(":")
+    name = name.strip()
+    if not name:
+        raise UsageError(f"{spec!r} is no trigger: write NAME or NAME:KEY=VALUE,...")
+    parts = rest.split(",") if rest else []
+    if name != "file":
+        return name, parse_settings(parts)
+    pairs: list[str] = []
+    while len(parts) > 1 and re.fullmatch(r"\s*[a-z][a-z_]*=.*", parts[-1]):
+        pairs.insert(0, parts.pop())
+    path = ",".join(parts).removeprefix("path=")
+    if not path:
+        raise UsageError("file needs a path: write file:PATH.")
+    settings = parse_settings(pairs)
+    if "path" in settings:
+        raise UsageError(f"file has two paths: {path!r} and {settings['path']!r}.")
+    return name, {"path": path, **settings}
+
+
+def configure(cls: type[Any], settings: Mapping[str, str], name: str | None = None) -> Any:
+    """Returns an instance of the frozen dataclass `cls`, its fields set from KEY=VALUE strings by their types.
+
+    Raises UsageError on an unknown key, a value that does not fit, or a field that needs a value and has none.
+    """
+    name = name or str(getattr(cls, "name", cls.__name__.lower()))
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, text in settings.items():
+        if key not in fields:
+            listing = ", ".join(f"{field} ({_wording(hints[field])})" for field in fields) or "it has none"
+            near = get_close_matches(key, fields, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(f"{name} has no setting {key!r}: {hint}settings: {listing}.")
+        try:
+            values[key] = convert(text, hints[key])
+        except ValueError as error:
+            raise UsageError(f"{name}: {key}={text!r} does not fit: {error}.") from None
+    for key, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and key not in values:
+            raise UsageError(f"{name} needs {key} ({_wording(hints[key])}): give {key}=VALUE.")
+    return cls(**values)
+
+
+def convert(text: str, hint: Any) -> Any:
+    """Returns `text` as the type `hint`; tuples are written a/b/c. Raises ValueError saying what is expected."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _convert_union(text, arguments, hint)
+    if origin is Literal:
+        for choice in arguments:
+            if text == str(choice):
+                return choice
+        raise ValueError(f"expected {_wording(hint)}")
+    if origin is tuple or hint is tuple:
+        return _convert_tuple(text, arguments, hint)
+    if hint is bool:
+        if text.lower() in ("true", "yes", "on", "1"):
+            return True
+        if text.lower() in ("false", "no", "off", "0"):
+            return False
+    elif hint is int:
+        if re.fullmatch(r"[+-]?[0-9][0-9_]*", text):
+            return int(text)
+    elif hint is float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif hint in (str, Any):
+        return text
+    elif hint is Path:
+        return Path(text)
+    else:
+        raise ValueError("this field cannot be set from text")
+    raise ValueError(f"expected {_wording(hint)}")
+
+
+def _convert_union(text: str, arguments: tuple[Any, ...], hint: Any) -> Any:
+    if type(None) in arguments and text.lower() in ("none", "null"):
+        return None
+    # A plain string takes everything, so it is asked last.
+    for option in sorted((a for a in arguments if a is not type(None)), key=lambda a: a is str):
+        try:
+            return convert(text, option)
+        except ValueError:
+            continue
+    raise ValueError(f"expected {_wording(hint)}")
+
+
+def _convert_tuple(text: str, arguments: tuple[Any, ...], hint: Any) -> tuple[Any, ...]:
+    parts = text.split("/") if text else []
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(convert(part, arguments[0]) for part in parts)
+    if arguments and len(parts) != len(arguments):
+        raise ValueError(f"expected {_wording(hint)}")
+    return tuple(
+        convert(part, argument)
+        for part, argument in zip(parts, arguments or (str,) * len(parts), strict=True)
+    )
+
+
+def _wording(hint: Any) -> str:
+    """Returns a type in words a user knows."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join("none" if a is type(None) else _wording(a) for a in arguments)
+    if origin is Literal:
+        return " or ".join(str(choice) for choice in arguments)
+    if origin is tuple:
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return f"{_wording(arguments[0])}/..."
+        return "/".join(_wording(argument) for argument in arguments)
+    words = {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+# --- what `bdclean ls` shows --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One field of a registered dataclass, as its source text states it."""
+
+    name: str
+    type: str
+    default: str | None
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A registered class as its source text states it: docstring, constants (ClassVar) and settings (fields)."""
+
+    docstring: str
+    constants: dict[str, Any]
+    settings: tuple[Setting, ...]
+
+
+def describe(table: Mapping[str, Entry], name: str) -> Description:
+    """Returns what the source text of the class called `name` says. Nothing is imported, so torch is not, either."""
+    module, _, attribute = find(table, name).path.partition(":")
+    package, _, _ = module.partition(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(f"the package of {name!r}, {package}, is not installed.")
+    file = Path(spec.submodule_search_locations[0], *module.split(".")[1:]).with_suffix(".py")
+    if not file.is_file():
+        raise UsageError(f"{name!r} is not part of this installation.")
+    text = file.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef) and node.name == attribute:
+            return _describe_class(node, lines)
+    raise UsageError(f"{name!r} is not part of this installation.")
+
+
+def _describe_class(node: ast.ClassDef, lines: list[str]) -> Description:
+    constants: dict[str, Any] = {}
+    settings: list[Setting] = []
+    for item in node.body:
+        if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
+            continue
+        kind = ast.unparse(item.annotation)
+        if kind.startswith(("ClassVar", "typing.ClassVar")):
+            try:
+                constants[item.target.id] = ast.literal_eval(item.value) if item.value is not None else None
+            except ValueError:
+                constants[item.target.id] = ast.unparse(item.value) if item.value is not None else None
+            continue
+        # Offsets of the syntax tree count bytes; what follows the field on its line is its comment.
+        after = lines[(item.end_lineno or item.lineno) - 1].encode()[item.end_col_offset or 0 :].decode()
+        _, _, note = after.partition("#")
+        default = None if item.value is None else ast.unparse(item.value)
+        settings.append(Setting(item.target.id, kind, default, note.strip()))
+    return Description(ast.get_docstring(node) or "", constants, tuple(settings))
