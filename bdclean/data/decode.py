@@ -1,0 +1,69 @@
+"""One image file -> uint8 pixels at the network's input size. Files are hostile: every size is capped."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Pillow's other plugins are left out on purpose: EPS starts Ghostscript, others parse documents.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm".split())
+MAX_PIXELS = 64 * 2**20  # 192 MiB as RGB: above any camera's usual output, below Pillow's own warning at 89 M
+MAX_BYTES = 256 * 2**20
+
+
+class Unreadable(Exception):
+    """Why one file gave no image; the message is a short phrase."""
+
+
+def decode(path: str | Path, size: tuple[int, int]) -> np.ndarray:
+    """The file's first frame as uint8 [3 h w]; raises Unreadable.
+
+    EXIF rotation is applied; palette, grey and CMYK become RGB; alpha is dropped, as torchvision's ImageFolder
+    does, so that pixels are those that training saw. Other sizes are stretched to `size` (bilinear, antialiased).
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe or device behind a link would block or never end
+            raise Unreadable("not a regular file")
+        if status.st_size == 0:
+            raise Unreadable("empty file")
+        if status.st_size > MAX_BYTES:
+            raise Unreadable(f"{status.st_size:,} bytes, more than the {MAX_BYTES:,} allowed")
+        with Image.open(path, formats=FORMATS) as opened:
+            return _pixels(opened, size)
+    except Unreadable:
+        raise
+    except FileNotFoundError:
+        raise Unreadable("dangling link or file gone") from None
+    except PermissionError:
+        raise Unreadable("permission denied") from None
+    except UnidentifiedImageError:
+        raise Unreadable("not an image in a known format") from None
+    except Image.DecompressionBombError:
+        raise Unreadable(f"more than the {MAX_PIXELS:,} pixels allowed") from None
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged bytes
+        raise Unreadable(f"damaged ({type(error).__name__})") from None
+
+
+def _pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    height, width = size
+    if image.width * image.height > MAX_PIXELS:
+        raise Unreadable(f"{image.width} x {image.height}, more than the {MAX_PIXELS:,} pixels allowed")
+    # A large JPEG is decoded at a fraction of its size, still twice the size wanted, so that the result stays alike.
+    longest = 2 * max(size)
+    image.draft(None, (longest, longest))
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise Unreadable(f"{image.mode} pixels have no fixed range")
+    image = ImageOps.exif_transpose(image)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image).transpose(2, 0, 1)

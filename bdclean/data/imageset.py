@@ -1,0 +1,58 @@
+"""ImageSet: the pixels that every measure and recipe shares."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images at the network's input size, uint8 [n 3 h w] on the CPU, with labels where they are known.
+
+    `labels_source` says how labels were found: 'names', 'integers', 'count' (folder count equals the head's:
+    to be dropped unless `labels_plausible`), 'forced', or None. `classes` may name classes without any image.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    classes: tuple[str, ...] | None = None
+    paths: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+    labels_source: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over shape, pixels and labels: the same images in the same order give the same digest."""
+        labels = "none" if self.labels is None else "int64"
+        hashed = hashlib.sha256(f"bdclean images {tuple(self.images.shape)} labels {labels}\n".encode())
+        for block in self.images.split(4096):
+            hashed.update(block.contiguous().numpy().data)
+        if self.labels is not None:
+            hashed.update(self.labels.to(torch.int64).contiguous().numpy().astype("<i8").data)
+        return hashed.hexdigest()
+
+    def select(self, indices: Tensor) -> ImageSet:
+        """The images at `indices` (or where a boolean mask is true), in that order."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        return replace(
+            self,
+            images=self.images[indices],
+            labels=None if self.labels is None else self.labels[indices],
+            paths=tuple(self.paths[i] for i in indices.tolist()) if self.paths else (),
+        )
+
+    def unlabeled(self, *warnings: str) -> ImageSet:
+        """The same images without labels, with further warnings."""
+        return replace(
+            self, labels=None, classes=None, labels_source=None, warnings=(*self.warnings, *warnings)
+        )

@@ -1,0 +1,195 @@
+"""Trigger files -> mask, pattern or delta. Files are hostile: sizes are checked before anything is allocated."""
+
+from __future__ import annotations
+
+import stat
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional
+
+from bdclean.errors import Refused
+
+MAX_BYTES = 64 * 2**20  # far more than any trigger: 2048 x 2048 in colour as float32 is 48 MiB
+MAX_SIDE = 4096
+KEYS = ("mask", "pattern", "delta")
+
+
+@dataclass(frozen=True)
+class Content:
+    """Either mask [1|3 h w] in [0, 1] and pattern [3 h w] in grey levels, or delta [3 h w] in grey levels."""
+
+    mask: Tensor | None = None
+    pattern: Tensor | None = None
+    delta: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        part = self.delta if self.pattern is None else self.pattern
+        assert part is not None
+        return part.shape[-2], part.shape[-1]
+
+    def resized(self, size: tuple[int, int]) -> Content:
+        """The same at another size (bilinear, antialiased); what the mask hides does not bleed into its edge."""
+        if size == self.shape:
+            return self
+        if self.delta is not None:
+            return Content(delta=_resized(self.delta, size))
+        assert self.mask is not None and self.pattern is not None
+        mask = _resized(self.mask, size).clamp(0, 1)
+        weighted = _resized(self.mask * self.pattern, size)
+        pattern = torch.where(mask > 1e-3, weighted / mask.clamp_min(1e-3), _resized(self.pattern, size))
+        return Content(mask, pattern.clamp(0, 255))
+
+
+def read_content(path: str, key: str = "none") -> Content:
+    """What a trigger file holds; raises Refused. `key` makes black or white of a picture transparent."""
+    try:
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise Refused(f"trigger {path} is not a file: give a picture, .npz or .safetensors.")
+        if status.st_size > MAX_BYTES:
+            raise Refused(
+                f"trigger {path} has {status.st_size:,} bytes, more than the {MAX_BYTES:,} allowed."
+            )
+        suffix = Path(path).suffix.lower()
+        if suffix not in (".npz", ".safetensors"):
+            return _picture(path, key)
+        arrays = _npz(path) if suffix == ".npz" else _safetensors(path)
+    except Refused:
+        raise
+    except OSError as error:
+        raise Refused(f"trigger {path} cannot be read: {error.strerror or 'damaged'}.") from None
+    except Exception as error:  # hostile bytes make Pillow, zipfile and numpy raise almost anything
+        raise Refused(f"trigger {path} cannot be read: damaged ({type(error).__name__}).") from None
+    return _content(path, arrays)
+
+
+def _picture(path: str, key: str) -> Content:
+    with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF")) as image:
+        if max(image.size) > MAX_SIDE:
+            raise Refused(
+                f"trigger {path} is {image.width} x {image.height}, at most {MAX_SIDE} a side is allowed."
+            )
+        pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1).float()
+    pattern, mask = pixels[:3], pixels[3:] / 255
+    if key != "none":
+        # As if the picture had been laid over that colour: its distance from it is the opacity.
+        ground = 0.0 if key == "black" else 255.0
+        opacity = (pattern - ground).abs().amax(0, keepdim=True) / 255
+        pattern = ground + (pattern - ground) / opacity.clamp_min(1 / 255)
+        mask = mask * opacity
+    if float(mask.max()) == 0:
+        raise Refused(f"trigger {path} is transparent everywhere.")
+    return Content(mask, pattern)
+
+
+def _npz(path: str) -> dict[str, np.ndarray]:
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            if name not in KEYS:
+                continue
+            with archive.open(member) as stream:
+                version = npy.read_magic(stream)
+                read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+                shape, column_major, dtype = read_header(stream)
+                if dtype.hasobject or dtype.kind not in "fiub":
+                    raise Refused(f"trigger {path}: {name} holds {dtype}, not numbers.")
+                count = _checked(path, name, shape) * dtype.itemsize
+                data = stream.read(count + 1)  # never more than announced, whatever the archive inflates to
+            if len(data) != count:
+                raise Refused(f"trigger {path}: {name} announces {count:,} bytes and holds others.")
+            order = "F" if column_major else "C"
+            arrays[name] = np.frombuffer(data, dtype).reshape(shape, order=order)
+    return arrays
+
+
+def _safetensors(path: str) -> dict[str, np.ndarray]:
+    arrays = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in KEYS:
+                if name in file.keys():  # noqa: SIM118: not a mapping
+                    _checked(path, name, file.get_slice(name).get_shape())
+                    tensor = file.get_tensor(name)
+                    arrays[name] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    except SafetensorError:
+        raise Refused(f"trigger {path} is not a valid safetensors file.") from None
+    return arrays
+
+
+def _checked(path: str, name: str, shape: tuple[int, ...] | list[int]) -> int:
+    """The number of values, if `shape` is one that a trigger can have."""
+    if not 2 <= len(shape) <= 4 or min(shape) < 1 or max(shape) > MAX_SIDE:
+        raise Refused(f"trigger {path}: {name} is {list(shape)}, expected [3 h w], [h w 3] or [h w].")
+    count = int(np.prod(shape, dtype=np.int64))
+    if count * 8 > 4 * MAX_BYTES:
+        raise Refused(f"trigger {path}: {name} is {list(shape)}, too large for a trigger.")
+    return count
+
+
+def _content(path: str, arrays: dict[str, np.ndarray]) -> Content:
+    if "delta" in arrays:
+        if "pattern" in arrays or "mask" in arrays:
+            raise Refused(f"trigger {path} has delta beside mask or pattern: keep one or the other.")
+        delta = _planes(path, "delta", arrays["delta"])
+        integral = arrays["delta"].dtype.kind in "iub"
+        if not integral and float(delta.abs().max()) <= 1:
+            delta = delta * 255
+        if float(delta.abs().max()) > 255 or float(delta.abs().max()) == 0:
+            raise Refused(f"trigger {path}: delta must lie in -255 to 255 and not be zero.")
+        return Content(delta=delta.expand(3, -1, -1))
+    if "pattern" not in arrays:
+        raise Refused(f"trigger {path} has neither pattern nor delta.")
+    pattern = _levels(path, "pattern", arrays["pattern"]).expand(3, -1, -1)
+    if "mask" not in arrays:
+        return Content(torch.ones(1, *pattern.shape[-2:]), pattern)
+    mask = _planes(path, "mask", arrays["mask"])
+    if arrays["mask"].dtype == np.uint8 and float(mask.max()) > 1:
+        mask = mask / 255
+    if float(mask.min()) < 0 or float(mask.max()) > 1 or float(mask.max()) == 0:
+        raise Refused(f"trigger {path}: mask must lie in 0 to 1 and not be zero.")
+    if mask.shape[-2:] != pattern.shape[-2:]:
+        raise Refused(
+            f"trigger {path}: mask is {list(mask.shape[-2:])} and pattern {list(pattern.shape[-2:])}."
+        )
+    return Content(mask, pattern)
+
+
+def _levels(path: str, name: str, array: np.ndarray) -> Tensor:
+    """Grey levels; floats of at most 1 are shares of 255."""
+    planes = _planes(path, name, array)
+    if array.dtype.kind == "b" or (array.dtype.kind == "f" and float(planes.max()) <= 1):
+        planes = planes * 255
+    if float(planes.min()) < 0 or float(planes.max()) > 255:
+        raise Refused(f"trigger {path}: {name} must lie in 0 to 255 (or 0 to 1).")
+    return planes
+
+
+def _planes(path: str, name: str, array: np.ndarray) -> Tensor:
+    """[1|3 h w] float32 from [h w], [c h w] or [h w c], with or without a batch axis of one."""
+    values = torch.from_numpy(np.ascontiguousarray(array).astype(np.float32))
+    if not bool(torch.isfinite(values).all()):
+        raise Refused(f"trigger {path}: {name} holds NaN or infinite values.")
+    if values.ndim == 4 and values.shape[0] == 1:
+        values = values[0]
+    if values.ndim == 2:
+        values = values[None]
+    if values.ndim == 3 and values.shape[0] not in (1, 3) and values.shape[2] in (1, 3):
+        values = values.permute(2, 0, 1)
+    if values.ndim != 3 or values.shape[0] not in (1, 3):
+        raise Refused(f"trigger {path}: {name} is {list(array.shape)}, expected [3 h w], [h w 3] or [h w].")
+    return values
+
+
+def _resized(planes: Tensor, size: tuple[int, int]) -> Tensor:
+    return functional.interpolate(planes[None], size=size, mode="bilinear", antialias=True)[0]

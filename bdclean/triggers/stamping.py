@@ -1,0 +1,118 @@
+"""What every trigger shares: stamping arithmetic, places, and its SPEC. uint8 in, new uint8 out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from bdclean.errors import Refused, UsageError
+
+Stamp = Callable[[Tensor], Tensor]
+
+PLACES = ("top-left", "top-right", "bottom-left", "bottom-right", "center", "corners")
+
+
+class Trigger(Protocol):
+    """A frozen dataclass whose fields are the settings."""
+
+    name: ClassVar[str]
+
+    @property
+    def family(self) -> str:
+        """What kind of change it is: 'patch', 'blend', 'wave', 'delta'."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """New uint8 images with the trigger; the argument is left as it was, a repeated call gives the same."""
+
+    def controls(self, count: int, generator: torch.Generator) -> Sequence[Stamp]:
+        """`count` stamps of the same mask and strength with other content, never the trigger itself."""
+
+    def spec(self) -> str:
+        """The SPEC that makes this trigger again."""
+
+
+def check_pixels(images: Tensor) -> None:
+    """Raises TypeError unless these are uint8 [n 3 h w]: a float batch would be stamped after normalisation."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise TypeError(f"triggers stamp uint8 [n 3 h w], got {images.dtype} {list(images.shape)}")
+
+
+def to_pixels(values: Tensor) -> Tensor:
+    """Float grey levels -> uint8, rounded and clamped."""
+    return values.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def overlay(images: Tensor, mask: Tensor | float, pattern: Tensor) -> Tensor:
+    """mask * pattern + (1 - mask) * images; mask in [0, 1] (0 keeps the image), pattern in grey levels, [3 h w]."""
+    check_pixels(images)
+    if isinstance(mask, Tensor):
+        mask = mask.to(images.device, torch.float32)
+    pattern = pattern.to(images.device, torch.float32)
+    return to_pixels(mask * pattern + (1 - mask) * images.float())
+
+
+def add(images: Tensor, delta: Tensor) -> Tensor:
+    """images + delta, delta in grey levels [3 h w] or [h w]."""
+    check_pixels(images)
+    return to_pixels(images.float() + delta.to(images.device, torch.float32))
+
+
+def check_position(position: str) -> None:
+    """Raises UsageError unless `position` is a named place or X/Y in pixels."""
+    if position in PLACES:
+        return
+    numbers = position.split("/")
+    if len(numbers) != 2 or not all(number.isascii() and number.isdigit() for number in numbers):
+        raise UsageError(
+            f"position {position!r} is unknown: give one of {', '.join(PLACES)}, or X/Y in pixels."
+        )
+
+
+def places(
+    position: str, margin: int, patch: tuple[int, int], size: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """Top-left (row, column) of each stamp of `patch` (height, width) on images of `size`.
+
+    `margin` pixels stay free between a stamp and the border (nothing to do with `center` and X/Y).
+    """
+    free = (size[0] - patch[0], size[1] - patch[1])
+    if position in PLACES:
+        first, last = (margin, margin), (free[0] - margin, free[1] - margin)
+        named = {
+            "top-left": [(first[0], first[1])],
+            "top-right": [(first[0], last[1])],
+            "bottom-left": [(last[0], first[1])],
+            "bottom-right": [(last[0], last[1])],
+            "center": [(free[0] // 2, free[1] // 2)],
+        }
+        named["corners"] = [named[corner][0] for corner in PLACES[:4]]
+        found = named[position]
+    else:
+        column, row = position.split("/")
+        found = [(int(row), int(column))]
+    if any(not (0 <= row <= free[0] and 0 <= column <= free[1]) for row, column in found):
+        raise Refused(
+            f"a patch of {patch[0]} x {patch[1]} at {position} with margin {margin} does not fit "
+            f"into images of {size[0]} x {size[1]}."
+        )
+    return found
+
+
+def spec_of(trigger: Any, first: str = "") -> str:
+    """NAME:KEY=VALUE,... with the settings that differ from their defaults; the field `first` goes bare."""
+    parts = [str(getattr(trigger, first))] if first else []
+    for field in dataclasses.fields(trigger):
+        value = getattr(trigger, field.name)
+        if field.name != first and value != field.default:
+            text = repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+            parts.append(f"{field.name}={text}")
+    return f"{trigger.name}:{','.join(parts)}" if parts else trigger.name
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """A seed for one control."""
+    return int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
