@@ -1,4 +1,4 @@
-"""The entry point. Nothing of ours is imported outside `try`: an uncaught exception would exit 1, a verdict's code."""
+"""The entry point. Ours is imported inside `try`: an uncaught exception would exit 1, a verdict's code."""
 
 import sys
 
@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Runs the command line and exits with the code that README lists."""
     try:
-        from .cli import run
+        from bdclean.cli import run
 
         code = run(sys.argv[1:])
     except BaseException as error:

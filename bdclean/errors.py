@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .record import RunRecord
+    from bdclean.record import RunRecord
 
 
 class BdcleanError(Exception):
@@ -28,7 +28,7 @@ class UsageError(BdcleanError):
 
 
 class Refused(BdcleanError):
-    """The input cannot or must not be worked on: unreadable, unsafe, unrecognised, too few images, no room."""
+    """The input cannot or must not be worked on: unreadable, unsafe, unrecognised, too few images, ..."""
 
     exit_code = 3
 

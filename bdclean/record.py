@@ -1,4 +1,4 @@
-"""RunRecord: all that one run found, as JSON both ways. Reports are made from it alone, so it needs no torch."""
+"""RunRecord: all that one run found, as JSON both ways. Reports are made from it alone, without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
-from .errors import Refused
+from bdclean.errors import Refused
 
 SCHEMA = "bdclean.run/1"
 REPORT_SCHEMA = "bdclean.report/1"
@@ -24,6 +24,7 @@ RAN, REFUSED, FAILED, INTERRUPTED = "ran", "refused", "failed", "interrupted"
 OUTCOMES = (RAN, REFUSED, FAILED, INTERRUPTED)
 FAILS, PASSES, INCONCLUSIVE, NOT_MEASURED = "fails", "passes", "inconclusive", "not-measured"
 
+DEEPEST = 50  # levels of a record that is read: far more than ours have, far less than Python's stack holds
 CLEANSE_ONLY = ("recipe", "before", "after", "curve", "output")
 
 
@@ -39,7 +40,7 @@ class Rate:
 
 @dataclass
 class Measure:
-    """A named number with its interval: clean_accuracy, agreement, der, ... None where it was not measured."""
+    """A named number with its interval: clean_accuracy, agreement, ... None where it was not measured."""
 
     name: str
     value: float | None = None
@@ -167,7 +168,7 @@ class Problem:
 
 @dataclass
 class RunRecord:
-    """One run. For cleanse, `measures`, `triggers` and `verdict` are the cleansed model's, as measured on the file."""
+    """One run. For cleanse, `measures`, `triggers` and `verdict` are the cleansed model's, read back."""
 
     command: str
     verdict: str = NOT_ASSESSED
@@ -233,6 +234,8 @@ class RunRecord:
         schema = document.get("schema")
         if schema != SCHEMA:
             raise Refused(f"schema is {schema!r}, expected {SCHEMA!r}: this is no record of bdclean's.")
+        if not _shallow(document):
+            raise Refused(f"the record is nested more than {DEEPEST} deep: this is no record of bdclean's.")
         known = {f.name for f in dataclasses.fields(RunRecord)} - {"extra"}
         extra = {key: value for key, value in document.items() if key not in known and key != "schema"}
         body = {key: value for key, value in document.items() if key in known}
@@ -256,7 +259,10 @@ def report_document(records: list[RunRecord]) -> dict[str, Any]:
 
 
 def parse_records(text: str, source: str) -> list[RunRecord]:
-    """Returns the records in `text`: one `run/1`, one `report/1`, or JSON lines of either. `source` names it in errors."""
+    """Returns the records in `text`: one `run/1`, one `report/1`, or JSON lines of either.
+
+    Raises Refused with `source`, where the text is from, and what does not fit.
+    """
     if not text.strip():
         raise Refused(f"{source} is empty: expected a record.")
     try:
@@ -276,7 +282,7 @@ def parse_records(text: str, source: str) -> list[RunRecord]:
     for document in documents:
         runs = [document]
         if isinstance(document, dict) and document.get("schema") == REPORT_SCHEMA:
-            runs = document.get("runs")
+            runs = document.get("runs") or []
             if not isinstance(runs, list):
                 raise Refused(f"{source}: runs is {_kind(runs)}, expected a list.")
         try:
@@ -286,14 +292,9 @@ def parse_records(text: str, source: str) -> list[RunRecord]:
     return records
 
 
-def record_path(target: Path, stem: str, sha256: str | None) -> Path:
-    """Returns where `--record target` puts a run: in a folder `<stem>-<first 8 of sha256>.json`, else `target`.
-
-    A path that ends in a separator or has no suffix and does not exist yet counts as a folder only if it is one.
-    """
-    if not target.is_dir():
-        return target
-    return target / f"{stem}-{(sha256 or 'unread')[:8]}.json"
+def record_path(folder: Path, stem: str, sha256: str | None) -> Path:
+    """Returns the path of a run's record in a folder: `<stem>-<first 8 of sha256>.json`."""
+    return folder / f"{stem}-{(sha256 or 'unread')[:8]}.json"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -318,20 +319,6 @@ def write_text(path: Path, text: str) -> None:
         raise Refused(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
-def schema() -> dict[str, Any]:
-    """Returns the record's JSON Schema (draft 2020-12), derived from the dataclasses above."""
-    definitions: dict[str, Any] = {}
-    top = _schema_of(RunRecord, definitions)
-    body = definitions.pop(top["$ref"].rsplit("/", 1)[1])
-    del body["properties"]["extra"]
-    body["properties"] = {"schema": {"const": SCHEMA}, **body["properties"]}
-    body["properties"]["verdict"] = {"enum": list(VERDICTS)}
-    body["properties"]["outcome"] = {"enum": list(OUTCOMES)}
-    body["required"] = ["schema", *body["required"]]
-    draft = "https://json-schema.org/draft/2020-12/schema"
-    return {"$schema": draft, "$id": SCHEMA, **body, "$defs": definitions}
-
-
 # --- values, types and JSON ---------------------------------------------------------------------------------
 
 
@@ -351,6 +338,20 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a NumPy or torch scalar
         return _plain(value.item())
     raise TypeError(f"{type(value).__name__} has no place in a record")
+
+
+def _shallow(document: Any) -> bool:
+    level = [document]
+    for _ in range(DEEPEST):
+        level = [
+            item
+            for value in level
+            if isinstance(value, (dict, list))
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return True
+    return False
 
 
 def _kind(value: Any) -> str:
@@ -401,33 +402,3 @@ def _typed_dataclass(value: dict[str, Any], hint: Any, where: str) -> Any:
         if needed and name not in value:
             raise Refused(f"{where}.{name} is missing.")
     return hint(**{key: _typed(value[key], hints[key], f"{where}.{key}") for key in fields if key in value})
-
-
-def _schema_of(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return {}
-    if origin in (Union, types.UnionType):
-        return {"anyOf": [_schema_of(argument, definitions) for argument in arguments]}
-    if origin is list:
-        return {"type": "array", "items": _schema_of(arguments[0], definitions)}
-    if origin is dict:
-        return {"type": "object", "additionalProperties": _schema_of(arguments[1], definitions)}
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if hint.__name__ not in definitions:
-            definitions[hint.__name__] = {}
-            hints = typing.get_type_hints(hint)
-            needed = [
-                f.name
-                for f in dataclasses.fields(hint)
-                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-            ]
-            definitions[hint.__name__] = {
-                "type": "object",
-                "description": (hint.__doc__ or "").split("\n")[0],
-                "properties": {name: _schema_of(kind, definitions) for name, kind in hints.items()},
-                "required": needed,
-            }
-        return {"$ref": f"#/$defs/{hint.__name__}"}
-    names = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
-    return {"type": names[hint]}

@@ -15,12 +15,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from .errors import UsageError
+from bdclean.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a name's class lives, the line that `bdclean ls` shows, and the corruption families it trains on."""
+    """Where a name's class lives, the line of `bdclean ls`, and the corruption families it trains on."""
 
     path: str
     line: str
@@ -53,8 +53,10 @@ TRIGGERS: dict[str, Entry] = {
 }
 
 ATTACKS: dict[str, Entry] = {
-    "badnets": Entry("bdclean.attacks.poison:Poison", "poisons a training set with a patch"),
-    "blend": Entry("bdclean.attacks.poison:Poison", "poisons a training set with a blended picture"),
+    "badnets": Entry("bdclean.attacks.badnets:BadNets", "poisons a training set with a patch (1708.06733)"),
+    "blend": Entry(
+        "bdclean.attacks.blend:Blend", "poisons a training set with a blended picture (1712.05526)"
+    ),
 }
 
 DETECTORS: dict[str, Entry] = {}
@@ -85,7 +87,7 @@ def find(table: Mapping[str, Entry], name: str) -> Entry:
 
 
 def load(table: Mapping[str, Entry], name: str) -> type[Any]:
-    """Returns the class called `name`, importing its module; raises UsageError naming the closest known names."""
+    """Returns the class called `name`, importing its module; raises UsageError naming the closest names."""
     module, _, attribute = find(table, name).path.partition(":")
     found: type[Any] = getattr(importlib.import_module(module), attribute)
     return found
@@ -133,7 +135,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def configure(cls: type[Any], settings: Mapping[str, str], name: str | None = None) -> Any:
-    """Returns an instance of the frozen dataclass `cls`, its fields set from KEY=VALUE strings by their types.
+    """Returns an instance of the frozen dataclass `cls`, fields set from KEY=VALUE strings by their types.
 
     Raises UsageError on an unknown key, a value that does not fit, or a field that needs a value and has none.
     """
@@ -248,7 +250,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A registered class as its source text states it: docstring, constants (ClassVar) and settings (fields)."""
+    """A registered class as its source text states it: docstring, ClassVars and fields."""
 
     docstring: str
     constants: dict[str, Any]
@@ -256,7 +258,7 @@ class Description:
 
 
 def describe(table: Mapping[str, Entry], name: str) -> Description:
-    """Returns what the source text of the class called `name` says. Nothing is imported, so torch is not, either."""
+    """Returns what the source text of the class called `name` says. Nothing is imported, so no torch."""
     module, _, attribute = find(table, name).path.partition(":")
     package, _, _ = module.partition(".")
     spec = importlib.util.find_spec(package)

@@ -1,0 +1,51 @@
+"""Reports: RunRecords -> table, Markdown, JSON or JSON lines. Never imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from bdclean.errors import UsageError
+from bdclean.record import RunRecord, report_document
+from bdclean.registry import closest
+
+FORMATS = ("table", "json", "jsonl", "md")
+
+
+def check_format(name: str) -> str:
+    """Returns `name` if it is a format that can be made; raises UsageError otherwise."""
+    if name not in FORMATS:
+        raise UsageError(f"--format {name!r} is not known: {closest(name, FORMATS)}")
+    return name
+
+
+def render(
+    records: Sequence[RunRecord],
+    form: str,
+    *,
+    width: int | None = None,
+    colours: bool = False,
+    everything: bool = False,
+) -> str:
+    """Returns the report of one or several runs, ending in a newline; several start with their comparison.
+
+    `everything` also lists the many passing rows that a table leaves out. `colours` allows ANSI codes in tables.
+    """
+    if form == "json":
+        return json.dumps(report_document(list(records)), allow_nan=False, indent=1) + "\n"
+    if form == "jsonl":
+        return "".join(record.dump() + "\n" for record in records)
+    # Imported here: a JSON report needs none of the layout.
+    from bdclean.report import content
+
+    pages = [content.page(record) for record in records]
+    if len(records) > 1:
+        pages.insert(0, content.comparison(records))
+    if form == "md":
+        from bdclean.report import markdown
+
+        return markdown.render(pages).rstrip("\n") + "\n"
+    from bdclean.report import table
+
+    laid_out = table.render(pages, width=width, colours=colours, everything=everything)
+    return laid_out.rstrip("\n") + "\n"
