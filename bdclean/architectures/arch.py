@@ -1,0 +1,56 @@
+"""What is known of a network besides its weights: how to build it, its input, and its layers by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import nn
+
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Weight modules (convolutions, linear layers) of one depth, in the order in which they run."""
+
+    name: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A network's structure. `taps` name the modules whose 4-D outputs end the stages between stem and head."""
+
+    name: str
+    build: Callable[[], nn.Module] = field(compare=False, repr=False)
+    input: tuple[int, int, int]
+    classes: int
+    head: str
+    stages: tuple[Stage, ...]
+    taps: tuple[str, ...]
+    # (name, reason) of others whose tensors have the same names and shapes: shapes do not show strides or activations.
+    alternatives: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A network that a file's tensors suggest, before it is checked name by name and shape by shape."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    input: tuple[int, int, int]
+    # Other readings of the same tensors; each is built only if asked for.
+    others: tuple[tuple[Proposal, str], ...] = ()
+
+
+class Family(Protocol):
+    """A kind of network: reads its own dialects and derives depth, widths and classes from shapes."""
+
+    def rename(self, name: str) -> str:
+        """The family's own name for a tensor."""
+
+    def propose(self, shapes: Shapes) -> Iterator[Proposal]:
+        """Networks of this family that could hold tensors of these names and shapes; none may fit exactly."""

@@ -1,0 +1,230 @@
+"""Stages and taps of any network, found by watching one forward pass.
+
+Key prefixes say nothing for foreign code (a VGG has one `features`), so depth is read off what runs: weight modules in
+the order of execution, cut where the resolution of their outputs changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from bdclean.architectures.arch import Arch, Stage
+
+# A network whose resolution never changes (a transformer, a plain perceptron) is cut into this many equal parts, as
+# many as a ResNet has between stem and head.
+PARTS = 4
+
+
+@dataclass
+class Event:
+    """One module's call: where it began and ended in the order of execution, and what came out."""
+
+    name: str
+    begin: int
+    end: int = -1
+    shape: tuple[int, ...] = ()
+    calls: int = 1
+
+
+def describe(
+    name: str,
+    build: Callable[[], nn.Module],
+    size: tuple[int, int, int],
+    alternatives: tuple[tuple[str, str], ...] = (),
+    network: nn.Module | None = None,
+) -> Arch:
+    """The Arch of what `build` returns, from one pass over an image of `size` on the meta device.
+
+    `network`: one already built, to save building again. Code that cannot run on the meta device runs on the CPU.
+    Raises ValueError when the network has no weights, or gives anything but one row of logits an image.
+    """
+    events, weighted, logits = watch(build, size, network)
+    if len(logits) != 2 or not weighted:
+        raise ValueError(f"gives an output of shape {list(logits)} for one image, not one row of logits")
+    head = weighted[-1]
+    stages = cut(weighted, events)
+    return Arch(
+        name=name,
+        build=build,
+        input=size,
+        classes=logits[-1],
+        head=head,
+        stages=stages,
+        taps=find_taps(stages, events),
+        alternatives=alternatives,
+    )
+
+
+def watch(
+    build: Callable[[], nn.Module], size: tuple[int, int, int], network: nn.Module | None = None
+) -> tuple[dict[str, Event], list[str], tuple[int, ...]]:
+    """Every executed module's event, the weight modules in order of execution, and the shape of the output."""
+    try:
+        if network is None:
+            with torch.device("meta"):
+                network = build()
+        return _watch(network, size, "meta")
+    except (NotImplementedError, RuntimeError, TypeError):
+        # Code that looks at values or makes tensors on a fixed device has no meta form. A true fault shows again here.
+        return _watch(build(), size, "cpu")
+
+
+def _watch(
+    network: nn.Module, size: tuple[int, int, int], device: str
+) -> tuple[dict[str, Event], list[str], tuple[int, ...]]:
+    events: dict[str, Event] = {}
+    clock = 0
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            nonlocal clock
+            clock += 1
+            if name in events:
+                events[name].calls += 1
+            else:
+                events[name] = Event(name, clock)
+
+        return hook
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            nonlocal clock
+            clock += 1
+            if events[name].end < 0:
+                events[name].end = clock
+                if isinstance(output, torch.Tensor):
+                    events[name].shape = tuple(output.shape)
+
+        return hook
+
+    handles = []
+    for name, module in network.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_hook(leave(name)))
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            output = network(torch.zeros(1, *size, device=device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        network.train(was_training)
+    logits = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+    return events, _weighted(network, events), logits
+
+
+def _weighted(network: nn.Module, events: dict[str, Event]) -> list[str]:
+    """Names of the modules that own weights, in the order in which they run.
+
+    One that is never called itself (attention reads its output projection's weight directly) follows the module
+    registered before it.
+    """
+    order: list[str] = []
+    late: list[tuple[str, str | None]] = []
+    previous = None
+    for name, module in network.named_modules():
+        if not name or not any(p.ndim >= 2 for p in module.parameters(recurse=False)):
+            continue
+        if name in events:
+            order.append(name)
+        else:
+            late.append((name, previous))
+        previous = name
+    order.sort(key=lambda n: events[n].begin)
+    for name, before in late:
+        order.insert(order.index(before) + 1 if before in order else 0, name)
+    return order
+
+
+def cut(weighted: list[str], events: dict[str, Event]) -> tuple[Stage, ...]:
+    """Stem (the first weight module), one stage a resolution, head (the last weight module)."""
+    if len(weighted) == 1:
+        return (Stage("head", tuple(weighted)),)
+    inner = weighted[1:-1]
+    groups = _by_resolution(inner, events)
+    if len(groups) == 1 and len(inner) >= PARTS:
+        step = len(inner) / PARTS
+        groups = [inner[round(step * k) : round(step * (k + 1))] for k in range(PARTS)]
+    stages = [Stage("stem", (weighted[0],))]
+    stages += [Stage(_stage_name(g, weighted, k + 1), tuple(g)) for k, g in enumerate(groups)]
+    return (*stages, Stage("head", (weighted[-1],)))
+
+
+def _by_resolution(names: list[str], events: dict[str, Event]) -> list[list[str]]:
+    pixels = []
+    for name in names:
+        shape = events[name].shape if name in events else ()
+        pixels.append(shape[2] * shape[3] if len(shape) == 4 else 0)
+    groups: list[list[str]] = []
+    last = -1
+    for k, name in enumerate(names):
+        # A dip is a side branch on pooled features (squeeze-and-excitation): it belongs to what it sits in.
+        dip = groups and pixels[k] < max(pixels[k:])
+        if groups and (dip or pixels[k] == last):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+            last = pixels[k]
+    return _whole_blocks(groups)
+
+
+def _whole_blocks(groups: list[list[str]]) -> list[list[str]]:
+    """Move the layers of a block that lowers the resolution in its middle into the stage that it opens.
+
+    A bottleneck's first 1x1 convolution still has the old resolution; without this it would count one stage too early.
+    """
+    for k in range(len(groups) - 1):
+        early, later = groups[k], groups[k + 1]
+        block = _ancestor([early[-1], later[0]])
+        if not block or len(early) == 1:
+            continue
+        inside = [n for n in early if n.startswith(block + ".")]
+        elsewhere = any(n.startswith(block + ".") for g in groups[k + 2 :] for n in g)
+        if len(inside) < len(early) and not elsewhere and inside == early[-len(inside) :]:
+            groups[k], groups[k + 1] = early[: -len(inside)], inside + later
+    return groups
+
+
+def _ancestor(names: list[str]) -> str:
+    """The innermost module that contains all of `names`; empty for the network itself."""
+    parts = [n.split(".") for n in names]
+    depth = 0
+    while all(len(p) > depth + 1 for p in parts) and len({p[depth] for p in parts}) == 1:
+        depth += 1
+    return ".".join(parts[0][:depth])
+
+
+def _stage_name(group: list[str], weighted: list[str], number: int) -> str:
+    """The module that holds exactly this stage, as `layer3`; else `stage<number>`."""
+    holder = _ancestor(group) if len(group) > 1 else ""
+    if holder and {n for n in weighted if n.startswith(holder + ".")} == set(group):
+        return holder
+    return f"stage{number}"
+
+
+def find_taps(stages: tuple[Stage, ...], events: dict[str, Event]) -> tuple[str, ...]:
+    """For each stage with 4-D outputs: the module that ends last before the next stage begins, at its resolution.
+
+    That is the outermost one (`layer2` rather than `layer2.1.bn2`), and after any in-place activation.
+    """
+    taps = []
+    for stage, following in zip(stages[1:-1], stages[2:], strict=True):
+        called = [events[n] for n in stage.modules if n in events]
+        shape = called[-1].shape if called else ()
+        if len(shape) != 4:
+            continue
+        begin = max(e.end for e in called)
+        end = min((events[n].begin for n in following.modules if n in events), default=begin)
+        ended = [
+            e
+            for e in events.values()
+            if e.calls == 1 and begin <= e.end < end and len(e.shape) == 4 and e.shape[2:] == shape[2:]
+        ]
+        taps.append(max(ended, key=lambda e: e.end, default=called[-1]).name)
+    return tuple(taps)

@@ -1,0 +1,140 @@
+"""Named normalisations and their SPEC: from pixels to what a network was trained on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from bdclean.errors import UsageError
+
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """(pixels - mean) / std, with pixels in [0, 1] (in [0, 255] for `raw255`) and channels RGB (BGR for `bgr`).
+
+    `mean` and `std` are in the order in which the network takes the channels. `size`: (h, w) when it is not the
+    architecture's own.
+    """
+
+    name: str
+    mean: Triple
+    std: Triple
+    bgr: bool = False
+    raw255: bool = False
+    size: tuple[int, int] | None = field(default=None)
+
+    def spec(self) -> str:
+        """A text that `parse_preprocess` reads back to the same arithmetic."""
+        known = NAMED.get(self.name)
+        if known is not None and replace(known, size=self.size) == self and self.size is None:
+            return self.name
+        parts = [f"mean={'/'.join(map(repr, self.mean))}", f"std={'/'.join(map(repr, self.std))}"]
+        if self.raw255:
+            parts.append("scale=255")
+        if self.bgr:
+            parts.append("order=bgr")
+        if self.size:
+            parts.append(f"size={self.size[0]}/{self.size[1]}")
+        return ",".join(parts)
+
+    def affine(self) -> tuple[Triple, Triple]:
+        """Factor and offset a channel, for RGB pixels in [0, 1]: what two candidates truly differ in."""
+        scale = 255.0 if self.raw255 else 1.0
+        a, b, c = (scale / s for s in self.std)
+        x, y, z = (-m / s for m, s in zip(self.mean, self.std, strict=True))
+        return (a, b, c), (x, y, z)
+
+
+def _named(name: str, mean: Triple, std: Triple, raw255: bool = False) -> dict[str, Preprocess]:
+    # In -bgr the statistics stay with their colours: the blue channel, now first, keeps blue's mean.
+    backwards = (mean[2], mean[1], mean[0]), (std[2], std[1], std[0])
+    return {
+        name: Preprocess(name, mean, std, False, raw255),
+        f"{name}-bgr": Preprocess(f"{name}-bgr", *backwards, True, raw255),
+    }
+
+
+# The values that training code for these sets passes to Normalize. CIFAR-10's std is that of all pixels; a second one,
+# the mean over images of their own std, is as common and is tried as well (ALSO).
+NAMED: dict[str, Preprocess] = {
+    **_named("none", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    **_named("half", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    **_named("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    **_named("cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    **_named("cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    **_named("gtsrb", (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
+    **_named("clip", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    **_named("raw255", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), raw255=True),
+}
+ALSO = Preprocess("cifar10-image-std", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+CANDIDATES: tuple[Preprocess, ...] = (*NAMED.values(), ALSO)
+
+
+def parse_preprocess(text: str) -> Preprocess:
+    """A named normalisation or `mean=a/b/c,std=a/b/c,size=h/w`; a name may be followed by `,size=h/w`.
+
+    `scale=255` and `order=bgr` may be added. Raises UsageError.
+    """
+    first, *rest = [part.strip() for part in text.split(",")]
+    found: Preprocess | None = None
+    if "=" not in first:
+        found = NAMED.get(first)
+        if found is None:
+            raise UsageError(
+                f"--preprocess {text!r}: known are auto, {', '.join(NAMED)}, or mean=a/b/c,std=a/b/c."
+            )
+    else:
+        rest = [first, *rest]
+    values: dict[str, str] = {}
+    for part in rest:
+        key, equals, value = part.partition("=")
+        if not equals or key not in ("mean", "std", "size", "scale", "order") or key in values:
+            raise UsageError(
+                f"--preprocess {text!r}: {part!r} is not mean=, std=, size=, scale= or order=, once each."
+            )
+        values[key] = value
+    size = _size(values["size"], text) if "size" in values else None
+    if found is not None:
+        if values.keys() - {"size"}:
+            raise UsageError(f"--preprocess {text!r}: after a name only size=h/w can follow.")
+        return replace(found, size=size)
+    mean = _triple(values.get("mean", "0/0/0"), text)
+    std = _triple(values.get("std", "1/1/1"), text)
+    if min(std) <= 0:
+        raise UsageError(f"--preprocess {text!r}: std must be above 0.")
+    scale, order = values.get("scale", "1"), values.get("order", "rgb")
+    if scale not in ("1", "255") or order not in ("rgb", "bgr"):
+        raise UsageError(f"--preprocess {text!r}: scale is 1 or 255, order is rgb or bgr.")
+    made = Preprocess("", mean, std, order == "bgr", scale == "255", size)
+    return replace(made, name=made.spec())
+
+
+def _triple(text: str, whole: str) -> Triple:
+    try:
+        a, b, c = (float(part) for part in text.split("/"))
+    except ValueError:
+        raise UsageError(f"--preprocess {whole!r}: {text!r} is not three numbers a/b/c.") from None
+    if not all(math.isfinite(v) for v in (a, b, c)):
+        raise UsageError(f"--preprocess {whole!r}: {text!r} is not finite.")
+    return a, b, c
+
+
+def _size(text: str, whole: str) -> tuple[int, int]:
+    parts = text.split("/")
+    if len(parts) not in (1, 2) or not all(p.isdecimal() and 8 <= int(p) <= 2048 for p in parts):
+        raise UsageError(f"--preprocess {whole!r}: size is h/w, each from 8 to 2048.")
+    return int(parts[0]), int(parts[-1])
+
+
+def named(preprocess: Preprocess) -> Preprocess:
+    """The same arithmetic under its known name, where it has one; else under its SPEC."""
+    for known in CANDIDATES:
+        same = replace(preprocess, name=known.name, size=None)
+        close = all(
+            abs(a - b) < 5e-4 for a, b in zip(same.mean + same.std, known.mean + known.std, strict=True)
+        )
+        if close and (same.bgr, same.raw255) == (known.bgr, known.raw255):
+            return replace(known, size=preprocess.size)
+    return replace(preprocess, name=preprocess.spec())

@@ -1,0 +1,196 @@
+"""From pixels to what a network was trained on: the Classifier that normalises, and the choice of how.
+
+A file's own word on its normalisation is a stranger's claim: a wrong one can hide a backdoor at unchanged accuracy. So
+candidates are compared at the network's first normalisation layer, where the statistics of real images under the right
+one look like those that training left there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from bdclean.errors import UsageError
+from bdclean.normalisation import CANDIDATES, NAMED, Preprocess, Triple, named, parse_preprocess
+
+if TYPE_CHECKING:
+    from bdclean.checkpoint import Checkpoint
+
+__all__ = ["CANDIDATES", "NAMED", "Choice", "Classifier", "Preprocess", "choose", "claim", "parse_preprocess"]
+
+
+class Classifier(nn.Module):
+    """A network that takes pixels: uint8 [n 3 h w], or float in [0, 1] (differentiable), to fp32 logits [n classes]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.network = network
+        self.preprocess = preprocess
+        device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        shape = (1, 3, 1, 1)
+        self.register_buffer(
+            "mean", torch.tensor(preprocess.mean, device=device).view(shape), persistent=False
+        )
+        self.register_buffer("std", torch.tensor(preprocess.std, device=device).view(shape), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """What the network takes: float [n 3 h w]."""
+        x = images.to(torch.float32) / 255 if images.dtype == torch.uint8 else images
+        if self.preprocess.bgr:
+            x = x.flip(1)
+        if self.preprocess.raw255:
+            x = x * 255
+        return (x - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(self.normalise(images)).float()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One plausible normalisation. `source`: who says so: given, metadata, config, statistics, confidence, default.
+
+    `margin`: how many times farther from the network's own statistics the nearest different candidate lies; above 1
+    means that this one is nearer. NaN where nothing was compared.
+    """
+
+    preprocess: Preprocess
+    margin: float
+    source: str
+
+
+def claim(metadata: Mapping[str, str], config: object, preprocessor: object) -> tuple[Preprocess, str] | None:
+    """What the file or the JSON beside it says, and which of them says it; None where neither does."""
+    said = metadata.get("bdclean.preprocess")
+    if said is not None:
+        try:
+            return parse_preprocess(said), "metadata"
+        except UsageError:
+            return None
+    for table in _tables(config, preprocessor):
+        mean = table.get("mean", table.get("image_mean"))
+        std = table.get("std", table.get("image_std"))
+        triples = [_numbers(mean), _numbers(std)]
+        if triples[0] is None or triples[1] is None or min(triples[1]) <= 0:
+            continue
+        if table.get("do_normalize") is False:
+            triples = [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0)]
+        raw = table.get("do_rescale") is False or table.get("rescale_factor") in (1, 1.0)
+        return named(Preprocess("", triples[0], triples[1], False, raw, _claimed_size(table))), "config"
+    return None
+
+
+def _tables(config: object, preprocessor: object) -> list[dict]:
+    """Where timm (root or `pretrained_cfg`) and Hugging Face (`preprocessor_config.json`) keep mean and std."""
+    found = []
+    for table in (preprocessor, config):
+        if isinstance(table, dict):
+            inner = [table.get(k) for k in ("pretrained_cfg", "default_cfg", "preprocessor_config")]
+            found += [t for t in (*inner, table) if isinstance(t, dict)]
+    return found
+
+
+def _numbers(value: object) -> Triple | None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = [value] * 3
+    if not isinstance(value, (list, tuple)) or len(value) not in (1, 3):
+        return None
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in value):
+        return None
+    a, b, c = (float(v) for v in (value if len(value) == 3 else list(value) * 3))
+    return a, b, c
+
+
+def _claimed_size(table: dict) -> tuple[int, int] | None:
+    """timm's input_size [3, h, w]; Hugging Face's crop_size or size, a number or a table."""
+    shape = table.get("input_size")
+    if isinstance(shape, (list, tuple)) and len(shape) == 3:
+        pair: tuple[object, object] = (shape[1], shape[2])
+    else:
+        size = table.get("crop_size") if table.get("do_center_crop") else None
+        size = size or table.get("size")
+        if isinstance(size, dict):
+            edge = size.get("shortest_edge")
+            size = (size.get("height", edge), size.get("width", edge))
+        pair = (size[0], size[1]) if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+    h, w = pair
+    if isinstance(h, int) and isinstance(w, int) and 8 <= h <= 2048 and 8 <= w <= 2048:
+        return h, w
+    return None
+
+
+def first_statistics(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, nn.Module] | None:
+    """Mean and variance [channels] of what reaches the first norm layer with running statistics, and that layer.
+
+    `network` in evaluation mode; the pass stops at that layer. None where no such layer runs.
+    """
+
+    class Reached(Exception):
+        pass
+
+    seen: list[tuple[Tensor, nn.Module]] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append((args[0].detach(), module))
+        raise Reached
+
+    handles = [
+        m.register_forward_pre_hook(hook)
+        for m in network.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
+    try:
+        with torch.no_grad():
+            network(inputs)
+    except Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        return None
+    x, layer = seen[0]
+    axes = [k for k in range(x.ndim) if k != 1]
+    return x.float().mean(axes), x.float().var(axes, unbiased=False), layer
+
+
+def distance(network: nn.Module, images: Tensor, preprocess: Preprocess) -> float | None:
+    """How far the images' statistics lie from the first normalisation layer's own: mean over channels of
+    KL(N(batch) || N(running)), so 0 when they agree and unbounded above. None without such a layer.
+    """
+    found = first_statistics(network, Classifier(network, preprocess).normalise(images))
+    if found is None:
+        return None
+    mean, variance, layer = found
+    running_mean, running_variance = layer.running_mean.float(), layer.running_var.float()  # type: ignore[union-attr, operator]
+    # Channels that training left dead have no scale of their own; the layer's epsilon is the least that it divides by.
+    tiny = float(layer.eps)  # type: ignore[arg-type]
+    ratio = (variance + tiny) / (running_variance + tiny)
+    shift = (mean - running_mean) ** 2 / (running_variance + tiny)
+    return float((0.5 * (ratio - 1 - ratio.log() + shift)).mean())
+
+
+def choose(checkpoint: Checkpoint, images: Tensor, given: str = "auto") -> list[Choice]:
+    """The plausible normalisations, the likeliest first; more than one where it is unclear.
+
+    `images`: uint8 [n 3 h w] at the network's input size.
+    """
+    if given != "auto":
+        return [Choice(parse_preprocess(given), math.nan, "given")]
+    said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
+    network = checkpoint.build()
+    scored = sorted(
+        ((distance(network, images[:256], p), k) for k, p in enumerate(CANDIDATES)),
+        key=lambda s: (s[0] or 0.0, s[1]),
+    )
+    if said is not None:
+        return [Choice(said[0], math.nan, said[1])]
+    return [Choice(CANDIDATES[scored[0][1]], math.nan, "first normalisation layer")]
