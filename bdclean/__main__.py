@@ -10,11 +10,25 @@ def main() -> None:
 
         code = run(sys.argv[1:])
     except BaseException as error:
-        if isinstance(error, SystemExit) and isinstance(error.code, int):
-            code = error.code
-        else:
-            code = 130 if isinstance(error, KeyboardInterrupt) else 70
+        code = _broken(error)
     sys.exit(code)
+
+
+def _broken(error: BaseException) -> int:
+    """Says that bdclean itself cannot be started, leaves a record of it if that much works, and returns 70."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    try:
+        import traceback
+
+        traceback.print_exception(error)
+        print(f"bdclean: bdclean cannot be started: {type(error).__name__}: {error}", file=sys.stderr)
+        from bdclean.defects import leave_record
+
+        leave_record(sys.argv, error)
+    except BaseException:
+        pass  # what is broken may be what these lines need; the exit code must be right all the same
+    return 70
 
 
 if __name__ == "__main__":

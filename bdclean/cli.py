@@ -1,0 +1,392 @@
+"""The command line: parses, prints, draws progress, exits. The one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bdclean import __version__, gate
+from bdclean.arguments import (
+    check_detectors,
+    check_target,
+    check_triggers,
+    default_output,
+    expand_models,
+    make_inputs,
+    read_text,
+)
+from bdclean.defects import problem_of
+from bdclean.errors import BdcleanError, Interrupted, Refused, UsageError
+from bdclean.gate import Gate
+from bdclean.output import Shown, emit, warn
+from bdclean.record import RunRecord, parse_records
+from bdclean.registry import DETECTORS, RECIPES, find, parse_settings
+from bdclean.report import FORMATS, check_format
+from bdclean.report.progress import Progress
+from bdclean.running import Records, check_place, run_all
+
+Job = Callable[[], int]
+"""What a command has parsed. It runs after Typer is done, because Typer turns Ctrl-C and broken pipes into exit 1."""
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    rich_markup_mode=None,
+    help="Find backdoors in vision checkpoints, make cleansed drop-in replacements, and show the evidence.",
+    epilog="Exit codes: 0 no evidence found, 1 backdoored or suspicious, 2 wrong usage, 3 refused or not assessed, "
+    "70 a defect in bdclean, 130 and 143 interrupted.",
+)
+
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="PATH", help="Folder of images: flat, nested, or one folder per class."),
+]
+Test = Annotated[
+    Path | None,
+    typer.Option("--test", metavar="PATH", help="Images to measure on, instead of a part of --data."),
+]
+Labeled = Annotated[
+    Path | None,
+    typer.Option("--labeled", metavar="PATH", help="Images whose folders are their labels."),
+]
+Classes = Annotated[
+    Path | None,
+    typer.Option("--classes", metavar="FILE", help="Class names, one a line, in the head's order."),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        "--arch", metavar="NAME", help="A name (bdclean ls architectures) or your code, FILE.py:NAME."
+    ),
+]
+Kind = Annotated[str, typer.Option("--kind", metavar="KIND", help="auto or classifier.")]
+Preprocess = Annotated[
+    str,
+    typer.Option(
+        "--preprocess", metavar="NAME", help="auto, imagenet, cifar10, half, ... or mean=a/b/c,std=a/b/c."
+    ),
+]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str, typer.Option("--precision", metavar="NAME", help="auto, fp32, bf16 or fp16.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", metavar="N", min=1, help="Images at a time; chosen if not given."),
+]
+Limit = Annotated[
+    int, typer.Option("--limit", metavar="N", min=0, help="Use at most N images, a seeded draw; 0 is all.")
+]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Makes every random choice repeatable."),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse the run if an image is unreadable.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read plain tensors from a pickle.")]
+NoPictures = Annotated[bool, typer.Option("--no-pictures", help="Put none of the images into a record.")]
+Format = Annotated[str, typer.Option("--format", metavar="NAME", help=f"{', '.join(FORMATS)}.")]
+Record = Annotated[
+    Path | None,
+    typer.Option("--record", metavar="PATH", help="A file, or a folder for <stem>-<sha256>.json."),
+]
+FailOn = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fail-on",
+        metavar="EXPR",
+        help="asr>=0.1, clean_accuracy<0.8, ...; inconclusive; never.",
+        show_default=False,
+    ),
+]
+Triggers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trigger", metavar="SPEC", help="NAME[:KEY=VALUE,...] or file:PATH; default the stock bank."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on standard error.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="List every row.")]
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        emit(f"bdclean {__version__}\n")
+        raise typer.Exit
+
+
+@app.command()
+def scan(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Files or folders; - reads their paths.")
+    ],
+    data: Data = None,
+    test: Test = None,
+    labeled: Labeled = None,
+    classes: Classes = None,
+    trigger: Triggers = None,
+    target: Annotated[
+        str,
+        typer.Option("--target", metavar="CLASS", help="auto, a number, each (class) or next (label + 1)."),
+    ] = "auto",
+    detector: Annotated[list[str] | None, typer.Option("--detector", hidden=not DETECTORS)] = None,
+    fail_on: FailOn = None,
+    arch: Arch = None,
+    kind: Kind = "auto",
+    preprocess: Preprocess = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    limit: Limit = 2000,
+    seed: Seed = 0,
+    strict: Strict = False,
+    allow_pickle: AllowPickle = False,
+    no_pictures: NoPictures = False,
+    form: Format = "table",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PATH", help="Write the report there, not to stdout.")
+    ] = None,
+    record: Record = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> Job:
+    """Look for backdoors in checkpoints: stamp triggers on images and measure where they send the predictions.
+
+    Exits 1 if one is found. Only the triggers that were tried are judged; others are not excluded.
+    """
+    options = dict(locals())
+
+    def job() -> int:
+        judge = gate.parse(fail_on or ())
+        shown = Shown(check_format(form), out, verbose)
+        triggers, detectors = check_triggers(trigger), check_detectors(detector)
+        if data is None and test is None and labeled is None:
+            raise UsageError("scan needs images: give --data PATH (or --test, or --labeled).")
+        aim, inputs = check_target(target), make_inputs(options)
+        paths = expand_models(models)
+        files = [Path(path) for path in paths]
+        if out is not None:
+            check_place(out, files)
+        records = Records.at(record, files)
+
+        def one(path: str, progress: Progress) -> RunRecord:
+            from bdclean.scan import scan as work
+
+            return work(
+                Path(path),
+                inputs,
+                triggers=triggers,
+                target=aim,
+                detectors=detectors,
+                fail_on=tuple(fail_on or (gate.DEFAULT,)),
+                tell=progress,
+            )
+
+        return run_all("scan", paths, one, judge, shown, records, quiet)
+
+    return job
+
+
+@app.command()
+def cleanse(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A safetensors file, or a folder with one.")],
+    data: Data = None,
+    test: Test = None,
+    labeled: Labeled = None,
+    classes: Classes = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="NAME", help="See: bdclean ls recipes.")
+    ] = "auto",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the recipe.")
+    ] = None,
+    trigger: Triggers = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PATH", help="Default: MODEL with .clean.safetensors.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an output made from another model.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same run was stopped.")] = False,
+    fail_on: FailOn = None,
+    arch: Arch = None,
+    kind: Kind = "auto",
+    preprocess: Preprocess = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    limit: Limit = 5000,
+    seed: Seed = 0,
+    strict: Strict = False,
+    allow_pickle: AllowPickle = False,
+    no_pictures: NoPictures = False,
+    form: Format = "table",
+    record: Record = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> Job:
+    """Make a cleansed drop-in replacement and measure it before and after. The input is never overwritten.
+
+    Triggers only measure: a recipe never sees them, nor the images that are measured on.
+    """
+    options = dict(locals())
+
+    def job() -> int:
+        judge = gate.parse(fail_on or ())
+        shown = Shown(check_format(form), None, verbose)
+        triggers, chosen = check_triggers(trigger), parse_settings(settings or ())
+        find(RECIPES, recipe)
+        if data is None and labeled is None:
+            raise UsageError(
+                "cleanse needs images: give --data PATH (they need no labels), or --labeled PATH."
+            )
+        inputs = make_inputs(options)
+        place = record if record is not None else default_output(Path(model), out).with_suffix(".json")
+        records = Records.at(place, [Path(model)], keep=record is None)
+
+        def one(path: str, progress: Progress) -> RunRecord:
+            from bdclean.cleanse import cleanse as work
+
+            return work(
+                Path(path),
+                inputs,
+                recipe=recipe,
+                settings=chosen,
+                triggers=triggers,
+                out=out,
+                force=force,
+                resume=resume,
+                fail_on=tuple(fail_on or (gate.DEFAULT,)),
+                tell=progress,
+            )
+
+        return run_all("cleanse", [model], one, judge, shown, records, quiet)
+
+    return job
+
+
+@app.command()
+def report(
+    records: Annotated[
+        list[str], typer.Argument(metavar="RECORD...", help="Records of runs; - reads standard input.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PATH", help="Write the report there, not to stdout.")
+    ] = None,
+    form: Format = "table",
+    fail_on: FailOn = None,
+    verbose: Verbose = False,
+) -> Job:
+    """Show records again, in any format; several are compared. Exits 0 unless --fail-on says otherwise."""
+
+    def job() -> int:
+        judge = gate.parse(fail_on or ())
+        shown = Shown(check_format(form), out, verbose)
+        if out is not None:
+            check_place(out, [Path(path) for path in records if path != "-"])
+        found = [record for path in records for record in parse_records(read_text(path), path)]
+        if not found:
+            raise Refused(f"{', '.join(records)}: no run in it.")
+        shown.show(found)
+        return _judged(judge, found) if fail_on else 0
+
+    return job
+
+
+@app.command(name="ls")
+def ls(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="recipes, triggers, detectors, architectures, schema; or recipe NAME, trigger NAME."
+        ),
+    ],
+    name: Annotated[str | None, typer.Argument(help="One recipe or trigger, in full.")] = None,
+) -> Job:
+    """List what there is, or show one recipe or trigger with its settings and limits."""
+
+    def job() -> int:
+        from bdclean.catalogue import listing
+
+        emit(listing(what, name))
+        return 0
+
+    return job
+
+
+@app.command()
+def doctor() -> Job:
+    """Show versions, devices, threads and disk, for a bug report."""
+
+    def job() -> int:
+        from bdclean.catalogue import doctor as examine
+
+        found, usable = examine()
+        emit(found)
+        return 0 if usable else 3
+
+    return job
+
+
+def _judged(judge: Gate, records: Sequence[RunRecord]) -> int:
+    """Returns the exit code of records shown again: what --fail-on asks for, and nothing else."""
+    codes = []
+    for record in records:
+        reached, missing = judge.check(record)
+        for line in [*reached, *missing]:
+            warn(f"{record.checkpoint.path}: {line}.")
+        codes.append(1 if reached else 3 if missing else 0)
+    return gate.exit_code(codes)
+
+
+# --- running and exiting ------------------------------------------------------------------------------------
+
+
+def run(argv: list[str]) -> int:
+    """Runs one command line and returns its exit code; nothing is raised."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        job = app(args=argv, prog_name="bdclean", standalone_mode=False)
+        return job() if callable(job) else int(job or 0)
+    except SystemExit:
+        return 0  # Typer leaves this way when nobody reads its help any more
+    except BdcleanError as error:
+        warn(str(error))
+        return error.exit_code
+    except BaseException as error:
+        return _ended(error)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        emit("")
+
+
+def _ended(error: BaseException) -> int:
+    if hasattr(error, "format_message"):  # Typer's own errors: each is wrong usage
+        warn(f"{error.format_message() or 'give a command.'}  Try bdclean --help.")
+        return 2
+    if isinstance(error, typer.Abort):
+        warn("interrupted.")
+        return 130
+    _, problem = problem_of(error)
+    if problem.digest is not None:
+        print("".join(traceback.format_exception(error)), file=sys.stderr, end="")
+    warn(problem.message)
+    return problem.exit_code
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Interrupted("terminated.", 128 + number)

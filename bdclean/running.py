@@ -1,0 +1,162 @@
+"""One run, kept from crashing: whatever is raised becomes the record's problem, a sentence and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from bdclean import gate
+from bdclean.catalogue import versions
+from bdclean.defects import leave, problem_of
+from bdclean.errors import BdcleanError, Refused, UsageError
+from bdclean.gate import Gate
+from bdclean.output import Shown, warn
+from bdclean.record import (
+    FAILED,
+    NOT_ASSESSED,
+    RAN,
+    CheckpointEntry,
+    RunRecord,
+    parse_records,
+    record_path,
+)
+from bdclean.report.progress import Progress
+
+
+@dataclass
+class Records:
+    """Where the records of a command go: one file, a folder, or nowhere."""
+
+    file: Path | None = None
+    folder: Path | None = None
+    keep: bool = False  # leave an earlier record where a new run has not ended
+    taken: set[Path] = field(default_factory=set)
+
+    @staticmethod
+    def at(place: Path | None, models: Sequence[Path], keep: bool = False) -> Records:
+        """Returns the place named by `--record`, checked before any work; several models need a folder."""
+        if place is None:
+            return Records()
+        if place.is_dir() or (len(models) > 1 and not place.exists()):
+            check_place(place / "record.json", models)
+            return Records(folder=place)
+        if len(models) > 1:
+            raise UsageError(
+                f"--record {place} is a file, and there are {len(models)} models: name a folder."
+            )
+        check_record(place, models)
+        return Records(file=place, keep=keep)
+
+    def write(self, record: RunRecord, model: str) -> None:
+        """Writes one run's record; raises Refused where it cannot be written."""
+        place = self.file
+        if self.folder is not None:
+            stem = Path(model).name.removesuffix(".safetensors")
+            place = first = record_path(self.folder, stem, record.checkpoint.sha256)
+            while place in self.taken:  # two models of the same name and content
+                place = first.with_stem(f"{first.stem}-{len(self.taken) + 1}")
+            self.taken.add(place)
+        if place is not None and (record.outcome == RAN or not self.keep or not place.exists()):
+            record.write(place)
+        elif place is None and record.outcome == FAILED:
+            leave(record)
+
+
+def run_all(
+    command: str,
+    models: Sequence[str],
+    work: Callable[[str, Progress], RunRecord],
+    judge: Gate,
+    shown: Shown,
+    records: Records,
+    quiet: bool,
+) -> int:
+    """Runs every model, one after another, and returns the exit code of all; one that fails stops no other."""
+    found: list[RunRecord] = []
+    codes: list[int] = []
+    at_once = shown.form == "jsonl" and shown.out is None
+    for number, model in enumerate(models, 1):
+        several = len(models) > 1
+        with Progress(quiet) as progress:
+            progress.begin(f"{model} ({number} of {len(models)})" if several else "")
+            record = guarded(command, model, partial(work, model, progress))
+        found.append(record)
+        codes.append(judge.exit_code(record))
+        prefix = f"{model}: " if several else ""
+        for line in [record.problem.message] if record.problem else sum(judge.check(record), []):
+            warn(f"{prefix}{line}")
+        try:
+            records.write(record, model)
+        except Refused as error:
+            warn(str(error))
+            codes.append(error.exit_code)
+        if at_once:
+            shown.show([record])
+        # Ctrl-C means all of them; wrong usage would be wrong for the next model, too.
+        if codes[-1] >= 128 or (codes[-1] == 2 and number == 1):
+            break
+    lone = len(found) == 1 and found[0].problem is not None and shown.form in ("table", "md")
+    if not at_once and (shown.out is not None or not lone):
+        shown.show(found)
+    return gate.exit_code(codes)
+
+
+def guarded(command: str, model: str, work: Callable[[], RunRecord]) -> RunRecord:
+    """Returns the record of `work`, also when it raises: refused, failed or interrupted, with what was known."""
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    try:
+        record = work()
+    except BaseException as error:  # a crash must never exit 1, which reads as a verdict
+        known = error.record if isinstance(error, BdcleanError) else None
+        record = known or RunRecord(command, checkpoint=CheckpointEntry(path=model))
+        record.verdict = NOT_ASSESSED
+        record.outcome, record.problem = problem_of(error)
+        if record.outcome == FAILED:
+            print(traceback.format_exc(), file=sys.stderr, end="")
+    record.started = record.started or started
+    record.seconds = record.seconds if record.seconds is not None else round(time.monotonic() - clock, 3)
+    record.argv = record.argv or list(sys.argv)
+    record.versions = {**versions(), **record.versions}
+    return record
+
+
+# --- places to write to --------------------------------------------------------------------------------------
+
+
+def check_place(path: Path, inputs: Sequence[Path]) -> None:
+    """Refuses a place to write to before any work: an input of the run, a folder, or not to be written."""
+    for other in inputs:
+        if path.exists() and other.exists() and path.samefile(other):
+            raise Refused(f"{path} is an input of this run: name another file to write.")
+    if path.is_dir():
+        raise Refused(f"{path} is a folder: name a file.")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise Refused(f"{path} cannot be written: {folder} is not a folder.")
+    if not os.access(folder, os.W_OK):
+        raise Refused(f"{path} cannot be written: no permission to write in {folder}.")
+
+
+def check_record(path: Path, inputs: Sequence[Path]) -> None:
+    """Refuses what `check_place` does, and to replace a file that is no record of bdclean's."""
+    check_place(path, inputs)
+    if path.exists() and not is_record(path):
+        raise Refused(f"{path} exists and is no record of bdclean's: name another file with --record.")
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file at `path` is a record, which a newer one may replace."""
+    try:
+        parse_records(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, Refused):
+        return False
+    return True
