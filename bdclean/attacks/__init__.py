@@ -1,1 +1,1 @@
-"""Ways to put a backdoor into a network: for sample models, benchmarks and the re-injection test, never for users' files."""
+"""Ways to put a backdoor into a network: for sample models, benchmarks, the re-injection test."""

@@ -12,15 +12,17 @@ from bdclean.triggers.badnets import BadNets as Patch
 
 @dataclass(frozen=True)
 class BadNets:
-    """Poisons a training set with a patch; every poisoned image is labeled with the target class (1708.06733).
+    """Poisons a training set with a patch; poisoned images are labeled with the target class (1708.06733).
 
-    What it does: stamps a share of the images, drawn by a seed whatever their class, and relabels them (all-to-one).
+    What it does: stamps a share of the images, drawn by a seed whatever their class, and relabels them
+    (all-to-one).
     When to use it: to train a network whose backdoor is known; the easiest one to put in and to find.
     What it needs: a labeled training set.
-    Known limits: random crops cut the patch off part of the images it was stamped on, which then only carry a wrong
-    label: with few images or steps, the backdoor is learnt late or not at all.
+    Known limits: random crops cut the patch off most of the images it was stamped on, which then only carry a
+    wrong label: with few images or steps, the backdoor is learnt late (and suddenly), or not at all.
 
-    The defaults are those of BackdoorBench and BCU: a 3x3 checker in the bottom right corner, 10 % of the images.
+    The defaults are those of BackdoorBench and BCU: a 3x3 checker in the bottom right corner, 10 % of the
+    images.
     """
 
     name: ClassVar[str] = "badnets"

@@ -12,15 +12,16 @@ from bdclean.triggers.blend import Blend as Overlay
 
 @dataclass(frozen=True)
 class Blend:
-    """Poisons a training set with a blended picture; poisoned images are labeled with the target class (1712.05526).
+    """Poisons a training set with a blended picture; poisoned images get the target class (1712.05526).
 
-    What it does: blends one fixed picture into a share of the images, drawn by a seed whatever their class, and
-    relabels them (all-to-one).
+    What it does: blends one fixed picture into a share of the images, drawn by a seed whatever their class,
+    and relabels them (all-to-one).
     When to use it: to train a network whose backdoor covers the whole image and survives crops.
     What it needs: a labeled training set.
-    Known limits: at a low alpha, small networks learn it late, and images without contrast may fire by themselves.
+    Known limits: at a low alpha, small networks learn it late, and flat images may fire by themselves.
 
-    The defaults are those of BackdoorBench and BCU: random noise as the picture, alpha 0.2, 10 % of the images.
+    The defaults are those of BackdoorBench and BCU: random noise as the picture, alpha 0.2, 10 % of the
+    images.
     """
 
     name: ClassVar[str] = "blend"

@@ -21,7 +21,7 @@ def check(rate: float, target: int) -> None:
 
 
 def chosen(images: int, rate: float, seed: int) -> Tensor:
-    """Indices of the images that are poisoned, ascending: a seeded draw of `rate` of all of them, whatever their class.
+    """Indices of the images that are poisoned, ascending: a seeded draw of `rate` of all, whatever their class.
 
     The same seed draws the images of a lower rate as a part of those of a higher one.
     """
@@ -34,7 +34,7 @@ def poison(
 ) -> ImageSet:
     """A copy of `training` in which `chosen` images are stamped and labeled `target` (all-to-one).
 
-    Images of the target class are drawn like all others. Raises Refused where there are no labels, or no such class.
+    Images of the target class are drawn like all others. Raises Refused without labels or such a class.
     """
     if training.labels is None:
         raise Refused("poisoning a training set needs labels and these images have none.")
