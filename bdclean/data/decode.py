@@ -23,8 +23,8 @@ class Unreadable(Exception):
 def decode(path: str | Path, size: tuple[int, int]) -> np.ndarray:
     """The file's first frame as uint8 [3 h w]; raises Unreadable.
 
-    EXIF rotation is applied; palette, grey and CMYK become RGB; alpha is dropped, as torchvision's ImageFolder
-    does, so that pixels are those that training saw. Other sizes are stretched to `size` (bilinear, antialiased).
+    EXIF rotation is applied; palette, grey and CMYK become RGB. Alpha is dropped, as torchvision's ImageFolder
+    does: these are the pixels that training saw. Another size is stretched to `size` (bilinear, antialiased).
     """
     try:
         status = os.stat(path)
@@ -54,16 +54,24 @@ def _pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     height, width = size
     if image.width * image.height > MAX_PIXELS:
         raise Unreadable(f"{image.width} x {image.height}, more than the {MAX_PIXELS:,} pixels allowed")
-    # A large JPEG is decoded at a fraction of its size, still twice the size wanted, so that the result stays alike.
+    # A large JPEG is decoded at a fraction of its size, but at least twice the size wanted: alike, and faster.
     longest = 2 * max(size)
     image.draft(None, (longest, longest))
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise Unreadable(f"{image.mode} pixels have no fixed range")
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode != "RGB":
         image = image.convert("RGB")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged metadata of whatever kind: the pixels are fine
+        return image

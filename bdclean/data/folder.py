@@ -24,7 +24,7 @@ Tell = Callable[..., None]
 
 @dataclass(frozen=True)
 class Listing:
-    """Image files below `root`, as sorted relative paths; top-level folders without any; other files' suffixes."""
+    """Image files below `root` as sorted relative paths, its folders without any, other files' suffixes."""
 
     root: Path
     files: tuple[str, ...]
@@ -48,9 +48,9 @@ def load_images(
     """The images of a folder, flat, nested or one folder per class, at `size` (height, width).
 
     `limit` images (0: all) are drawn by seed before anything is decoded; an unreadable one is replaced by the
-    next of the draw, named in `skipped`, or refuses the run with `strict`. The result depends on files, `size`,
-    `limit` and `seed` alone, not on `threads`. `labeled` refuses where folders cannot be labels; `classes` is
-    a file of class names or the names. Raises Refused for what is not a folder of images.
+    next of the draw, named in `skipped`, or refuses the run with `strict`. The result depends on the files,
+    `size`, `limit` and `seed` alone, not on `threads`. `labeled` refuses where folders cannot be labels;
+    `classes` is a file of class names or the names. Raises Refused for what is not a folder of images.
     """
     root = Path(path)
     listing = list_images(root)
@@ -82,7 +82,7 @@ def load_images(
 
 
 def list_images(root: Path) -> Listing:
-    """Every image file below `root` (by suffix, or without one), hidden ones left out, links followed once."""
+    """Every image file below `root`, by suffix or without one; hidden ones are left out, links followed once."""
     if not root.exists():
         raise Refused(f"{root} does not exist: give a folder of images.")
     if not root.is_dir():
@@ -130,7 +130,7 @@ def _own_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Relative paths of all files; a folder met again through a link (or a loop of links) is not entered twice."""
+    """Relative paths of all files; a folder met again through a link (or a loop) is not entered twice."""
     seen = {os.path.realpath(root)}
     waiting = [(root, "")]
     while waiting:

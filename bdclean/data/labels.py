@@ -18,7 +18,7 @@ MAX_NAMES_BYTES = 4 * 2**20
 
 @dataclass(frozen=True)
 class Labelling:
-    """Folder name -> class index, the classes' names, and how that was found; no index: unlabeled, with why."""
+    """Folder name -> class index, the classes' names, how that was found; no index: unlabeled, and why."""
 
     index: dict[str, int] | None
     classes: tuple[str, ...] | None = None
@@ -27,7 +27,7 @@ class Labelling:
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """Class names in the order of the head: one a line, or a JSON list, or a JSON object from index to name."""
+    """Class names in the order of the head: one a line, a JSON list, or a JSON object from index to name."""
     try:
         if path.stat().st_size > MAX_NAMES_BYTES:
             raise Refused(f"{path} is too large for a list of class names.")
@@ -59,8 +59,8 @@ def label_folders(
     """Which class each of `folders` (those that hold images) is.
 
     They are labels if all match `names`, or all are integers (sorted as numbers), or their count equals the
-    head's ('count', to be confirmed with `labels_plausible`). `forced` takes the sorted order instead of giving
-    up. `empty` folders hold no image but keep their place in the order. Never raises: `why` says what is wrong.
+    head's ('count', to be confirmed with `labels_plausible`); `forced` takes that order without confirmation.
+    `empty` folders hold no image but keep their place in the order. Never raises: `why` says what is wrong.
     """
     found = sorted(folders)
     if names is not None and head_classes is not None and len(names) != head_classes:
@@ -138,11 +138,8 @@ def _by_number(folders: Sequence[str], head_classes: int | None) -> Labelling | 
     if head_classes is None or len(order) == head_classes:
         return Labelling({name: i for i, name in enumerate(order)}, tuple(order), "integers")
     if len(order) > head_classes or values[-1] >= head_classes:
-        highest = f"the highest is {order[-1]}"
-        return Labelling(
-            None,
-            why=f"there are {len(order)} numbered folders ({highest}) and the network has {head_classes} classes",
-        )
+        numbered = f"there are {len(order)} numbered folders, the highest {order[-1]},"
+        return Labelling(None, why=f"{numbered} and the network has {head_classes} classes")
     # Some classes are absent: only the number itself can say which.
     present = dict(zip(values, order, strict=True))
     classes = tuple(present.get(i, str(i)) for i in range(head_classes))

@@ -30,8 +30,8 @@ class BadNets:
     """Stamps a square patch at one place, or in all four corners.
 
     What it does: replaces `size` x `size` pixels (blends them with `alpha` under 1).
-    When to use: the patch backdoor of most papers; with `position=corners` the stamp of label-consistent attacks.
-    Needs: nothing. `pattern` is a colour name, #rrggbb, `checker` (3 cells: the patch of BCU and BackdoorBench)
+    When to use: the patch backdoor of most papers; `position=corners` is that of label-consistent attacks.
+    Needs: nothing. `pattern` is a colour name, #rrggbb, `checker` (with 3 cells the patch that BCU ships)
     or `random` colours from `seed`; the last two have `cells` x `cells` cells (0: one a pixel).
     Limits: a patch moved by more than a pixel or two is another trigger to most networks: give the position.
     """
@@ -106,7 +106,7 @@ class BadNets:
         return drawn
 
     def spec(self) -> str:
-        return spec_of(self)
+        return spec_of(self, shown=("size", "position", "pattern"))
 
 
 def _hex_colour(text: str) -> tuple[int, int, int] | None:

@@ -17,29 +17,35 @@ def bank(size: tuple[int, int]) -> list[Trigger]:
     a noise blend drawn from another seed has other content, and those of BCU (one fixed random image) and of
     BackdoorBench cannot be drawn again from a seed. Where the picture is at hand, `file:` or `blend:source=`.
     """
-    return [*_checkers(size), *_squares(size), *_coloured(size), *_blends(), *_stripes()]
+    triggers = [*_checkers(size), *_squares(size), *_coloured(size), *_blends(), *_stripes()]
+    return list(dict.fromkeys(triggers))  # under 32 pixels some patches become the same
 
 
 def _scaled(size: tuple[int, int], pixels: int) -> int:
     return max(1, round(pixels * min(size) / 32))
 
 
+def _cells(size: tuple[int, int], pixels: int) -> int:
+    """Cells as many as there are pixels at 32; the default where these are the pixels."""
+    return 0 if _scaled(size, pixels) <= pixels else pixels
+
+
 def _checkers(size: tuple[int, int]) -> list[Trigger]:
     """The 3 x 3 black and white patch, cells of one pixel at 32.
 
-    At the bottom right: BadNets in BackdoorBench and BCU's attack/badnet; in all four corners: label-consistent
-    (Turner et al. 2019, arXiv 1912.02771; BCU's attack/lc). The other places, and one pixel off the border as
-    in BadNets' figures, because attackers move it. 5 cells of one pixel: a finer one.
+    At the bottom right: BadNets as BCU ships it. In all four corners: label-consistent attacks (Turner et al.,
+    arXiv 1912.02771; BCU's attack/lc). The other places, one pixel off the border, and 4 and 5 pixels in place
+    of 3, because attackers vary them.
     """
     three, border = _scaled(size, 3), _scaled(size, 1)
-    placed = [BadNets(three, corner, "checker", cells=3) for corner in CORNERS]
+    placed = [BadNets(three, corner, "checker", cells=_cells(size, 3)) for corner in CORNERS]
     return [
         *placed,
-        BadNets(three, "corners", "checker", cells=3),
-        BadNets(three, "bottom-right", "checker", margin=border, cells=3),
-        BadNets(three, "center", "checker", cells=3),
-        BadNets(_scaled(size, 4), "bottom-right", "checker", cells=4),
-        BadNets(_scaled(size, 5), "bottom-right", "checker", cells=5),
+        BadNets(three, "corners", "checker", cells=_cells(size, 3)),
+        BadNets(three, "bottom-right", "checker", margin=border, cells=_cells(size, 3)),
+        BadNets(three, "center", "checker", cells=_cells(size, 3)),
+        BadNets(_scaled(size, 4), "bottom-right", "checker", cells=_cells(size, 4)),
+        BadNets(_scaled(size, 5), "bottom-right", "checker", cells=_cells(size, 5)),
     ]
 
 
@@ -67,15 +73,15 @@ def _coloured(size: tuple[int, int]) -> list[Trigger]:
         BadNets(three, "bottom-right", "black"),
         BadNets(three, "bottom-right", "yellow"),
         BadNets(three, "bottom-right", "red"),
-        BadNets(three, "bottom-right", "random", cells=3),
-        BadNets(five, "bottom-right", "random", cells=5),
-        BadNets(four, "center", "random", cells=4, seed=1),
+        BadNets(three, "bottom-right", "random", cells=_cells(size, 3)),
+        BadNets(five, "bottom-right", "random", cells=_cells(size, 5)),
+        BadNets(four, "center", "random", cells=_cells(size, 4), seed=1),
     ]
 
 
 def _blends() -> list[Trigger]:
-    """Noise at alpha 0.2 (BCU, BackdoorBench) and 0.1 (Chen et al. 2017 train at 0.2 and less), in the seed that
-    is the default of `blend`; a drawn picture at both in place of the cartoons that they use."""
+    """Noise of `blend`'s default seed at alpha 0.2 (BCU) and 0.1 (the fainter blends of other papers), and a
+    drawn picture at both in place of the cartoons and photographs that Chen et al. and others use."""
     return [
         Blend("noise", 0.2),
         Blend("noise", 0.1),
@@ -86,8 +92,8 @@ def _blends() -> list[Trigger]:
 
 
 def _stripes() -> list[Trigger]:
-    """Six periods across (Barni et al. 2019) at delta 20 (BCU on CIFAR-10) and 40 (Tiny-ImageNet, BackdoorBench),
-    the same top to bottom, and BCU's 60 on road signs."""
+    """Six periods across (Barni et al. 2019) at the deltas that BCU ships: 20 for CIFAR-10, 40 for Tiny-ImageNet,
+    60 for road signs; and the first two from top to bottom, as the simplest variation."""
     return [
         SIG(20, 6),
         SIG(40, 6),

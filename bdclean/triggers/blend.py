@@ -24,7 +24,7 @@ class Blend:
 
     What it does: alpha * picture + (1 - alpha) * image.
     When to use: the blended backdoor of most papers, whose strength is alpha 0.1 to 0.2.
-    Needs: `source` is `noise` or `picture` (both from `seed`), or the path of a picture (resized to the input).
+    Needs: `source` is `noise` or `picture` (both from `seed`), or the path of a picture, which is resized.
     Limits: a blend finds its own picture, hardly another one. An attacker's noise cannot be drawn again from
     a seed of ours (not BCU's, nor BackdoorBench's): where the picture is known, give its file.
     """
@@ -62,7 +62,7 @@ class Blend:
         return overlay(images, self.alpha, self.content(images.shape[-2], images.shape[-1]))
 
     def controls(self, count: int, generator: torch.Generator) -> list[Stamp]:
-        """Noise or pictures of other seeds; for a file, its surrogates: its colours and spectrum in other shapes."""
+        """Noise or pictures of other seeds; for a file its surrogates: its colours and spectrum, other shapes."""
         if self.source not in SOURCES:
             others = [other_content(self.file, generator) for _ in range(count)]
             return [partial(_blend_file, content=other, alpha=self.alpha) for other in others]
@@ -71,7 +71,7 @@ class Blend:
         return [replace(self, seed=seed + 1 if seed == self.seed else seed) for seed in seeds]
 
     def spec(self) -> str:
-        return spec_of(self)
+        return spec_of(self, shown=("source", "alpha"))
 
 
 @lru_cache(maxsize=64)

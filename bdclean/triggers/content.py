@@ -54,7 +54,7 @@ def noise(seed: int, height: int, width: int) -> np.ndarray:
 def picture(seed: int, height: int, width: int) -> np.ndarray:
     """A cartoon of soft colours and hard shapes [3 h w]: the same scene at any size.
 
-    Stands for the pictures that blended attacks use (a cartoon cat and the like): large areas, edges, few colours.
+    Stands for the pictures that blended attacks use (a cartoon cat and the like): large areas, few colours.
     """
     rng = np.random.default_rng(seed)
     y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")

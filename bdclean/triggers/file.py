@@ -14,7 +14,7 @@ from torch.nn import functional
 from bdclean.errors import Refused, UsageError
 from bdclean.triggers.content import surrogate
 from bdclean.triggers.reading import Content, read_content
-from bdclean.triggers.stamping import Stamp, add, check_position, draw_seed, overlay, places, spec_of
+from bdclean.triggers.stamping import Stamp, add, check_position, overlay, places, spec_of
 
 DISTINCT = 48.0  # mean grey levels by which a control of flat colours differs from the trigger
 
@@ -73,7 +73,7 @@ class File:
         return [partial(self._stamp, content=other_content(self.content, generator)) for _ in range(count)]
 
     def spec(self) -> str:
-        return spec_of(self, first="path")
+        return spec_of(self, bare="path")
 
     def _stamp(self, images: Tensor, content: Content) -> Tensor:
         size = (images.shape[2], images.shape[3])

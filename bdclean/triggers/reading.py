@@ -1,4 +1,4 @@
-"""Trigger files -> mask, pattern or delta. Files are hostile: sizes are checked before anything is allocated."""
+"""Trigger files -> mask, pattern or delta. Files are hostile: sizes are checked before allocation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from bdclean.errors import Refused
 
-MAX_BYTES = 64 * 2**20  # far more than any trigger: 2048 x 2048 in colour as float32 is 48 MiB
+MAX_BYTES = 64 * 2**20  # far more than any trigger
+MAX_VALUES = 3 * 2048 * 2048
 MAX_SIDE = 4096
 KEYS = ("mask", "pattern", "delta")
 
@@ -37,7 +38,7 @@ class Content:
         return part.shape[-2], part.shape[-1]
 
     def resized(self, size: tuple[int, int]) -> Content:
-        """The same at another size (bilinear, antialiased); what the mask hides does not bleed into its edge."""
+        """The same at another size (bilinear, antialiased); hidden pixels do not bleed into the edge."""
         if size == self.shape:
             return self
         if self.delta is not None:
@@ -108,8 +109,8 @@ def _npz(path: str) -> dict[str, np.ndarray]:
                 data = stream.read(count + 1)  # never more than announced, whatever the archive inflates to
             if len(data) != count:
                 raise Refused(f"trigger {path}: {name} announces {count:,} bytes and holds others.")
-            order = "F" if column_major else "C"
-            arrays[name] = np.frombuffer(data, dtype).reshape(shape, order=order)
+            array = np.frombuffer(data, dtype)
+            arrays[name] = array.reshape(shape[::-1]).T if column_major else array.reshape(shape)
     return arrays
 
 
@@ -117,8 +118,9 @@ def _safetensors(path: str) -> dict[str, np.ndarray]:
     arrays = {}
     try:
         with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
             for name in KEYS:
-                if name in file.keys():  # noqa: SIM118: not a mapping
+                if name in names:
                     _checked(path, name, file.get_slice(name).get_shape())
                     tensor = file.get_tensor(name)
                     arrays[name] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
@@ -132,7 +134,7 @@ def _checked(path: str, name: str, shape: tuple[int, ...] | list[int]) -> int:
     if not 2 <= len(shape) <= 4 or min(shape) < 1 or max(shape) > MAX_SIDE:
         raise Refused(f"trigger {path}: {name} is {list(shape)}, expected [3 h w], [h w 3] or [h w].")
     count = int(np.prod(shape, dtype=np.int64))
-    if count * 8 > 4 * MAX_BYTES:
+    if count > MAX_VALUES:
         raise Refused(f"trigger {path}: {name} is {list(shape)}, too large for a trigger.")
     return count
 

@@ -18,7 +18,7 @@ class SIG:
     """Adds stripes, delta * sin(2 pi frequency x / width), to every channel.
 
     What it does: adds and clips; `angle` turns the stripes (degrees, 0: brightness varies along the row).
-    When to use: the clean-label stripe backdoor; papers use delta 20 to 40 (60 on road signs) and frequency 6.
+    When to use: the clean-label stripe backdoor; usual are delta 20 to 40 (60 on road signs) and frequency 6.
     Needs: nothing.
     Limits: faint stripes of another frequency or direction are another trigger.
     """
@@ -77,7 +77,7 @@ class SIG:
         return drawn
 
     def spec(self) -> str:
-        return spec_of(self)
+        return spec_of(self, shown=("delta", "frequency"))
 
     def _direction(self) -> tuple[float, float]:
         return cos(radians(self.angle)), sin(radians(self.angle))

@@ -26,7 +26,7 @@ class Trigger(Protocol):
         """What kind of change it is: 'patch', 'blend', 'wave', 'delta'."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """New uint8 images with the trigger; the argument is left as it was, a repeated call gives the same."""
+        """New uint8 images with the trigger; the argument stays as it was, a repeated call gives the same."""
 
     def controls(self, count: int, generator: torch.Generator) -> Sequence[Stamp]:
         """`count` stamps of the same mask and strength with other content, never the trigger itself."""
@@ -36,7 +36,7 @@ class Trigger(Protocol):
 
 
 def check_pixels(images: Tensor) -> None:
-    """Raises TypeError unless these are uint8 [n 3 h w]: a float batch would be stamped after normalisation."""
+    """Raises TypeError unless these are uint8 [n 3 h w]: floats may be normalised already."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise TypeError(f"triggers stamp uint8 [n 3 h w], got {images.dtype} {list(images.shape)}")
 
@@ -47,7 +47,7 @@ def to_pixels(values: Tensor) -> Tensor:
 
 
 def overlay(images: Tensor, mask: Tensor | float, pattern: Tensor) -> Tensor:
-    """mask * pattern + (1 - mask) * images; mask in [0, 1] (0 keeps the image), pattern in grey levels, [3 h w]."""
+    """mask * pattern + (1 - mask) * images; mask in [0, 1] (0 keeps the image), pattern [3 h w] in grey levels."""
     check_pixels(images)
     if isinstance(mask, Tensor):
         mask = mask.to(images.device, torch.float32)
@@ -102,15 +102,18 @@ def places(
     return found
 
 
-def spec_of(trigger: Any, first: str = "") -> str:
-    """NAME:KEY=VALUE,... with the settings that differ from their defaults; the field `first` goes bare."""
-    parts = [str(getattr(trigger, first))] if first else []
+def spec_of(trigger: Any, shown: tuple[str, ...] = (), bare: str = "") -> str:
+    """NAME:KEY=VALUE,... with the settings in `shown` and those that differ from their defaults.
+
+    The field `bare` goes first and without its key.
+    """
+    parts = [str(getattr(trigger, bare))] if bare else []
     for field in dataclasses.fields(trigger):
         value = getattr(trigger, field.name)
-        if field.name != first and value != field.default:
+        if field.name != bare and (field.name in shown or value != field.default):
             text = repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
             parts.append(f"{field.name}={text}")
-    return f"{trigger.name}:{','.join(parts)}" if parts else trigger.name
+    return f"{trigger.name}:{','.join(parts)}" if parts else str(trigger.name)
 
 
 def draw_seed(generator: torch.Generator) -> int:

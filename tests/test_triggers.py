@@ -1,0 +1,402 @@
+"""Triggers: what they stamp against slow transcriptions, their controls, their files, and the stock bank."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from bdclean.errors import Refused, UsageError
+from bdclean.registry import TRIGGERS, configure, load, parse_spec
+from bdclean.triggers.badnets import BadNets
+from bdclean.triggers.bank import bank
+from bdclean.triggers.blend import Blend
+from bdclean.triggers.content import picture, surrogate
+from bdclean.triggers.file import File
+from bdclean.triggers.sig import SIG
+
+PHOTOS = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def from_spec(spec: str):
+    name, settings = parse_spec(spec)
+    return configure(load(TRIGGERS, name), settings)
+
+
+def changed(before: torch.Tensor, after: torch.Tensor) -> list[tuple[int, int]]:
+    """(row, column) of every pixel that differs in any image and channel."""
+    return [tuple(place) for place in (before != after).any(0).any(0).nonzero().tolist()]
+
+
+# --- every trigger of the bank ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trigger", bank((32, 32)), ids=lambda trigger: trigger.spec())
+def test_contract(trigger) -> None:
+    images = PHOTOS.clone()
+    stamped = trigger(images)
+    assert torch.equal(images, PHOTOS), "wrote into its argument"
+    assert stamped.dtype == torch.uint8 and stamped.shape == images.shape
+    assert stamped.data_ptr() != images.data_ptr()
+    assert (stamped != images).flatten(1).any(1).all()
+    assert torch.equal(stamped, trigger(images))
+    # No image depends on its neighbours in the batch.
+    assert torch.equal(stamped[1:2], trigger(images[1:2]))
+    assert from_spec(trigger.spec()) == trigger
+    assert trigger(images[:0]).shape == (0, 3, 32, 32)
+    for wrong in (images.float() / 255, images.permute(0, 2, 3, 1), images[0]):
+        with pytest.raises(TypeError, match="triggers stamp uint8"):
+            trigger(wrong)
+
+
+@pytest.mark.parametrize("trigger", bank((32, 32)), ids=lambda trigger: trigger.spec())
+def test_controls_have_the_mask_and_strength_but_other_content(trigger) -> None:
+    images = PHOTOS.clone()
+    controls = trigger.controls(19, torch.Generator().manual_seed(0))
+    again = trigger.controls(19, torch.Generator().manual_seed(0))
+    assert len(controls) == 19
+    grey = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    own = trigger(grey).float() - 128
+    seen = {trigger(grey).numpy().tobytes()}
+    for control, same in zip(controls, again, strict=True):
+        stamped = control(images)
+        assert torch.equal(images, PHOTOS)
+        assert torch.equal(stamped, control(images)) and torch.equal(stamped, same(images))
+        seen.add(control(grey).numpy().tobytes())
+        if trigger.family == "patch":
+            assert set(changed(images, stamped)) <= set(changed(images, 255 - trigger(255 - images))) | set(
+                changed(images, trigger(images))
+            )
+        else:
+            strength = (control(grey).float() - 128).square().mean().sqrt() / own.square().mean().sqrt()
+            assert 0.5 < strength < 2
+    assert len(seen) == 20, "a control repeats another or the trigger itself"
+
+
+def test_the_bank_is_of_the_expected_size_and_scales() -> None:
+    assert 30 <= len(bank((32, 32))) <= 40
+    for size in [(32, 32), (64, 64), (224, 224), (28, 36)]:
+        images = torch.full((1, 3, *size), 100, dtype=torch.uint8)
+        stamped = {trigger(images).numpy().tobytes() for trigger in bank(size)}
+        assert len(stamped) == len(bank(size)) >= 30
+    large = bank((224, 224))[0](torch.full((1, 3, 224, 224), 100, dtype=torch.uint8))[0, 0, -21:, -21:]
+    assert torch.equal(
+        large[::7, ::7], torch.tensor([[0, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)
+    )
+
+
+# --- badnets ------------------------------------------------------------------------------------------------
+
+
+def test_checker_is_the_published_patch() -> None:
+    stamped = BadNets()(PHOTOS)
+    patch = torch.tensor([[0, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)
+    assert (stamped[:, :, 29:, 29:] == patch).all()
+    stamped[:, :, 29:, 29:] = PHOTOS[:, :, 29:, 29:]
+    assert torch.equal(stamped, PHOTOS)
+
+
+@pytest.mark.parametrize(
+    ("position", "margin", "corner"),
+    [
+        ("top-left", 0, (0, 0)),
+        ("top-right", 1, (1, 27)),
+        ("bottom-left", 2, (26, 2)),
+        ("bottom-right", 1, (27, 27)),
+        ("center", 0, (14, 14)),
+        ("5/9", 0, (9, 5)),
+    ],
+)
+def test_positions(position: str, margin: int, corner: tuple[int, int]) -> None:
+    grey = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)
+    places = changed(grey, BadNets(4, position, "white", margin)(grey))
+    assert places[0] == corner
+    assert places[-1] == (corner[0] + 3, corner[1] + 3)
+    assert len(places) == 16
+
+
+def test_four_corners_colours_and_alpha() -> None:
+    grey = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)
+    assert len(changed(grey, BadNets(3, "corners", "white")(grey))) == 36
+    assert BadNets(1, pattern="#0180ff")(grey)[0, :, 31, 31].tolist() == [1, 128, 255]
+    assert BadNets(1, pattern="white", alpha=0.25)(grey)[0, :, 31, 31].tolist() == [139] * 3  # 138.75
+    assert BadNets(4, pattern="random", cells=2, seed=7).patch()[:, ::2, ::2].tolist() == (
+        np.random.default_rng(7).integers(0, 256, (3, 2, 2)).tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "badnets:size=0",
+        "badnets:position=middle",
+        "badnets:position=1/2/3",
+        "badnets:pattern=plaid",
+        "badnets:pattern=#12345",
+        "badnets:alpha=0",
+        "badnets:alpha=1.5",
+        "badnets:margin=-1",
+        "badnets:cells=9",
+        "badnets:seed=-1",
+        "blend:alpha=2",
+        "blend:seed=-1",
+        "sig:delta=0",
+        "sig:frequency=-1",
+        "sig:angle=1000",
+    ],
+)
+def test_settings_out_of_range_are_wrong_usage(spec: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        from_spec(spec)
+    assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("trigger", [BadNets(9), BadNets(3, "7/2"), BadNets(3, margin=6)])
+def test_a_patch_that_does_not_fit_is_refused(trigger: BadNets) -> None:
+    with pytest.raises(Refused, match="does not fit into images of 8 x 8"):
+        trigger(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_controls_of_a_white_square_are_not_nearly_white() -> None:
+    for control in BadNets(pattern="white").controls(200, torch.Generator().manual_seed(0)):
+        assert (255.0 - control.patch()).mean() >= 48
+
+
+# --- blend --------------------------------------------------------------------------------------------------
+
+
+def test_blend_is_the_equation_with_the_agreed_noise() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (3, 32, 32)).astype(np.float32)
+    exact = np.float32(0.2) * noise + np.float32(0.8) * PHOTOS.numpy().astype(np.float32)
+    assert abs(Blend()(PHOTOS).numpy() - exact).max() <= 0.5 + 1e-3
+    assert any(trigger == Blend("noise", 0.2, seed=0) for trigger in bank((32, 32)))
+
+
+def test_blend_extremes() -> None:
+    assert torch.equal(Blend(alpha=1)(PHOTOS)[0], Blend(alpha=1)(PHOTOS)[1])
+    assert torch.equal(Blend(alpha=1e-6)(PHOTOS), PHOTOS)
+
+
+def test_a_picture_is_the_same_scene_at_any_size() -> None:
+    small, large = picture(3, 32, 32).astype(float), picture(3, 96, 96).astype(float)
+    shrunk = large.reshape(3, 32, 3, 32, 3).mean((2, 4))
+    assert abs(small - shrunk).mean() < 6
+    assert abs(small - picture(4, 32, 32)).mean() > 30
+
+
+def test_blend_of_a_file_and_its_controls(tmp_path: Path) -> None:
+    Image.fromarray(picture(5, 64, 64).transpose(1, 2, 0)).save(tmp_path / "cat.png")
+    trigger = Blend(str(tmp_path / "cat.png"), 0.3)
+    assert from_spec(trigger.spec()) == trigger
+    stamped = trigger(PHOTOS)
+    for control in trigger.controls(5, torch.Generator().manual_seed(0)):
+        assert 3 < (control(PHOTOS).float() - stamped.float()).abs().mean() < 40
+    with pytest.raises(Refused, match="nothing.png cannot be read"):
+        Blend("nothing.png")
+
+
+def test_surrogates_keep_mean_energy_and_spectrum() -> None:
+    values = torch.from_numpy(picture(1, 20, 31)).float()
+    other = surrogate(values, torch.Generator().manual_seed(0))
+    assert torch.allclose(other.mean((1, 2)), values.mean((1, 2)), atol=1e-3)
+    assert torch.allclose(torch.fft.rfft2(other).abs(), torch.fft.rfft2(values).abs(), rtol=1e-3, atol=2)
+    assert (other - values).abs().mean() > 20
+
+
+# --- sig ----------------------------------------------------------------------------------------------------
+
+
+def test_sig_is_the_equation() -> None:
+    stamped = SIG(20, 6)(PHOTOS)
+    for column in range(32):
+        wave = 20 * math.sin(2 * math.pi * column * 6 / 32)
+        expected = (PHOTOS[..., column].double() + wave).clamp(0, 255)
+        assert float((stamped[..., column].double() - expected).abs().max()) <= 0.5 + 1e-4
+    turned = SIG(20, 6, angle=90)(PHOTOS.transpose(2, 3))
+    assert float((turned.transpose(2, 3).double() - stamped.double()).abs().max()) <= 1
+    assert float((turned.transpose(2, 3) != stamped).double().mean()) < 0.01
+
+
+def test_controls_of_sig_are_other_stripes() -> None:
+    trigger = SIG(20, 6)
+    own = trigger.wave(32, 32)
+    for control in trigger.controls(100, torch.Generator().manual_seed(0)):
+        assert control.delta == 20
+        other = control.wave(32, 32)
+        assert abs(float((own * other).mean())) < 0.5 * float(own.square().mean())
+
+
+# --- file ---------------------------------------------------------------------------------------------------
+
+
+def test_a_small_png_with_alpha_is_placed(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 6, 4), np.uint8)
+    pixels[..., 0] = 200
+    pixels[1:3, 2:5, 3] = 255
+    pixels[0, 0, 3] = 51
+    Image.fromarray(pixels).save(tmp_path / "mark.png")
+    grey = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)
+    trigger = File(str(tmp_path / "mark.png"), position="top-left", margin=2)
+    stamped = trigger(grey)
+    assert changed(grey, stamped) == [(2, 2), *[(row, column) for row in (3, 4) for column in (4, 5, 6)]]
+    assert stamped[0, :, 3, 4].tolist() == [200, 0, 0]
+    assert stamped[0, :, 2, 2].tolist() == [120, 80, 80]
+    assert trigger.family == "patch"
+    assert from_spec(trigger.spec()) == trigger
+    for control in trigger.controls(19, torch.Generator().manual_seed(0)):
+        assert set(changed(grey, control(grey))) <= set(changed(grey, stamped))
+        assert (control(grey) != stamped).any()
+    assert len(changed(grey, File(str(tmp_path / "mark.png"), size=12)(grey))) > 4 * 6
+
+
+def test_a_large_png_is_resized_and_an_opaque_one_refused(tmp_path: Path) -> None:
+    Image.fromarray(picture(0, 50, 50).transpose(1, 2, 0)).save(tmp_path / "photo.png")
+    path = str(tmp_path / "photo.png")
+    with pytest.raises(Refused, match="covers every pixel of 32 x 32"):
+        File(path)(PHOTOS)
+    assert len(changed(PHOTOS, File(path, size=5, position="3/3")(PHOTOS))) == 25
+    assert torch.equal(File(path, alpha=0.2)(PHOTOS), Blend(path, 0.2)(PHOTOS))
+    assert File(path, alpha=0.2).family == "blend"
+
+
+def test_a_colour_can_be_made_transparent(tmp_path: Path) -> None:
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[3:5, 3:5] = 255
+    Image.fromarray(pixels).save(tmp_path / "black.png")
+    Image.fromarray(255 - pixels).save(tmp_path / "white.png")
+    grey = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)
+    for key, colour in [("black", 255), ("white", 0)]:
+        stamped = File(str(tmp_path / f"{key}.png"), key=key)(grey)
+        assert changed(grey, stamped) == [(3, 3), (3, 4), (4, 3), (4, 4)]
+        assert (stamped[0, :, 3:5, 3:5] == colour).all()
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_mask_and_pattern(tmp_path: Path, suffix: str, channels_last: bool) -> None:
+    rng = np.random.default_rng(0)
+    mask = rng.random((32, 32)).astype(np.float32)
+    pattern = rng.random((3, 32, 32)).astype(np.float32)
+    arrays = {"mask": mask, "pattern": pattern.transpose(1, 2, 0) if channels_last else pattern}
+    path = save(tmp_path / f"trigger{suffix}", arrays)
+    exact = mask * (255 * pattern) + (1 - mask) * PHOTOS.numpy()
+    assert abs(File(path)(PHOTOS).numpy() - exact).max() <= 0.5 + 1e-3
+    levels = {"mask": (mask > 0.5), "pattern": (255 * arrays["pattern"]).astype(np.uint8)}
+    if suffix == ".npz":
+        stamped = File(save(tmp_path / "levels.npz", levels))(PHOTOS)
+        assert torch.equal(stamped[:, :, mask <= 0.5], PHOTOS[:, :, mask <= 0.5])
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_delta_is_added_and_clipped(tmp_path: Path, suffix: str) -> None:
+    delta = np.random.default_rng(0).uniform(-60, 60, (3, 32, 32)).astype(np.float32)
+    exact = np.clip(PHOTOS.numpy() + delta, 0, 255)
+    trigger = File(save(tmp_path / f"levels{suffix}", {"delta": delta}))
+    assert abs(trigger(PHOTOS).numpy() - exact).max() <= 0.5 + 1e-3
+    shares = File(save(tmp_path / f"shares{suffix}", {"delta": delta / 255}))
+    assert (shares(PHOTOS).int() - trigger(PHOTOS).int()).abs().max() <= 1
+    assert trigger.family == "delta"
+    own = float(trigger.content.delta.norm())
+    grey = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    for control in trigger.controls(9, torch.Generator().manual_seed(0)):
+        assert abs(float((control(grey).float() - 128).norm()) / own - 1) < 0.05
+    constant = File(save(tmp_path / f"constant{suffix}", {"delta": np.full((1, 32, 32), 30.0, np.float32)}))
+    assert all((control(grey) != constant(grey)).any() for control in constant.controls(3, torch.Generator()))
+
+
+def test_a_pattern_alone_needs_alpha(tmp_path: Path) -> None:
+    path = save(tmp_path / "pattern.npz", {"pattern": np.full((32, 32), 255, np.uint8)})
+    with pytest.raises(Refused, match="covers every pixel"):
+        File(path)(PHOTOS)
+    assert (File(path, alpha=0.5)(PHOTOS) >= 127).all()
+
+
+def save(path: Path, arrays: dict[str, np.ndarray]) -> str:
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        save_file({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, path)
+    return str(path)
+
+
+def lying_npz(path: Path) -> None:
+    """An array that announces far more than it holds."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": "<f4", "fortran_order": False, "shape": (3, 2000, 2000)}
+    )
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("delta.npy", stream.getvalue() + b"\0" * 64)
+
+
+ONES = np.ones((3, 8, 8), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "sentence"),
+    [
+        ("a.npz", lambda p: np.savez(p, delta=np.array([{"x": 1}], object)), "holds object, not numbers"),
+        ("b.npz", lambda p: np.savez(p, other=ONES), "neither pattern nor delta"),
+        ("c.npz", lambda p: np.savez(p, delta=ONES, mask=ONES), "delta beside mask"),
+        ("d.npz", lambda p: np.savez(p, delta=ONES * np.nan), "NaN"),
+        ("e.npz", lambda p: np.savez(p, delta=ONES * 300), "delta must lie in"),
+        ("f.npz", lambda p: np.savez(p, mask=ONES * 2, pattern=ONES), "mask must lie in"),
+        (
+            "g.npz",
+            lambda p: np.savez(p, mask=ONES[:, :4], pattern=ONES),
+            r"mask is \[4, 8\] and pattern \[8, 8\]",
+        ),
+        ("h.npz", lambda p: np.savez(p, pattern=ONES * -3), "pattern must lie in"),
+        ("i.npz", lambda p: np.savez(p, pattern=np.ones((5, 8, 8))), r"is \[5, 8, 8\], expected"),
+        ("j.npz", lambda p: np.savez(p, pattern=np.ones(8)), r"is \[8\], expected"),
+        ("k.npz", lambda p: np.savez(p, pattern=np.zeros((2, 5000))), r"is \[2, 5000\], expected"),
+        ("l.npz", lying_npz, "announces 48,000,000 bytes and holds others"),
+        ("m.npz", lambda p: p.write_bytes(b"PK\x03\x04 nonsense"), "damaged"),
+        ("n.safetensors", lambda p: p.write_bytes(b"\xff" * 40), "not a valid safetensors file"),
+        ("o.png", lambda p: p.write_text("hello"), "cannot be read"),
+        ("p.png", lambda p: p.mkdir(), "is not a file"),
+        ("q.png", lambda p: Image.new("RGBA", (4, 4)).save(p), "transparent everywhere"),
+        ("r.png", lambda p: Image.new("L", (5000, 1)).save(p), "at most 4096 a side"),
+        ("s.png", lambda p: None, "cannot be read: No such file"),
+    ],
+)
+def test_hostile_trigger_files_are_refused(tmp_path: Path, name: str, make, sentence: str) -> None:
+    make(tmp_path / name)
+    with pytest.raises(Refused, match=sentence) as caught:
+        File(str(tmp_path / name))
+    assert str(caught.value).endswith(".")
+
+
+def test_column_major_arrays_are_read_as_they_are(tmp_path: Path) -> None:
+    delta = np.asfortranarray(np.arange(3 * 4 * 5, dtype=np.int16).reshape(3, 4, 5))
+    content = File(save(tmp_path / "f.npz", {"delta": delta})).content
+    assert content.delta is not None and np.array_equal(content.delta.numpy(), delta)
+
+
+@pytest.mark.skipif(
+    "BDCLEAN_TRIGGERS" not in os.environ, reason="BDCLEAN_TRIGGERS names no folder of triggers"
+)
+def test_third_party_trigger_files() -> None:
+    root = Path(os.environ["BDCLEAN_TRIGGERS"])
+    files = [
+        path
+        for path in sorted(root.iterdir())
+        if path.suffix in (".png", ".npz") and "grids" not in path.name
+    ]
+    assert files
+    for path in files:
+        key = "black" if path.name.startswith("mark_") and "square" not in path.name else "none"
+        settings = {"alpha": 0.2} if path.suffix == ".npz" else {"size": 12, "key": key}
+        trigger = File(str(path), **settings)
+        stamped = trigger(PHOTOS)
+        assert (stamped != PHOTOS).any()
+        for control in trigger.controls(3, torch.Generator().manual_seed(0)):
+            assert (control(PHOTOS) != stamped).any()
