@@ -14,6 +14,10 @@ from bdclean.errors import Refused, UsageError
 from bdclean.registry import DETECTORS, TRIGGERS, closest, find, parse_spec
 
 if TYPE_CHECKING:
+
+
+def make_inputs(options: Mapping[str, Any]) -> Inputs:
+    """Returns the options that scan and cleanse share. This is where torch is imported."""
     from bdclean.inputs import Inputs
 
 
@@ -64,13 +68,13 @@ def read_text(path: str) -> str:
         raise Refused(f"{path} is not text: expected a record of bdclean's.") from None
 
 
-def make_inputs(options: Mapping[str, Any]) -> Inputs:
-    """Returns the options that scan and cleanse share; raises on a value that no run can have."""
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises on a value of the options that scan and cleanse share that no run can have."""
     if options["kind"] == "encoder":
         raise Refused("encoders cannot be worked on by this version: only classifiers can.")
     for name, known in (("kind", ("auto", "classifier")), ("precision", ("auto", "fp32", "bf16", "fp16"))):
         if options[name] not in known:
-            raise UsageError(f"--{name} {options[name]!r} is not known: {closest(options[name], known)}")
+            raise UsageError(f"there is no --{name} {options[name]!r}: {closest(options[name], known)}")
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", options["device"]):
         raise UsageError(f"--device {options['device']!r} is not known: give auto, cpu, cuda or cuda:N.")
     from bdclean.inputs import Inputs
@@ -84,5 +88,6 @@ def default_output(model: Path, out: Path | None) -> Path:
     """Returns where the cleansed model goes: `out`, else beside the model with `.clean.safetensors`."""
     if out is not None:
         return out
-    name = model.absolute().name.removesuffix(".index.json")
-    return model.absolute().with_name(f"{name.removesuffix('.safetensors')}.clean.safetensors")
+    model = model if model.name else model.absolute()
+    name = model.name.removesuffix(".index.json").removesuffix(".safetensors")
+    return model.with_name(f"{name}.clean.safetensors")

@@ -63,6 +63,7 @@ def _entry(what: str, name: str) -> str:
         facts["families"] = entry.families
     for key, value in facts.items():
         shown = ", ".join(map(str, value)) or "none" if isinstance(value, (tuple, list)) else value
+        shown = {True: "yes", False: "no"}[shown] if isinstance(shown, bool) else shown
         lines.append(f"{key.replace('_', ' ')}: {shown}")
     option = "--set KEY=VALUE" if what == "recipe" else f"{name}:KEY=VALUE,..."
     if found.settings:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ import typer
 from bdclean import __version__, gate
 from bdclean.arguments import (
     check_detectors,
+    check_options,
     check_target,
     check_triggers,
     default_output,
@@ -21,7 +22,7 @@ from bdclean.arguments import (
     make_inputs,
     read_text,
 )
-from bdclean.defects import problem_of
+from bdclean.defects import leave_record, problem_of, trace
 from bdclean.errors import BdcleanError, Interrupted, Refused, UsageError
 from bdclean.gate import Gate
 from bdclean.output import Shown, emit, warn
@@ -173,7 +174,8 @@ def scan(
         triggers, detectors = check_triggers(trigger), check_detectors(detector)
         if data is None and test is None and labeled is None:
             raise UsageError("scan needs images: give --data PATH (or --test, or --labeled).")
-        aim, inputs = check_target(target), make_inputs(options)
+        aim = check_target(target)
+        check_options(options)
         paths = expand_models(models)
         files = [Path(path) for path in paths]
         if out is not None:
@@ -185,7 +187,7 @@ def scan(
 
             return work(
                 Path(path),
-                inputs,
+                make_inputs(options),
                 triggers=triggers,
                 target=aim,
                 detectors=detectors,
@@ -251,8 +253,13 @@ def cleanse(
             raise UsageError(
                 "cleanse needs images: give --data PATH (they need no labels), or --labeled PATH."
             )
-        inputs = make_inputs(options)
-        place = record if record is not None else default_output(Path(model), out).with_suffix(".json")
+        check_options(options)
+        output = default_output(Path(model), out)
+        place = record if record is not None else output.with_suffix(".json")
+        if place == output:
+            raise UsageError(
+                f"{place} cannot be both the model and its record: give another --out or --record."
+            )
         records = Records.at(place, [Path(model)], keep=record is None)
 
         def one(path: str, progress: Progress) -> RunRecord:
@@ -260,11 +267,11 @@ def cleanse(
 
             return work(
                 Path(path),
-                inputs,
+                make_inputs(options),
                 recipe=recipe,
                 settings=chosen,
                 triggers=triggers,
-                out=out,
+                out=output,
                 force=force,
                 resume=resume,
                 fail_on=tuple(fail_on or (gate.DEFAULT,)),
@@ -371,7 +378,6 @@ def run(argv: list[str]) -> int:
         return _ended(error)
     finally:
         signal.signal(signal.SIGTERM, previous)
-        emit("")
 
 
 def _ended(error: BaseException) -> int:
@@ -383,7 +389,9 @@ def _ended(error: BaseException) -> int:
         return 130
     _, problem = problem_of(error)
     if problem.digest is not None:
-        print("".join(traceback.format_exception(error)), file=sys.stderr, end="")
+        trace(error)
+        with contextlib.suppress(Refused):
+            leave_record(sys.argv, error)
     warn(problem.message)
     return problem.exit_code
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import sys
@@ -43,8 +44,15 @@ def digest_of(error: BaseException) -> str:
     return hashlib.sha256("\n".join([*places, type(error).__name__]).encode()).hexdigest()[:16]
 
 
+def trace(error: BaseException) -> None:
+    """Writes the traceback to standard error, if anybody still reads it."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error, file=sys.stderr)
+
+
 def leave_record(argv: Sequence[str], error: BaseException) -> None:
-    """Writes the record of a run that could not start, where `--record` says or beside the reader."""
+    """Writes the record of a run that could not start, where `--record` says, else in the current folder."""
     digest = digest_of(error)
     message = f"bdclean cannot be started: {type(error).__name__}: {_first_line(error)} (traceback {digest})."
     command = argv[1] if len(argv) > 1 else ""
@@ -59,7 +67,9 @@ def leave(record: RunRecord, place: Path | None = None) -> None:
     digest = record.problem.digest if record.problem else None
     place = place or Path(f"bdclean-defect-{digest}.json")
     record.write(place)
-    print(f"bdclean: the record of this defect is {place}", file=sys.stderr)
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"bdclean: the record of this defect is {place}", file=sys.stderr)
 
 
 def _value(argv: Sequence[str], option: str) -> str | None:

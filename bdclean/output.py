@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -28,7 +29,7 @@ class Shown:
         if self.out is not None:
             write_text(self.out, render(records, self.form, everything=self.verbose))
             return
-        terminal = sys.stdout.isatty()
+        terminal = sys.stdout is not None and sys.stdout.isatty()
         colours = terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
         width = shutil.get_terminal_size().columns if terminal else None
         emit(render(records, self.form, width=width, colours=colours, everything=self.verbose))
@@ -36,17 +37,27 @@ class Shown:
 
 def emit(text: str) -> None:
     """Writes to standard output. A reader that has gone away changes neither the run nor its exit code."""
+    if sys.stdout is None:
+        raise Refused("standard output is closed: there is nowhere to write the result.")
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes again when it exits; there must be something left to flush into.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         raise Refused(f"standard output cannot be written: {error.strerror}.") from None
 
 
 def warn(line: str) -> None:
-    """Writes a line to standard error."""
-    print(f"bdclean: {plain(line)}", file=sys.stderr, flush=True)
+    """Writes a line to standard error, if anybody still reads it."""
+    if sys.stderr is None:
+        return
+    with contextlib.suppress(OSError):
+        print(f"bdclean: {plain(line)}", file=sys.stderr, flush=True)
+
+
+def _discard_output() -> None:
+    # Python flushes again when it exits, and would exit 120; there must be something left to flush into.
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from bdclean import gate
 from bdclean.catalogue import versions
-from bdclean.defects import leave, problem_of
+from bdclean.defects import leave, problem_of, trace
 from bdclean.errors import BdcleanError, Refused, UsageError
 from bdclean.gate import Gate
 from bdclean.output import Shown, warn
@@ -44,7 +43,7 @@ class Records:
         """Returns the place named by `--record`, checked before any work; several models need a folder."""
         if place is None:
             return Records()
-        if place.is_dir() or (len(models) > 1 and not place.exists()):
+        if place.is_dir() or (not place.exists() and (len(models) > 1 or not place.suffix)):
             check_place(place / "record.json", models)
             return Records(folder=place)
         if len(models) > 1:
@@ -88,7 +87,8 @@ def run_all(
             progress.begin(f"{model} ({number} of {len(models)})" if several else "")
             record = guarded(command, model, partial(work, model, progress))
         found.append(record)
-        codes.append(judge.exit_code(record))
+        code = judge.exit_code(record)
+        codes.append(code)
         prefix = f"{model}: " if several else ""
         for line in [record.problem.message] if record.problem else sum(judge.check(record), []):
             warn(f"{prefix}{line}")
@@ -100,7 +100,7 @@ def run_all(
         if at_once:
             shown.show([record])
         # Ctrl-C means all of them; wrong usage would be wrong for the next model, too.
-        if codes[-1] >= 128 or (codes[-1] == 2 and number == 1):
+        if code >= 128 or (code == 2 and number == 1):
             break
     lone = len(found) == 1 and found[0].problem is not None and shown.form in ("table", "md")
     if not at_once and (shown.out is not None or not lone):
@@ -119,7 +119,7 @@ def guarded(command: str, model: str, work: Callable[[], RunRecord]) -> RunRecor
         record.verdict = NOT_ASSESSED
         record.outcome, record.problem = problem_of(error)
         if record.outcome == FAILED:
-            print(traceback.format_exc(), file=sys.stderr, end="")
+            trace(error)
     record.started = record.started or started
     record.seconds = record.seconds if record.seconds is not None else round(time.monotonic() - clock, 3)
     record.argv = record.argv or list(sys.argv)

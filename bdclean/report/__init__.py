@@ -15,7 +15,7 @@ FORMATS = ("table", "json", "jsonl", "md")
 def check_format(name: str) -> str:
     """Returns `name` if it is a format that can be made; raises UsageError otherwise."""
     if name not in FORMATS:
-        raise UsageError(f"--format {name!r} is not known: {closest(name, FORMATS)}")
+        raise UsageError(f"there is no --format {name!r}: {closest(name, FORMATS)}")
     return name
 
 

@@ -96,7 +96,8 @@ def comparison(records: Sequence[RunRecord]) -> Page:
         "its ASR %",
         "time",
     ]
-    shown = [Table("Runs", columns, rows, "For a cleansing: before -> after.")]
+    details = ("agreement %", "time")
+    shown = [Table("Runs", columns, rows, "For a cleansing: before -> after.", details)]
     rates = matrix(records)
     if rates.rows:
         shown.append(rates)

@@ -16,8 +16,8 @@ class Progress:
     """What use cases call as `tell(stage, done, total, **measures)`; shows rate and time left."""
 
     def __init__(self, quiet: bool = False, file: TextIO | None = None) -> None:
-        self.file = file or sys.stderr
-        self.quiet = quiet
+        self.file = file if file is not None else sys.stderr
+        self.quiet = quiet or self.file is None
         self.title = ""
         self._started: dict[str, tuple[float, int]] = {}
         self._bars: dict[str, Any] = {}
@@ -63,13 +63,6 @@ class Progress:
                 self._live.remove_task(bar)
         self._bars.clear()
 
-    def say(self, line: str) -> None:
-        """Writes one line beside the bars."""
-        if self._live is not None:
-            self._live.console.print(text.plain(line))
-        else:
-            print(text.plain(line), file=self.file, flush=True)
-
     def __call__(self, stage: str, done: int, total: int, **measures: Any) -> None:
         now = time.monotonic()
         if done <= self._started.get(stage, (now, -1))[1]:
@@ -85,7 +78,12 @@ class Progress:
         elif now - self._spoke >= EVERY:
             self._spoke = now
             start = f"{self.title}: " if self.title else ""
-            print(f"{start}{text.plain(stage)} {done}/{total}  {more}".rstrip(), file=self.file, flush=True)
+            try:
+                print(
+                    f"{start}{text.plain(stage)} {done}/{total}  {more}".rstrip(), file=self.file, flush=True
+                )
+            except OSError:
+                self.quiet = True  # nobody reads it any more; the run goes on
 
 
 def details(done: int, left: int, seconds: float, measures: dict[str, Any]) -> str:
