@@ -14,10 +14,6 @@ from bdclean.errors import Refused, UsageError
 from bdclean.registry import DETECTORS, TRIGGERS, closest, find, parse_spec
 
 if TYPE_CHECKING:
-
-
-def make_inputs(options: Mapping[str, Any]) -> Inputs:
-    """Returns the options that scan and cleanse share. This is where torch is imported."""
     from bdclean.inputs import Inputs
 
 
@@ -77,6 +73,10 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise UsageError(f"there is no --{name} {options[name]!r}: {closest(options[name], known)}")
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", options["device"]):
         raise UsageError(f"--device {options['device']!r} is not known: give auto, cpu, cuda or cuda:N.")
+
+
+def make_inputs(options: Mapping[str, Any]) -> Inputs:
+    """Returns the options that scan and cleanse share. This is where torch is imported."""
     from bdclean.inputs import Inputs
 
     names = {field.name for field in dataclasses.fields(Inputs)} & set(options)

@@ -59,7 +59,8 @@ def leave_record(argv: Sequence[str], error: BaseException) -> None:
     problem = Problem(message, DEFECT, type(error).__name__, digest)
     record = RunRecord(command, outcome=FAILED, argv=list(argv), problem=problem)
     place = Path(_value(argv, "--record") or ".")
-    leave(record, place / f"bdclean-defect-{digest}.json" if place.is_dir() else place)
+    folder = place.is_dir() or not place.suffix
+    leave(record, place / f"bdclean-defect-{digest}.json" if folder else place)
 
 
 def leave(record: RunRecord, place: Path | None = None) -> None:
