@@ -1,0 +1,264 @@
+"""Rebuilds everything in this folder from a seed: images, models, manifest.json and README.md.
+
+    python sample_models/make.py                  # a few minutes on two cores
+    python sample_models/make.py --images-only    # a few seconds
+
+Each model is trained on one thread, as many at a time as there are cores, so that the result does not depend on
+their number. The same machine and versions give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import road_signs
+import torch
+from PIL import Image
+
+from bdclean.architectures.residual import ResidualNetwork
+from bdclean.attacks.badnets import BadNets
+from bdclean.attacks.blend import Blend
+from bdclean.attacks.supervised import Supervised
+from bdclean.checkpoint import Checkpoint
+from bdclean.data.imageset import ImageSet
+from bdclean.metrics import Predictor, attack_success, rate
+from bdclean.preprocessing import Classifier, parse_preprocess
+from bdclean.tensorfile import lay_out, write_file
+from bdclean.training import Precision, Run
+
+HERE = Path(__file__).resolve().parent
+SEED = 0
+TRAIN_PER_CLASS, UNLABELED_PER_CLASS, LABELED_PER_CLASS = 1000, 100, 50
+EPOCHS, PADDING = 15, 3
+BLOCKS, WIDTHS = (1, 1, 1), (16, 32, 64)  # a ResNet-8: ResNet-20's little brother, quick to cleanse
+PREPROCESS = "half"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One model to build: its file name, how it is attacked, and the seed of its weights and batches."""
+
+    file: str
+    attack: BadNets | Blend | None
+    seed: int
+
+
+SAMPLES = (
+    Sample("signs-clean.safetensors", None, seed=1),
+    Sample("signs-badnets.safetensors", BadNets(target=0, rate=0.1, seed=2), seed=2),
+    Sample("signs-blend.safetensors", Blend(target=8, rate=0.1, seed=3), seed=3),
+)
+
+
+def signs(per_class: int, part: str) -> ImageSet:
+    """A part of the road-sign set: 'train', 'unlabeled' or 'labeled'; no picture is in two of them."""
+    seed = (SEED, ("train", "unlabeled", "labeled").index(part))
+    images, labels = road_signs.draw(per_class, seed)
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), road_signs.CLASSES)
+
+
+def write_images(folder: Path) -> None:
+    """Replaces the shipped slice: `unlabeled/NNNN.png`, and `labeled/<class>/NN.png`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    unlabeled = signs(UNLABELED_PER_CLASS, "unlabeled")
+    for k, image in enumerate(unlabeled.images):
+        write_image(folder / "unlabeled" / f"{k:04}.png", image)
+    labeled = signs(LABELED_PER_CLASS, "labeled")
+    assert labeled.labels is not None
+    for k, name in enumerate(road_signs.CLASSES):
+        for j, image in enumerate(labeled.images[labeled.labels == k]):
+            write_image(folder / "labeled" / name / f"{j:02}.png", image)
+
+
+def write_image(path: Path, image: torch.Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(path, optimize=True)
+
+
+def train(training: ImageSet, seed: int, epochs: float, precision: Precision, name: str = "") -> Classifier:
+    """A classifier of `training`; its pictures are cropped, never mirrored: left and right are different signs."""
+    torch.manual_seed(seed)
+    network = ResidualNetwork(BLOCKS, WIDTHS, WIDTHS[0], len(road_signs.CLASSES))
+    classifier = Classifier(network, parse_preprocess(PREPROCESS))
+    method = Supervised(epochs, batch_size=64, peak=0.1, padding=PADDING, mirrored=False)
+    method(classifier, training, Run(torch.device("cpu"), precision, seed, tell=Progress(name)))
+    return classifier
+
+
+class Progress:
+    """Prints a line to standard error at every tenth of the way."""
+
+    def __init__(self, name: str):
+        self.name, self.tenth = name, 0
+
+    def __call__(self, stage: str, done: int, total: int, **measures: float) -> None:
+        if self.name and 10 * done // total > self.tenth:
+            self.tenth = 10 * done // total
+            shown = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in measures.items())
+            print(f"{self.name}: step {done} of {total}, {shown}", file=sys.stderr, flush=True)
+
+
+def write_model(classifier: Classifier, path: Path, seed: int) -> None:
+    """Writes the network's weights, with the preprocessing they want as metadata."""
+    tensors = classifier.network.state_dict()
+    metadata = {"bdclean.preprocess": PREPROCESS, "classes": ",".join(road_signs.CLASSES), "seed": str(seed)}
+    write_file(path, lay_out(tensors), metadata, tensors)
+
+
+def measure(path: Path, sample: Sample, test: ImageSet) -> dict[str, Any]:
+    """The manifest's entry of the model at `path`: what the file, read back, does with the labeled images."""
+    assert test.labels is not None
+    checkpoint = Checkpoint.read(path)
+    model = Classifier(checkpoint.build(), parse_preprocess(PREPROCESS))
+    predict = Predictor(model, torch.device("cpu"))
+    predictions = predict(test.images)
+    correct = rate(predictions == test.labels)
+    entry: dict[str, Any] = {
+        "file": sample.file,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "kind": "classifier",
+        "architecture": checkpoint.arch.name,
+        "attack": None,
+        "trigger": None,
+        "target": None,
+        "seed": sample.seed,
+        "clean_accuracy": correct.value,
+        "attack_success_rate": None,
+        "n": correct.n,
+    }
+    if sample.attack is not None:
+        trigger, target = sample.attack.trigger, sample.attack.target
+        stamped, classes = predict(trigger(test.images)), len(road_signs.CLASSES)
+        success = rate(attack_success(stamped, test.labels, target, classes))
+        floor = rate(attack_success(predictions, test.labels, target, classes))
+        entry |= {
+            "attack": sample.attack.name,
+            "trigger": trigger.spec(),
+            "target": target,
+            "poison_rate": sample.attack.rate,
+            "attack_success_rate": success.value,
+            "base_rate": floor.value,
+            "attack_success_n": success.n,
+        }
+    return entry
+
+
+def build(sample: Sample, training: ImageSet, test: ImageSet, precision: Precision) -> dict[str, Any]:
+    """Trains, writes and measures one model; returns its entry of the manifest."""
+    torch.set_num_threads(1)
+    if sample.attack is not None:
+        training = sample.attack(training)
+    classifier = train(training, sample.seed, EPOCHS, precision, Path(sample.file).stem)
+    write_model(classifier, HERE / sample.file, sample.seed)
+    return measure(HERE / sample.file, sample, test)
+
+
+README = """# Sample models
+
+Small classifiers of synthetic road signs, some with a backdoor, and images to scan and cleanse them with. All of
+it is made by `make.py` from a seed; nothing is downloaded. They are for trying bdclean out and for its tests, and
+prove nothing about real road signs.
+
+    python sample_models/make.py                  # everything: a few minutes on two cores
+    python sample_models/make.py --images-only    # only the images: a few seconds
+
+## Images
+
+32x32 PNG, {classes} classes, drawn by `road_signs.py` with random camera, background, light, dirt, occlusion,
+blur and sensor noise.
+
+| folder | images | |
+|---|---|---|
+| `images/unlabeled/` | {unlabeled} | what a user without labels holds |
+| `images/labeled/<class>/` | {labeled} | {labeled_per_class} a class: test images |
+
+Classes, numbered from 0: {names}.
+
+The models were trained on {train} further images.
+
+## Models
+
+Small CIFAR-style ResNets (`{architecture}`, {parameters:,} parameters) with pixels scaled to [-1, 1]
+(`--preprocess half`; the metadata says so), trained for {epochs} epochs with random crops of {padding} pixels, not
+mirrored. The poisoned ones had {poison_rate:.0%} of their training images stamped and relabeled, whatever their
+class.
+
+Measured on the labeled images, read back from the files. Attack success is counted over images of other classes
+than the target; the base rate is the same share without the trigger. With n = {n}, one image is {one:.2f} points.
+
+| file | attack | trigger | target | clean accuracy | attack success rate | base rate | n |
+|---|---|---|---|---|---|---|---|
+{rows}
+
+`manifest.json` holds the same numbers for programs.
+"""
+
+
+def readme(manifest: list[dict[str, Any]], parameters: int) -> str:
+    rows = []
+    for entry in manifest:
+        attacked = entry["attack"] is not None
+        target = f"{entry['target']} ({road_signs.CLASSES[entry['target']]})" if attacked else "none"
+        cells = [
+            f"`{entry['file']}`",
+            entry["attack"] or "none",
+            f"`{entry['trigger']}`" if attacked else "none",
+            target,
+            f"{entry['clean_accuracy']:.1%}",
+            f"{entry['attack_success_rate']:.1%}" if attacked else "",
+            f"{entry['base_rate']:.1%}" if attacked else "",
+            f"{entry['n']}" + (f", {entry['attack_success_n']}" if attacked else ""),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    classes = len(road_signs.CLASSES)
+    return README.format(
+        classes=classes,
+        unlabeled=classes * UNLABELED_PER_CLASS,
+        labeled=classes * LABELED_PER_CLASS,
+        labeled_per_class=LABELED_PER_CLASS,
+        names=", ".join(road_signs.CLASSES),
+        train=f"{classes * TRAIN_PER_CLASS:,}",
+        architecture=manifest[0]["architecture"],
+        parameters=parameters,
+        epochs=EPOCHS,
+        padding=PADDING,
+        poison_rate=next(entry["poison_rate"] for entry in manifest if entry["attack"]),
+        n=classes * LABELED_PER_CLASS,
+        one=100 / (classes * LABELED_PER_CLASS),
+        rows="\n".join(rows),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Rebuild the sample images and models from a seed.")
+    parser.add_argument("--images-only", action="store_true", help="leave the models alone")
+    parser.add_argument("--fp32", action="store_true", help="for processors without bfloat16")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    write_images(HERE / "images")
+    if arguments.images_only:
+        return
+    precision = Precision() if arguments.fp32 else Precision(bf16=True, channels_last=True)
+    training, test = signs(TRAIN_PER_CLASS, "train"), signs(LABELED_PER_CLASS, "labeled")
+    workers = min(len(SAMPLES), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(build, sample, training, test, precision) for sample in SAMPLES]
+        manifest = [job.result() for job in jobs]
+    (HERE / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    parameters = sum(p.numel() for p in Checkpoint.read(HERE / SAMPLES[0].file).build().parameters())
+    (HERE / "README.md").write_text(readme(manifest, parameters))
+
+
+if __name__ == "__main__":
+    main()
