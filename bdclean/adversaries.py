@@ -1,0 +1,74 @@
+"""Adversaries: one perturbation shared by a batch that pushes a student away from the suspect's clean answer.
+
+Each starts at random and takes a few sign-gradient steps on its own parameters; the student is used in evaluation mode
+and gets no gradient. Kin: universal adversarial perturbations (Moosavi-Dezfooli et al. 2017), SAU (Wei et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from bdclean.corruptions import identity_grid, rectangles, uniform
+from bdclean.losses import divergence
+
+Forward = Callable[[Tensor], Tensor]
+"""Float images in [0, 1], [n 3 h w], to logits [n classes]."""
+
+KINDS = ("patch", "pattern", "low", "warp")
+"""A rectangle's content; an additive pattern of at most 0.06; one of low resolution of at most 0.12; a smooth warp of
+at most about 1.5 pixels of 32."""
+
+PATTERN, LOW, WARP = 0.06, 0.12, 1.5
+
+
+def attack(kind: str, forward: Forward, pixels: Tensor, answers: Tensor, generator: Generator, steps: int = 3) -> Tensor:
+    """`pixels` [n 3 h w] under a shared perturbation of `kind` that `steps` gradient steps drove away from `answers`.
+
+    `answers` are the suspect's probabilities on clean images [n classes]. Returns new images in [0, 1] without gradient.
+    """
+    _, _, h, w = pixels.shape
+    if kind == "patch":
+        mask = rectangles(1, h, w, pixels, generator, low=2, high=8).to(pixels.dtype)
+        return _ascend(
+            lambda content: pixels + mask * (content.clamp(0, 1) - pixels),
+            uniform((1, 3, h, w), 0, 1, pixels, generator), 0.4, (0.0, 1.0), forward, answers, steps,
+        )  # fmt: skip
+    if kind == "pattern":
+        start = uniform((1, 3, h, w), -PATTERN, PATTERN, pixels, generator)
+        return _ascend(lambda p: (pixels + p).clamp(0, 1), start, PATTERN, (-PATTERN, PATTERN), forward, answers, steps)
+    if kind == "low":
+        side = 4 if float(uniform((1,), 0, 1, pixels, generator)) < 0.5 else 8
+        start = uniform((1, 3, side, side), -LOW, LOW, pixels, generator)
+
+        def add(small: Tensor) -> Tensor:
+            return (pixels + F.interpolate(small, size=(h, w), mode="bilinear", align_corners=False)).clamp(0, 1)
+
+        return _ascend(add, start, LOW, (-LOW, LOW), forward, answers, steps)
+    if kind == "warp":
+        grid, reach = identity_grid(pixels[:1]), WARP * 2 / 32
+        start = uniform((1, 2, 5, 5), -reach, reach, pixels, generator)
+
+        def bend(field: Tensor) -> Tensor:
+            moved = grid + F.interpolate(field, size=(h, w), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+            return F.grid_sample(pixels, moved.expand(len(pixels), h, w, 2), padding_mode="reflection", align_corners=False)
+
+        return _ascend(bend, start, reach, (-reach, reach), forward, answers, steps).clamp(0, 1)
+    raise ValueError(f"unknown adversary {kind!r}: known are {', '.join(KINDS)}")
+
+
+def _ascend(
+    apply: Callable[[Tensor], Tensor], start: Tensor, size: float, bounds: Sequence[float], forward: Forward,
+    answers: Tensor, steps: int,
+) -> Tensor:  # fmt: skip
+    parameter = start.clone()
+    for _ in range(steps):
+        parameter.requires_grad_(True)
+        harm = divergence(forward(apply(parameter)), answers).mean()
+        (gradient,) = torch.autograd.grad(harm, [parameter])
+        parameter = (parameter.detach() + size / max(1, steps - 1) * gradient.sign()).clamp(*bounds)
+    with torch.no_grad():
+        return apply(parameter)

@@ -1,0 +1,1 @@
+"""Drivers of the tables: `python -m bdclean.bench NAME`, resumable cell by cell."""

@@ -1,0 +1,20 @@
+"""`python -m bdclean.bench NAME ...`"""
+
+from __future__ import annotations
+
+import sys
+
+from bdclean.bench import cifar10, rule
+
+DRIVERS = {"cifar10": cifar10.main, "rule": rule.main}
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in DRIVERS:
+        print(f"usage: python -m bdclean.bench {{{','.join(DRIVERS)}}} ...", file=sys.stderr)
+        return 2
+    return DRIVERS[sys.argv[1]](sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

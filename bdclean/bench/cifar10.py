@@ -1,0 +1,157 @@
+"""The whole chain on CIFAR-10: train victims, scan them, cleanse them with every recipe, scan again.
+
+`python -m bdclean.bench cifar10 --data cifar10.tar.gz --work DIR`. Every cell is one file in DIR; cells that exist are not
+made again. Scanning and cleansing run through the installed command line, so a figure is what a user gets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from bdclean.architectures.residual import ResidualNetwork
+from bdclean.attacks.badnets import BadNets
+from bdclean.attacks.blend import Blend
+from bdclean.attacks.supervised import Supervised
+from bdclean.data import ImageSet, load_images
+from bdclean.preprocessing import Classifier, parse_preprocess
+from bdclean.training import Precision, Run, quiet, seed_for
+
+RESNET20 = partial(ResidualNetwork, (3, 3, 3), (16, 32, 64), 16, 10)
+RESNET18 = partial(ResidualNetwork, (2, 2, 2, 2), (64, 128, 256, 512), 64, 10)
+
+
+@dataclass(frozen=True)
+class Victim:
+    name: str
+    attack: BadNets | Blend | None
+
+
+VICTIMS = (
+    Victim("clean", None),
+    Victim("badnets", BadNets(target=0, rate=0.1)),
+    Victim("blend", Blend(target=0, rate=0.1, alpha=0.2)),
+)
+RECIPES = ("inoculate", "bcu", "ft", "sft")
+UNLABELED = 2_500
+
+
+def unpack(archive: Path, work: Path) -> Path:
+    """The folder with `train/<class>/` and `test/<class>/`; an archive is unpacked into `work` once."""
+    if archive.is_dir():
+        return archive
+    folder = work / "cifar10"
+    if not (folder / "test").is_dir():
+        with tarfile.open(archive) as file:
+            file.extractall(folder, filter="data")
+    return folder
+
+
+def train(victim: Victim, training: ImageSet, build: partial[ResidualNetwork], epochs: float, seed: int, device: str, out: Path) -> None:
+    """Train one victim and write it as safetensors with its preprocessing in the metadata."""
+    torch.manual_seed(seed_for(seed, victim.name))
+    network: nn.Module = build()
+    preprocess = parse_preprocess("cifar10")
+    model = Classifier(network, preprocess)
+    images = victim.attack(training) if victim.attack is not None else training
+    started = time.monotonic()
+
+    def tell(stage: str, done: int, total: int, **measures: float) -> None:
+        if done % (total // 20 or 1) == 0:
+            print(f"{victim.name}: {done}/{total} {measures} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+    run = Run(torch.device(device), Precision(bf16=True, channels_last=True), seed, tell)
+    Supervised(epochs=epochs)(model, images, run, stage=f"train {victim.name}")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
+    partial_file = out.with_suffix(".part")
+    save_file(tensors, partial_file, {"bdclean.preprocess": "cifar10"})
+    partial_file.replace(out)
+
+
+def bdclean(*arguments: str) -> int:
+    """Run the command line; its report is thrown away, its record is kept. Returns the exit code."""
+    print("$ bdclean " + " ".join(arguments), file=sys.stderr, flush=True)
+    return subprocess.run(
+        [sys.executable, "-m", "bdclean", *arguments, "--format", "json", "-q"], stdout=subprocess.DEVNULL, check=False
+    ).returncode
+
+
+def share(source: Path, folder: Path, count: int, seed: int) -> Path:
+    """A flat folder of links to a seeded draw of `count` images of `source`: unlabeled, nothing in the names."""
+    if not folder.is_dir():
+        files = sorted(source.glob("*/*"))
+        chosen = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:count]
+        folder.mkdir(parents=True)
+        for number, index in enumerate(chosen.tolist()):
+            (folder / f"{number:05d}{files[index].suffix}").symlink_to(files[index].resolve())
+    return folder
+
+
+def labeled_share(source: Path, folder: Path, count: int, seed: int) -> Path:
+    """The same draw as `share`, in one folder a class, for recipes that need labels."""
+    if not folder.is_dir():
+        files = sorted(source.glob("*/*"))
+        chosen = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:count]
+        for number, index in enumerate(chosen.tolist()):
+            place = folder / files[index].parent.name
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number:05d}{files[index].suffix}").symlink_to(files[index].resolve())
+    return folder
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bdclean.bench cifar10", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="cifar10.tar.gz, or the folder it unpacks to")
+    parser.add_argument("--work", type=Path, required=True, help="where cells are kept")
+    parser.add_argument("--network", choices=("resnet20", "resnet18"), default="resnet20")
+    parser.add_argument("--epochs", type=float, default=14)
+    parser.add_argument("--images", type=int, default=UNLABELED, help="how many images the recipes get")
+    parser.add_argument("--victims", default=",".join(v.name for v in VICTIMS))
+    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--train-only", action="store_true")
+    options = parser.parse_args(arguments)
+    work = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    data = unpack(options.data, work)
+    build = RESNET20 if options.network == "resnet20" else RESNET18
+    training = None
+    wanted = [victim for victim in VICTIMS if victim.name in options.victims.split(",")]
+    for victim in wanted:
+        file = work / f"{options.network}-{victim.name}.safetensors"
+        if not file.exists():
+            training = training or load_images(data / "train", (32, 32), labeled=True, tell=quiet)
+            train(victim, training, build, options.epochs, options.seed, options.device, file)
+    if options.train_only:
+        return 0
+    unlabeled = share(data / "train", work / "unlabeled", options.images, options.seed)
+    labeled = labeled_share(data / "train", work / "labeled", options.images, options.seed)
+    common = ("--test", str(data / "test"), "--seed", str(options.seed), "--device", options.device)
+    for victim in wanted:
+        name = f"{options.network}-{victim.name}"
+        file, record = work / f"{name}.safetensors", work / f"{name}-scan.json"
+        if not record.exists():
+            bdclean("scan", str(file), "--data", str(data / "test"), *common[2:], "--record", str(record))
+        for recipe in options.recipes.split(","):
+            out = work / f"{name}-{recipe}.safetensors"
+            if not out.with_suffix(".json").exists():
+                images = labeled if recipe in ("ft", "sft") else unlabeled
+                bdclean(
+                    "cleanse", str(file), "--data", str(images), *common, "--limit", "0", "--recipe", recipe,
+                    "--out", str(out), "--resume",
+                )  # fmt: skip
+    records = [json.loads(path.read_text()) for path in sorted(work.glob(f"{options.network}-*.json"))]
+    print(json.dumps({"schema": "bdclean.report/1", "runs": records}))
+    return 0

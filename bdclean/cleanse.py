@@ -1,0 +1,149 @@
+"""Use case: read, measure, run a recipe, write, measure the written file -> a record of both."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdclean import gate, measure, registry
+from bdclean.arguments import default_output
+from bdclean.checkpoint import Checkpoint
+from bdclean.data import ImageSet, split, without_duplicates
+from bdclean.errors import BdcleanError, Refused, UsageError
+from bdclean.inputs import (
+    Inputs, Suspect, describe_checkpoint, describe_images, keep_plausible_labels, make_predictor, make_triggers,
+    read_images, understand,
+)  # fmt: skip
+from bdclean.measure import Bench
+from bdclean.preprocessing import Classifier
+from bdclean.record import CheckpointEntry, Finding, OutputEntry, RecipeEntry, RunRecord, Side
+from bdclean.recipes import Recipe
+from bdclean.scan import open_bench
+from bdclean.training import Precision, Run, Saved, Tell, probe_precision
+
+
+def cleanse(
+    model: Path,
+    inputs: Inputs,
+    *,
+    recipe: str = "auto",
+    settings: dict[str, str] | None = None,
+    triggers: tuple[str, ...] = (),
+    out: Path | None = None,
+    force: bool = False,
+    resume: bool = False,
+    fail_on: tuple[str, ...] = (),
+    tell: Tell,
+) -> RunRecord:
+    """Write a cleansed copy of `model` to `out`, measured before and after; raises BdcleanError carrying the record."""
+    record = RunRecord("cleanse", seed=inputs.seed, argv=list(inputs.argv))
+    record.checkpoint = CheckpointEntry(path=str(model))
+    record.threshold = gate.parse(fail_on).threshold
+    try:
+        method: Recipe = registry.configure(registry.load(registry.RECIPES, recipe), settings or {})
+        checkpoint = Checkpoint.read(model, inputs.arch, inputs.allow_pickle)
+        record.checkpoint = describe_checkpoint(checkpoint, model)
+        record.warnings += checkpoint.warnings
+        out = default_output(model, out)
+        checkpoint.check_writable(out, force)
+        training, held_out, forced = _images(checkpoint, inputs, record, tell)
+        suspect = understand(checkpoint, training.images, inputs, record)
+        if len(suspect.choices) > 1:
+            names = " or ".join(c.preprocess.name or c.preprocess.spec() for c in suspect.choices)
+            raise Refused(f"the normalisation is unclear between {names}: say which with --preprocess.")
+        before = open_bench(suspect, suspect.choices[0], held_out, inputs, record.threshold, record, tell)
+        classifier = suspect.classifier(suspect.choices[0])
+        if not forced:
+            training = keep_plausible_labels(training, suspect, before.predict, record)
+        if method.needs_labels and training.labels is None:
+            raise Refused(f"{recipe} needs labels and {record.data.path if record.data else 'the data'} has none: put images in one folder per class, or use --recipe bcu.")
+        made = make_triggers(triggers, (held_out.images.shape[2], held_out.images.shape[3]))
+        rows_before = measure.assess(before, made)
+        record.before = Side(measure.verdict(rows_before)[0], measure.clean_measures(before), rows_before)
+
+        run = _run(classifier, training, recipe, method, checkpoint, out, resume, inputs, suspect.device, tell)
+        record.precision = run.precision.name
+        labeled = training if training.labels is not None else None
+        cleansed = method(classifier, suspect.arch, training, labeled, run)
+        record.curve = cleansed.curve
+        record.findings = [Finding(**found) for found in cleansed.findings]
+        record.recipe = RecipeEntry(recipe, method.source, cleansed.settings, cleansed.stages, list(method.families))
+        if record.data is not None:
+            record.data.set_aside = cleansed.set_aside
+        provenance = {
+            "recipe": recipe, "seed": str(inputs.seed), "version": version("bdclean"),
+            "preprocess": suspect.choices[0].preprocess.spec(),
+        }  # fmt: skip
+        digest = checkpoint.write(cleansed.model, out, provenance, force)
+        record.output = OutputEntry(str(out), digest)
+
+        after = _after(out, suspect, before, inputs, tell)
+        fixed = {row.trigger: row.target for row in rows_before if row.target is not None and row.reason[:8] != "screened"}
+        rows_after = measure.assess(after, made, fixed=fixed)
+        for row in [*rows_before, *rows_after]:
+            row.seen_family = row.family in method.families
+        verdict, record.advice = measure.verdict(rows_after)
+        measures = [*measure.clean_measures(after), *measure.compare(before, after, rows_before, rows_after)]
+        record.after = Side(verdict, measures, rows_after)
+        record.verdict, record.measures, record.triggers = verdict, measures, rows_after
+        if run.saved is not None:
+            run.saved.delete()
+        return record
+    except BdcleanError as error:
+        error.record = error.record or record
+        raise
+
+
+def _images(checkpoint: Checkpoint, inputs: Inputs, record: RunRecord, tell: Tell) -> tuple[ImageSet, ImageSet, bool]:
+    """Images to train on, images to measure on, and whether the former's labels were forced with `--labeled`."""
+    path = inputs.labeled or inputs.data
+    if path is None:
+        raise UsageError("cleanse needs images: give --data PATH; they need no labels.")
+    training = read_images(path, checkpoint, inputs, tell, forced=inputs.labeled is not None)
+    whole = training
+    if inputs.test is not None:
+        held_out = read_images(inputs.test, checkpoint, inputs, tell)
+        training, duplicates = without_duplicates(training, held_out)
+        if len(training) == 0:
+            raise Refused(f"every image of {path} is also in {inputs.test}: nothing is left to train on.")
+    else:
+        training, held_out, duplicates = split(training, inputs.seed)
+    record.warnings += [*whole.warnings, *(held_out.warnings if inputs.test else ())]
+    record.data = describe_images(path, whole)
+    record.data.duplicates, record.data.held_out = duplicates, len(held_out)
+    record.data.test = str(inputs.test) if inputs.test else None
+    return training, held_out, inputs.labeled is not None
+
+
+def _run(
+    classifier: Classifier, training: ImageSet, recipe: str, method: Recipe, checkpoint: Checkpoint, out: Path,
+    resume: bool, inputs: Inputs, device: torch.device, tell: Tell,
+) -> Run:  # fmt: skip
+    """The run with its resume state: what is there is opened with `resume`, else the state starts anew."""
+    settings: dict[str, Any] = asdict(method)  # type: ignore[call-overload]
+    arguments = {
+        "source_sha256": checkpoint.sha256, "recipe": recipe, "settings": {k: repr(v) for k, v in settings.items()},
+        "data": training.digest, "seed": inputs.seed, "precision": inputs.precision, "device": str(device),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "bdclean": version("bdclean"),
+        "preprocess": classifier.preprocess.spec(),
+    }  # fmt: skip
+    saved = Saved(out.with_name(out.name + ".resume.safetensors"), arguments)
+    if resume and saved.open():
+        precision = Precision.parse(saved.notes["precision"])
+    else:
+        # timing decides, so what was decided belongs to the state: a resumed run must not decide anew
+        precision = probe_precision(classifier, training.images, device, inputs.precision)
+        saved.notes["precision"] = precision.name
+    return Run(device, precision, inputs.seed, tell, saved)
+
+
+def _after(out: Path, suspect: Suspect, before: Bench, inputs: Inputs, tell: Tell) -> Bench:
+    """The written file, read back, on the images and reference classes of `before`."""
+    checkpoint = Checkpoint.read(out, inputs.arch)
+    written = Suspect(checkpoint, suspect.arch, suspect.choices, suspect.device)
+    predict = make_predictor(written.classifier(suspect.choices[0]), suspect.device, inputs)
+    return replace(before, predict=predict, clean=predict(before.images), own_reference=False)

@@ -1,0 +1,193 @@
+"""What scan and cleanse are given, and how it is opened: checkpoint, images, normalisation, device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bdclean import registry
+from bdclean.architectures import Arch
+from bdclean.checkpoint import Checkpoint
+from bdclean.data import ImageSet, labels_plausible, load_images
+from bdclean.errors import Refused
+from bdclean.measure import Trigger
+from bdclean.metrics import Predictor
+from bdclean.preprocessing import Choice, Classifier, choose, claim, parse_preprocess
+from bdclean.record import CheckpointEntry, DataEntry, RunRecord
+from bdclean.training import Tell, quiet
+from bdclean.triggers.bank import bank
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The options that scan and cleanse share, as typed."""
+
+    data: Path | None = None
+    test: Path | None = None
+    labeled: Path | None = None
+    classes: Path | None = None
+    arch: str | None = None
+    kind: str = "auto"
+    preprocess: str = "auto"
+    device: str = "auto"
+    precision: str = "auto"
+    batch_size: int | None = None
+    limit: int = 2000
+    seed: int = 0
+    strict: bool = False
+    allow_pickle: bool = False
+    pictures: bool = True
+    argv: tuple[str, ...] = ()
+
+
+LEAST_IMAGES = 20
+"""Under this many images nothing can be said about anything."""
+ARCHITECTURE_MARGIN = 0.02
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `--device` names; raises Refused where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Refused(f"there is no {name} here ({torch.cuda.device_count()} CUDA devices): use --device cpu.")
+    return device
+
+
+@dataclass
+class Suspect:
+    """A checkpoint that was read, how its pixels may be meant, and the networks that follow from it."""
+
+    checkpoint: Checkpoint
+    arch: Arch
+    choices: list[Choice]
+    device: torch.device
+
+    def classifier(self, choice: Choice) -> Classifier:
+        """The network behind `choice`, in evaluation mode on the device."""
+        network = self.checkpoint.build(self.device, self.arch)
+        return Classifier(network, choice.preprocess).eval().to(self.device)
+
+
+def input_size(checkpoint: Checkpoint, inputs: Inputs) -> tuple[int, int]:
+    """Height and width: what `--preprocess` says, else what the file claims, else the architecture's own."""
+    if inputs.preprocess != "auto":
+        size = parse_preprocess(inputs.preprocess).size
+    else:
+        said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
+        size = said[0].size if said else None
+    return size or (checkpoint.arch.input[1], checkpoint.arch.input[2])
+
+
+def read_images(path: Path, checkpoint: Checkpoint, inputs: Inputs, tell: Tell, *, forced: bool = False) -> ImageSet:
+    """The images of `path` at the network's input size; `forced`: their folders are labels, or the run is refused."""
+    images = load_images(
+        path, input_size(checkpoint, inputs), limit=inputs.limit, seed=inputs.seed, strict=inputs.strict,
+        labeled=forced, classes=inputs.classes, head_classes=checkpoint.arch.classes, tell=tell,
+    )  # fmt: skip
+    if len(images) < LEAST_IMAGES:
+        raise Refused(f"{path} has {len(images)} readable images: at least {LEAST_IMAGES} are needed, 200 or more are better.")
+    return images
+
+
+def understand(checkpoint: Checkpoint, images: Tensor, inputs: Inputs, record: RunRecord) -> Suspect:
+    """Choose the architecture where several fit, then the normalisation, and note both in the record."""
+    device = resolve_device(inputs.device)
+    record.device = str(device)
+    choices = choose(checkpoint, images, inputs.preprocess)
+    arch, others = checkpoint.arch, []
+    if len(checkpoint.candidates) > 1:
+        scored = sorted(((confidence(checkpoint, a, choices[0], images), k) for k, a in enumerate(checkpoint.candidates)), reverse=True)
+        arch = checkpoint.candidates[scored[0][1]]
+        margin = scored[0][0] - scored[1][0]
+        for score, index in scored[1:]:
+            reason = f"fits as well; mean confidence {score:.3f} against {scored[0][0]:.3f}"
+            others.append({"name": checkpoint.candidates[index].name, "reason": reason})
+        if margin < ARCHITECTURE_MARGIN and inputs.arch is None:
+            record.warnings.append(
+                f"{arch.name} and {others[0]['name']} fit these tensors alike: pass --arch to say which it is."
+            )
+    others += [{"name": name, "reason": reason} for name, reason in arch.alternatives]
+    others += [{"name": c.preprocess.name or c.preprocess.spec(), "reason": f"plausible normalisation ({c.source})"} for c in choices[1:]]
+    first = choices[0]
+    entry = record.checkpoint
+    entry.architecture = arch.name
+    entry.mean, entry.std = list(first.preprocess.mean), list(first.preprocess.std)
+    entry.preprocess, entry.preprocess_source = first.preprocess.name or first.preprocess.spec(), first.source
+    entry.preprocess_margin = first.margin if math.isfinite(first.margin) else None
+    entry.input_size = [3, *images.shape[2:]]
+    entry.alternatives = others
+    return Suspect(checkpoint, arch, choices, device)
+
+
+def confidence(checkpoint: Checkpoint, arch: Arch, choice: Choice, images: Tensor) -> float:
+    """How sure the network is of up to 256 real images: the mean of its largest probability."""
+    model = Classifier(checkpoint.build("cpu", arch), choice.preprocess).eval()
+    with torch.inference_mode():
+        parts = [model(part).softmax(1).amax(1) for part in images[:256].split(64)]
+    return float(torch.cat(parts).mean())
+
+
+def keep_plausible_labels(images: ImageSet, suspect: Suspect, predict: Predictor, record: RunRecord) -> ImageSet:
+    """`images`, without labels that only the count of folders spoke for and that the suspect's answers contradict."""
+    if images.labels is None or images.labels_source != "count":
+        return images
+    sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:1024]
+    if labels_plausible(predict(images.images[sample]), images.labels[sample], suspect.arch.classes):
+        return images
+    warning = (
+        "the folders are as many as the network has classes, but it does no better than chance on them as labels: "
+        "the images are used as unlabeled (--labeled forces)."
+    )
+    record.warnings.append(warning)
+    return images.unlabeled()
+
+
+def describe_checkpoint(checkpoint: Checkpoint, path: Path) -> CheckpointEntry:
+    read = [checkpoint.tensors[name] for name in checkpoint.names]
+    return CheckpointEntry(
+        path=str(path),
+        sha256=checkpoint.sha256,
+        format=checkpoint.format,
+        architecture=checkpoint.arch.name,
+        kind="classifier",
+        classes=checkpoint.arch.classes,
+        parameters=sum(t.numel() for t in read if t.is_floating_point()),
+        unread=list(checkpoint.unread),
+    )
+
+
+def describe_images(path: Path, images: ImageSet) -> DataEntry:
+    return DataEntry(
+        path=str(path),
+        images=len(images),
+        labeled=images.labels is not None,
+        digest=images.digest,
+        skipped=len(images.skipped),
+        labels_source=images.labels_source,
+        classes=list(images.classes) if images.classes else None,
+        unreadable=[{"path": p, "reason": r} for p, r in images.skipped[:50]],
+    )
+
+
+def make_triggers(specs: Sequence[str], size: tuple[int, int]) -> list[Trigger]:
+    """The triggers that were given, else the stock bank at the input size; raises where one does not fit the images."""
+    if not specs:
+        return list(bank(size))
+    made = []
+    for spec in specs:
+        name, settings = registry.parse_spec(spec)
+        trigger = registry.configure(registry.load(registry.TRIGGERS, name), settings)
+        trigger(torch.zeros((1, 3, *size), dtype=torch.uint8))  # a patch that does not fit is refused before any work
+        made.append(trigger)
+    return made
+
+
+def make_predictor(model: Classifier, device: torch.device, inputs: Inputs, advance: Tell = quiet) -> Predictor:
+    return Predictor(model, device, inputs.batch_size or (1000 if device.type == "cuda" else 250))

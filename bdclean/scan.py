@@ -1,0 +1,94 @@
+"""Use case: a checkpoint, images and triggers -> a record of what they do to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bdclean import gate, measure
+from bdclean.checkpoint import Checkpoint
+from bdclean.data import ImageSet
+from bdclean.errors import BdcleanError, UsageError
+from bdclean.inputs import (
+    Inputs, Suspect, describe_checkpoint, describe_images, keep_plausible_labels, make_predictor, make_triggers,
+    read_images, understand,
+)  # fmt: skip
+from bdclean.measure import Bench, Trigger
+from bdclean.preprocessing import Choice
+from bdclean.record import BACKDOORED, NO_EVIDENCE, CheckpointEntry, RunRecord, Side
+from bdclean.training import Tell
+
+
+def scan(
+    model: Path,
+    inputs: Inputs,
+    *,
+    triggers: tuple[str, ...] = (),
+    target: str = "auto",
+    detectors: tuple[str, ...] = (),
+    fail_on: tuple[str, ...] = (),
+    tell: Tell,
+) -> RunRecord:
+    """Measure `triggers` (the stock bank where none is given) on `model`; raises BdcleanError carrying the record."""
+    record = RunRecord("scan", seed=inputs.seed, argv=list(inputs.argv), precision="fp32")
+    record.checkpoint = CheckpointEntry(path=str(model))
+    record.threshold = threshold = gate.parse(fail_on).threshold
+    try:
+        checkpoint = Checkpoint.read(model, inputs.arch, inputs.allow_pickle)
+        record.checkpoint = describe_checkpoint(checkpoint, model)
+        record.warnings += checkpoint.warnings
+        path = inputs.test or inputs.data or inputs.labeled
+        if path is None:
+            raise UsageError("scan needs images: give --data PATH.")
+        images = read_images(path, checkpoint, inputs, tell, forced=path == inputs.labeled)
+        record.warnings += images.warnings
+        suspect = understand(checkpoint, images.images, inputs, record)
+        size = (images.images.shape[2], images.images.shape[3])
+        made = make_triggers(triggers, size)
+        aim = check_target(target, suspect)
+        sides = []
+        for choice in suspect.choices:
+            bench = open_bench(suspect, choice, images, inputs, threshold, record, tell)
+            rows = measure.assess(bench, made, aim)
+            verdict, missing = measure.verdict(rows)
+            sides.append((Side(verdict, measure.clean_measures(bench), rows), missing, bench, choice))
+        # the worst of the plausible readings counts; "not assessed" is worse than "no evidence"
+        rank = {BACKDOORED: 0, NO_EVIDENCE: 2}
+        side, missing, bench, choice = min(sides, key=lambda s: rank.get(s[0].verdict, 1))
+        record.data = describe_images(path, images)
+        record.data.labeled = bench.labeled
+        record.verdict, record.measures, record.triggers, record.advice = side.verdict, side.measures, side.triggers, missing
+        if len(sides) > 1:
+            name = choice.preprocess.name or choice.preprocess.spec()
+            record.checkpoint.preprocess = name
+            record.checkpoint.mean, record.checkpoint.std = list(choice.preprocess.mean), list(choice.preprocess.std)
+            found = ", ".join(f"{s[3].preprocess.name or s[3].preprocess.spec()}: {s[0].verdict}" for s in sides)
+            record.warnings.append(f"the normalisation is unclear, each plausible one was scanned ({found}); shown is {name}.")
+        return record
+    except BdcleanError as error:
+        error.record = error.record or record
+        raise
+
+
+def open_bench(
+    suspect: Suspect, choice: Choice, images: ImageSet, inputs: Inputs, threshold: float, record: RunRecord, tell: Tell
+) -> Bench:
+    """The suspect on `images`: held against labels where they are plausible, else against its own clean answers."""
+    predict = make_predictor(suspect.classifier(choice), suspect.device, inputs)
+    kept = keep_plausible_labels(images, suspect, predict, record)
+    clean = predict(images.images)
+    reference = clean if kept.labels is None else kept.labels
+    return Bench(
+        predict, images.images, reference, clean, suspect.arch.classes, kept.labels is not None, kept.labels is None,
+        threshold, inputs.seed, tell,
+    )  # fmt: skip
+
+
+def check_target(target: str, suspect: Suspect) -> str | int:
+    if not target.isdigit():
+        return target
+    if int(target) >= suspect.arch.classes:
+        raise UsageError(f"--target {target}: the network has {suspect.arch.classes} classes, 0 to {suspect.arch.classes - 1}.")
+    return int(target)
+
+
+__all__ = ["Trigger", "check_target", "open_bench", "scan"]
