@@ -27,8 +27,11 @@ class Entry:
     families: tuple[str, ...] = ()
 
 
+# Those of `corruptions`, which needs torch; a test holds the two together.
+FAMILIES = ("patch", "blend", "wave", "low", "noise", "warp", "tone", "quantise", "blur")
+
 RECIPES: dict[str, Entry] = {
-    "auto": Entry("bdclean.recipes.auto:Auto", "bdclean's own choice for what is given"),
+    "auto": Entry("bdclean.recipes.auto:Auto", "bdclean's own choice for what is given", FAMILIES),
     "bcu": Entry(
         "bdclean.recipes.bcu:BCU",
         "blind unlearning: layer-wise re-initialisation and distillation on unlabeled images (2211.12044)",
@@ -37,6 +40,7 @@ RECIPES: dict[str, Entry] = {
     "inoculate": Entry(
         "bdclean.recipes.inoculate:Inoculate",
         "distillation under random counterfeit triggers, adversaries and inverted triggers, unlabeled images",
+        FAMILIES,
     ),
     "sft": Entry("bdclean.recipes.sft:SFT", "super-fine-tuning on labeled images, cyclic rates (2212.09067)"),
 }

@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from bdclean.cli import run
 from bdclean.errors import Refused, UsageError
 from bdclean.record import Measure, Rate, RunRecord, TriggerRow, parse_records
 
+SAMPLES = Path(__file__).parent.parent / "sample_models"
 ROOT = str(Path(bdclean.__file__).parent.parent)
 
 
@@ -234,6 +236,46 @@ def test_signals_have_their_own_exit_codes(number, code, tmp_path):
 def test_nothing_printed_to_a_pipe_holds_escape_codes(record):
     done = command("report", record, env={"FORCE_COLOR": "1", "TERM": "xterm-256color"})
     assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr
+
+
+def test_files_that_are_no_models_are_refused_one_by_one(tmp_path, capsys):
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04\x95" + bytes(100))
+    (tmp_path / "\x1b[31mred.safetensors").write_bytes(b"\xff" * 64)
+    models = sorted(path.name for path in tmp_path.iterdir())
+    line = ["scan", *models, "missing.safetensors", "--data", ".", "--format", "jsonl", "--record", "runs/"]
+    assert run(line) == 3
+    captured = capsys.readouterr()
+    records = parse_records(captured.out, "x")
+    assert [r.checkpoint.path for r in records] == [*models, "missing.safetensors"]
+    assert {r.outcome for r in records} == {"refused"} and {r.verdict for r in records} == {"not-assessed"}
+    assert "\x1b" not in captured.err and len(captured.err.splitlines()) == 4
+    assert len(list((tmp_path / "runs").iterdir())) == 4
+    assert all(record.problem.message.endswith(".") for record in records)
+
+
+def test_scanning_the_samples_tells_them_apart(capsys):
+    samples = {sample["attack"]: sample for sample in json.loads((SAMPLES / "manifest.json").read_text())}
+    clean, poisoned = str(SAMPLES / samples[None]["file"]), str(SAMPLES / samples["badnets"]["file"])
+    options = ["--data", str(SAMPLES / "images" / "labeled"), "--limit", "240", "--format", "json", "-q"]
+    options += ["--trigger", samples["badnets"]["trigger"]]
+    assert run(["scan", clean, *options]) == 0
+    (found,) = parse_records(capsys.readouterr().out, "x")
+    assert found.verdict == "no-evidence" and found.checkpoint.sha256 == samples[None]["sha256"]
+    assert run(["scan", clean, "missing", poisoned, *options]) == 1
+    captured = capsys.readouterr()
+    records = parse_records(captured.out, "x")
+    assert [r.verdict for r in records] == ["no-evidence", "not-assessed", "backdoored"]
+    assert records[2].triggers[0].target == samples["badnets"]["target"]
+    assert captured.err.splitlines() == ["bdclean: missing: missing does not exist."]
+
+
+def test_a_refused_cleanse_leaves_its_record_beside_the_output_and_no_other(tmp_path, capsys):
+    (tmp_path / "m.safetensors").write_bytes(b"")
+    assert run(["cleanse", "m.safetensors", "--data", "."]) == 3
+    (record,) = parse_records(Path("m.clean.json").read_text(), "x")
+    assert record.command == "cleanse" and record.outcome == "refused"
+    assert capsys.readouterr().out == "" and not Path("m.clean.safetensors").exists()
 
 
 def test_text_that_cannot_be_encoded_is_escaped(tmp_path):

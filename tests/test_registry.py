@@ -150,3 +150,17 @@ def test_a_description_comes_from_the_source_text_without_importing_it(tmp_path,
         ("größe", "float", "0.5", "of 32 pixels"),
         ("path", "str", None, ""),
     ]
+
+
+@pytest.mark.parametrize("noun", registry.TABLES)
+def test_what_is_registered_is_there_and_says_what_its_entry_says(noun):
+    table = registry.TABLES[noun]
+    for name, entry in table.items():
+        cls = load(table, name)
+        assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
+        assert cls.name == name
+        if noun == "recipe":
+            assert tuple(cls.families) == entry.families
+        found = describe(table, name)
+        assert found.docstring and found.constants["name"] == name
+        assert [s.name for s in found.settings] == [f.name for f in dataclasses.fields(cls)]

@@ -15,7 +15,7 @@ from bdclean.record import BACKDOORED, NO_EVIDENCE
 from bdclean.report import text
 from bdclean.report.content import Page, Table
 
-WIDE = 220  # columns of what is not a terminal: no line of ours needs to be wrapped there
+WIDE = 1000  # columns of what is not a terminal: no line of ours needs to be wrapped there
 NARROW = 130  # under this width, columns of detail are left out
 LONGEST = 12  # passing rows of a table that are shown unless all are asked for
 

@@ -38,7 +38,7 @@ def tables(record: RunRecord) -> list[Table]:
     """Returns the tables of one run; those without rows are for the caller to leave out."""
     found = [_measures(record)]
     if record.before is not None and record.after is not None:
-        found += _pairs(record.before, record.after)
+        found += _pairs(record.before, record.after, record.recipe.families if record.recipe else [])
     else:
         rows = record.rows()
         seen = [row for row in rows if row.seen_family]
@@ -90,7 +90,7 @@ def _triggers(title: str, rows: Sequence[TriggerRow]) -> Table:
     return _without_empty(Table(title, columns, cells, details=("base %", "robust %", "worst source %")))
 
 
-def _pairs(before: Side, after: Side) -> list[Table]:
+def _pairs(before: Side, after: Side, families: Sequence[str]) -> list[Table]:
     tables = []
     for seen in (False, True):
         trained = "trained on" if seen else "did not train on"
@@ -112,7 +112,7 @@ def _pairs(before: Side, after: Side) -> list[Table]:
             )
         columns = ["trigger", "target", "ASR % before", "ASR % after", "base % after", "controls % after"]
         columns += ["robust % before", "robust % after", "outcome"]
-        title = f"Triggers of families that the recipe {trained}"
+        title = f"Triggers of families that the recipe {trained}" if families else "Triggers"
         details = ("base % after", "controls % after", "robust % before", "robust % after")
         tables.append(_without_empty(Table(title, columns, rows, details=details)))
     return tables
