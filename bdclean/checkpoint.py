@@ -112,8 +112,8 @@ class Checkpoint:
         """
         path = Path(path)
         self.check_writable(path, force)
-        network = model.network if isinstance(getattr(model, "network", None), nn.Module) else model
-        state = network.state_dict()
+        network = getattr(model, "network", model)
+        state = (network if isinstance(network, nn.Module) else model).state_dict()
         out: dict[str, Tensor] = {}
         for entry in self.entries:
             name = self.names.get(entry.name)

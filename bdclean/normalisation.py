@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+import torch
+from torch import Tensor
+
 from bdclean.errors import UsageError
 
 Triple = tuple[float, float, float]
@@ -40,20 +43,44 @@ class Preprocess:
         return ",".join(parts)
 
     def affine(self) -> tuple[Triple, Triple]:
-        """Factor and offset a channel, for RGB pixels in [0, 1]: what two candidates truly differ in."""
+        """Factor and offset of each channel that the network takes, for pixels in [0, 1]."""
         scale = 255.0 if self.raw255 else 1.0
         a, b, c = (scale / s for s in self.std)
         x, y, z = (-m / s for m, s in zip(self.mean, self.std, strict=True))
         return (a, b, c), (x, y, z)
 
+    def gap(self, other: Preprocess) -> float:
+        """The largest difference between what the two make of a pixel; infinite for different orders of channels."""
+        if self.bgr != other.bgr:
+            return math.inf
+        pairs = zip(*self.affine(), *other.affine(), strict=True)
+        return max(max(abs(x - v), abs(a + x - u - v)) for a, x, u, v in pairs)
+
+    def swapped(self) -> Preprocess:
+        """The same statistics of the same colours, in the other order of channels."""
+        stem = self.name.removesuffix("-bgr")
+        made = Preprocess(stem, self.mean[::-1], self.std[::-1], not self.bgr, self.raw255, self.size)
+        known = "=" not in stem
+        return replace(made, name=(stem + "-bgr" * made.bgr) if known else made.spec())
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """What a network takes, float [n 3 h w], for uint8 images or float ones in [0, 1]."""
+        x = images.to(torch.float32) / 255 if images.dtype == torch.uint8 else images
+        if self.bgr:
+            x = x.flip(1)
+        if self.raw255:
+            x = x * 255
+        shape = (1, 3, 1, 1)
+        mean, std = (
+            torch.tensor(v, device=x.device, dtype=x.dtype).view(shape) for v in (self.mean, self.std)
+        )
+        return (x - mean) / std
+
 
 def _named(name: str, mean: Triple, std: Triple, raw255: bool = False) -> dict[str, Preprocess]:
     # In -bgr the statistics stay with their colours: the blue channel, now first, keeps blue's mean.
-    backwards = (mean[2], mean[1], mean[0]), (std[2], std[1], std[0])
-    return {
-        name: Preprocess(name, mean, std, False, raw255),
-        f"{name}-bgr": Preprocess(f"{name}-bgr", *backwards, True, raw255),
-    }
+    made = Preprocess(name, mean, std, False, raw255)
+    return {name: made, f"{name}-bgr": made.swapped()}
 
 
 # The values that training code for these sets passes to Normalize. CIFAR-10's std is that of all pixels; a second one,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bdclean.deciding import decide
 from bdclean.errors import UsageError
 from bdclean.normalisation import CANDIDATES, NAMED, Preprocess, Triple, named, parse_preprocess
 
@@ -56,10 +57,11 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Choice:
-    """One plausible normalisation. `source`: who says so: given, metadata, config, statistics, confidence, default.
+    """One plausible normalisation. `source` says who names it: given, metadata, config.json, first normalisation layer,
+    confidence (how sure the network is of real images).
 
-    `margin`: how many times farther from the network's own statistics the nearest different candidate lies; above 1
-    means that this one is nearer. NaN where nothing was compared.
+    `margin`: distance of the nearest other candidate over the largest distance that still counts as plausible, so
+    above 1 the choice is clear. NaN where nothing was compared.
     """
 
     preprocess: Preprocess
@@ -78,13 +80,13 @@ def claim(metadata: Mapping[str, str], config: object, preprocessor: object) -> 
     for table in _tables(config, preprocessor):
         mean = table.get("mean", table.get("image_mean"))
         std = table.get("std", table.get("image_std"))
-        triples = [_numbers(mean), _numbers(std)]
-        if triples[0] is None or triples[1] is None or min(triples[1]) <= 0:
-            continue
+        mean, std = _numbers(mean), _numbers(std)
         if table.get("do_normalize") is False:
-            triples = [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0)]
+            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        if mean is None or std is None or min(std) <= 0:
+            continue
         raw = table.get("do_rescale") is False or table.get("rescale_factor") in (1, 1.0)
-        return named(Preprocess("", triples[0], triples[1], False, raw, _claimed_size(table))), "config"
+        return named(Preprocess("", mean, std, False, raw, _claimed_size(table))), "config.json"
     return None
 
 
@@ -127,70 +129,19 @@ def _claimed_size(table: dict) -> tuple[int, int] | None:
     return None
 
 
-def first_statistics(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, nn.Module] | None:
-    """Mean and variance [channels] of what reaches the first norm layer with running statistics, and that layer.
+def choose(
+    checkpoint: Checkpoint, images: Tensor, given: str = "auto", device: str | torch.device = "cpu"
+) -> list[Choice]:
+    """The plausible normalisations, the likeliest first; more than one where it is unclear or a claim is contradicted.
 
-    `network` in evaluation mode; the pass stops at that layer. None where no such layer runs.
-    """
-
-    class Reached(Exception):
-        pass
-
-    seen: list[tuple[Tensor, nn.Module]] = []
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append((args[0].detach(), module))
-        raise Reached
-
-    handles = [
-        m.register_forward_pre_hook(hook)
-        for m in network.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
-    ]
-    try:
-        with torch.no_grad():
-            network(inputs)
-    except Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not seen:
-        return None
-    x, layer = seen[0]
-    axes = [k for k in range(x.ndim) if k != 1]
-    return x.float().mean(axes), x.float().var(axes, unbiased=False), layer
-
-
-def distance(network: nn.Module, images: Tensor, preprocess: Preprocess) -> float | None:
-    """How far the images' statistics lie from the first normalisation layer's own: mean over channels of
-    KL(N(batch) || N(running)), so 0 when they agree and unbounded above. None without such a layer.
-    """
-    found = first_statistics(network, Classifier(network, preprocess).normalise(images))
-    if found is None:
-        return None
-    mean, variance, layer = found
-    running_mean, running_variance = layer.running_mean.float(), layer.running_var.float()  # type: ignore[union-attr, operator]
-    # Channels that training left dead have no scale of their own; the layer's epsilon is the least that it divides by.
-    tiny = float(layer.eps)  # type: ignore[arg-type]
-    ratio = (variance + tiny) / (running_variance + tiny)
-    shift = (mean - running_mean) ** 2 / (running_variance + tiny)
-    return float((0.5 * (ratio - 1 - ratio.log() + shift)).mean())
-
-
-def choose(checkpoint: Checkpoint, images: Tensor, given: str = "auto") -> list[Choice]:
-    """The plausible normalisations, the likeliest first; more than one where it is unclear.
-
-    `images`: uint8 [n 3 h w] at the network's input size.
+    `images`: uint8 [n 3 h w] at the network's input size. `given`: what the user says, which settles it, or `auto`.
     """
     if given != "auto":
         return [Choice(parse_preprocess(given), math.nan, "given")]
     said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
-    network = checkpoint.build()
-    scored = sorted(
-        ((distance(network, images[:256], p), k) for k, p in enumerate(CANDIDATES)),
-        key=lambda s: (s[0] or 0.0, s[1]),
-    )
-    if said is not None:
-        return [Choice(said[0], math.nan, said[1])]
-    return [Choice(CANDIDATES[scored[0][1]], math.nan, "first normalisation layer")]
+    network = checkpoint.build(device)
+    # A folder is read class by class: its first images would have the colours of one class.
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:512]
+    kept, margin, layer = decide(network, images[order].to(device), said[0] if said else None)
+    source = "first normalisation layer" if layer else "confidence"
+    return [Choice(p, margin, said[1] if said is not None and p == said[0] else source) for p in kept]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from bdclean.architectures import residual
+from bdclean.architectures import imagenet_resnet, preact, residual, vgg
 from bdclean.architectures.arch import Family, Proposal, Shape, Shapes
 from bdclean.architectures.dialects import views
 from bdclean.architectures.matching import Match, differences, shown
@@ -14,7 +14,7 @@ from bdclean.architectures.staging import describe
 from bdclean.architectures.user_code import fit_user_code
 from bdclean.errors import Refused
 
-FAMILIES: tuple[Family, ...] = (residual,)
+FAMILIES: tuple[Family, ...] = (imagenet_resnet, residual, preact, vgg)
 
 
 def recognise(shapes: Mapping[str, Shape]) -> list[Match]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from bdclean.architectures.arch import Proposal, Shapes
 from bdclean.architectures.dialects import depths, residual
 
-DEPTHS = {
+DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
     (False, (3, 4, 6, 3)): 34,
     (True, (3, 4, 6, 3)): 50,
