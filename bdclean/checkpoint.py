@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from bdclean.architectures.arch import Arch
 from bdclean.architectures.dialects import COUNTER
-from bdclean.architectures.recognition import Match, identify
+from bdclean.architectures.matching import Match, shown
+from bdclean.architectures.recognition import identify
 from bdclean.errors import Refused
 from bdclean.sources import open_source
-from bdclean.tensorfile import DTYPES, FLOATS, Entry, read_header, reason, shown, write_file
+from bdclean.tensorfile import DTYPES, FLOATS, Entry, read_header, reason, write_file
 
 SOURCE_KEY = "bdclean.source_sha256"
 # The claims about preprocessing that an output keeps from its input.

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bdclean.architectures.matching import shown
 from bdclean.errors import Refused
 from bdclean.tensorfile import (
     NAMES,
@@ -22,7 +23,6 @@ from bdclean.tensorfile import (
     read_header,
     read_tensors,
     reason,
-    shown,
 )
 
 INDEX = "model.safetensors.index.json"

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bdclean.architectures.matching import shown
 from bdclean.errors import Refused
 
 # The reference implementation's cap; real headers are well under 1 MB.
 LARGEST_HEADER = 100_000_000
-LONGEST_NAME = 120
 
 DTYPES = {
     "F64": torch.float64,
@@ -66,12 +66,6 @@ class Header:
     metadata: dict[str, str]
     start: int
     digest: str
-
-
-def shown(name: object) -> str:
-    """A stranger's name, safe to print: no control characters, cut when long."""
-    clean = "".join(c if c.isprintable() else "?" for c in str(name))
-    return clean if len(clean) <= LONGEST_NAME else clean[: LONGEST_NAME - 3] + "..."
 
 
 def looks_like_pickle(path: Path) -> bool:

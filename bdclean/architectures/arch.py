@@ -54,3 +54,6 @@ class Family(Protocol):
 
     def propose(self, shapes: Shapes) -> Iterator[Proposal]:
         """Networks of this family that could hold tensors of these names and shapes; none may fit exactly."""
+
+    def named_proposals(self, classes: int) -> Iterator[Proposal]:
+        """The family's well-known members, for `--arch NAME` and to name the nearest."""

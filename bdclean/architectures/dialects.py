@@ -45,7 +45,7 @@ def views(
     with whatever lies outside it (a projector, a text tower) unread. `expected`: names that need no stripping.
     """
     names = list(names)
-    if set(names) <= set(expected):
+    if names and set(names) <= set(expected):
         yield {name: name for name in names}, ()
     groups: dict[str, dict[str, str]] = {}
     for name in names:

@@ -9,7 +9,7 @@ from bdclean.architectures.arch import Arch, Shape
 from bdclean.architectures.dialects import COUNTER
 
 # A stranger's names are shown in terminals and records: cut and stripped of control characters.
-LONGEST_NAME = 120
+LONGEST_NAME = 300
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,15 @@ def differences(own: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list
     return found
 
 
-def shown(name: str) -> str:
-    """A stranger's name, safe to print."""
-    clean = "".join(c if c.isprintable() else "?" for c in name)
+def listed(differing: list[str]) -> str:
+    """`3 differ: ...`, with the first three."""
+    number = len(differing)
+    return f"{number} differ{'s' if number == 1 else ''}: {'; '.join(differing[:3])}" + (
+        "; ..." if number > 3 else ""
+    )
+
+
+def shown(name: object) -> str:
+    """A stranger's name, safe to print: no control characters, cut when very long."""
+    clean = "".join(c if c.isprintable() else "?" for c in str(name))
     return clean if len(clean) <= LONGEST_NAME else clean[: LONGEST_NAME - 3] + "..."

@@ -135,6 +135,21 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
         yield Proposal(name, make, size)
 
 
+def named_proposals(classes: int) -> Iterator[Proposal]:
+    """Pre-activation ResNets of the usual depths, and the WideResNets that defences are tried on."""
+    for (bottleneck, blocks), depth in DEPTHS.items():
+        make = partial(
+            PreActNetwork, blocks, (64, 128, 256, 512), 64, classes, bottleneck=bottleneck, last_norm=False
+        )
+        yield Proposal(f"preactresnet{depth}", make, (3, 32, 32))
+    for depth, factor in ((16, 1), (16, 2), (28, 2), (28, 10), (40, 1), (40, 2), (34, 10)):
+        count = (depth - 4) // 6
+        widths = tuple(16 * factor << k for k in range(3))
+        yield Proposal(
+            f"wrn-{depth}-{factor}", partial(PreActNetwork, (count,) * 3, widths, 16, classes), (3, 32, 32)
+        )
+
+
 def name_of(
     blocks: tuple[int, ...], widths: tuple[int, ...], stem: int, bottleneck: bool, last_norm: bool
 ) -> str:

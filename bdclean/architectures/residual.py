@@ -127,22 +127,36 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
     make = partial(
         ResidualNetwork, blocks, widths, stem[0], head[0], bottleneck=bottleneck, bias="fc.bias" in shapes
     )
-    label = name_of(blocks, widths, stem[0], bottleneck)
+    three = len(blocks) == 3
+    name = partial(name_of, blocks, widths, stem[0], bottleneck)
     size = (3, 32, 32)
     if plain and len(set(widths)) > 1:
-        end = Proposal(f"{label}-a-end", partial(make, shortcut="a-end"), size)
+        end = Proposal(name("-a-end"), partial(make, shortcut="a-end"), size)
         reason = "shortcut A with all zero channels at the end instead of half on each side"
-        yield Proposal(f"{label}-a", partial(make, shortcut="a"), size, ((end, reason),))
+        yield Proposal(name("-a"), partial(make, shortcut="a"), size, ((end, reason),))
     else:
-        yield Proposal(f"{label}-b" if len(blocks) == 3 else label, make, size)
+        yield Proposal(name("-b" if three else ""), make, size)
 
 
-def name_of(blocks: tuple[int, ...], widths: tuple[int, ...], stem: int, bottleneck: bool) -> str:
-    """`resnet20-cifar`, `resnet18-cifar-w16` (another base width than usual), `resnet1-2-2-1-cifar`."""
+def named_proposals(classes: int) -> Iterator[Proposal]:
+    """The ResNets of the paper's CIFAR section, and the larger ones with a small stem."""
+    for count in (3, 5, 7, 9, 18):
+        for shortcut in ("a", "b"):
+            make = partial(ResidualNetwork, (count,) * 3, (16, 32, 64), 16, classes, shortcut=shortcut)
+            yield Proposal(f"resnet{6 * count + 2}-cifar-{shortcut}", make, (3, 32, 32))
+    for (bottleneck, blocks), depth in DEPTHS.items():
+        make = partial(ResidualNetwork, blocks, (64, 128, 256, 512), 64, classes, bottleneck=bottleneck)
+        yield Proposal(f"resnet{depth}-cifar", make, (3, 32, 32))
+
+
+def name_of(
+    blocks: tuple[int, ...], widths: tuple[int, ...], stem: int, bottleneck: bool, shortcut: str
+) -> str:
+    """`resnet20-cifar-a`, `resnet18-cifar-w16` (another base width than usual), `resnet1-2-2-1-cifar`."""
     layers = (3 if bottleneck else 2) * sum(blocks) + 2
     usual = 16 if len(blocks) == 3 else 64
     regular = (len(blocks) == 3 and len(set(blocks)) == 1) or DEPTHS.get((bottleneck, blocks)) == layers
-    name = f"resnet{layers}-cifar" if regular else f"resnet{'-'.join(map(str, blocks))}-cifar"
+    name = f"resnet{layers if regular else '-'.join(map(str, blocks))}-cifar{shortcut}"
     if stem == usual and widths == tuple(usual << k for k in range(len(blocks))):
         return name
     doubling = widths == tuple(widths[0] << k for k in range(len(blocks)))

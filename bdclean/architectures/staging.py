@@ -6,6 +6,7 @@ the order of execution, cut where the resolution of their outputs changes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,15 @@ class Event:
     end: int = -1
     shape: tuple[int, ...] = ()
     calls: int = 1
+    # A linear layer keeps channels last.
+    linear: bool = False
+
+    @property
+    def pixels(self) -> int:
+        """Height times width of the output; 0 for anything but a 4-D output."""
+        if len(self.shape) != 4:
+            return 0
+        return self.shape[1] * self.shape[2] if self.linear else self.shape[2] * self.shape[3]
 
 
 def describe(
@@ -91,11 +101,12 @@ def _watch(
         return hook
 
     def leave(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+        def hook(module: nn.Module, _inputs: object, output: object) -> None:
             nonlocal clock
             clock += 1
             if events[name].end < 0:
                 events[name].end = clock
+                events[name].linear = isinstance(module, nn.Linear)
                 if isinstance(output, torch.Tensor):
                     events[name].shape = tuple(output.shape)
 
@@ -157,20 +168,19 @@ def cut(weighted: list[str], events: dict[str, Event]) -> tuple[Stage, ...]:
 
 
 def _by_resolution(names: list[str], events: dict[str, Event]) -> list[list[str]]:
-    pixels = []
-    for name in names:
-        shape = events[name].shape if name in events else ()
-        pixels.append(shape[2] * shape[3] if len(shape) == 4 else 0)
+    pixels = [events[name].pixels if name in events else 0 for name in names]
     groups: list[list[str]] = []
     last = -1
     for k, name in enumerate(names):
-        # A dip is a side branch on pooled features (squeeze-and-excitation): it belongs to what it sits in.
-        dip = groups and pixels[k] < max(pixels[k:])
-        if groups and (dip or pixels[k] == last):
+        # A dip, after which something larger ends, is a side branch on pooled features (squeeze-and-excitation): it
+        # belongs to what it sits in.
+        at = events[name].end if name in events else 0
+        later = max((e.pixels for e in events.values() if e.end > at), default=0)
+        if groups and (pixels[k] < later or pixels[k] == last):
             groups[-1].append(name)
         else:
             groups.append([name])
-            last = pixels[k]
+            last = max(pixels[k], later)
     return _whole_blocks(groups)
 
 
@@ -215,16 +225,31 @@ def find_taps(stages: tuple[Stage, ...], events: dict[str, Event]) -> tuple[str,
     """
     taps = []
     for stage, following in zip(stages[1:-1], stages[2:], strict=True):
-        called = [events[n] for n in stage.modules if n in events]
-        shape = called[-1].shape if called else ()
-        if len(shape) != 4:
+        called = [events[n] for n in stage.modules if n in events and len(events[n].shape) == 4]
+        if not called or called[-1].linear:
             continue
+        # The stage's own resolution is the most frequent: a bottleneck's first layer has the one before, a side branch
+        # on pooled features a smaller one.
+        counts = Counter(e.pixels for e in called)
+        last = max(called, key=lambda e: (counts[e.pixels], e.pixels, e.end))
         begin = max(e.end for e in called)
         end = min((events[n].begin for n in following.modules if n in events), default=begin)
         ended = [
             e
             for e in events.values()
-            if e.calls == 1 and begin <= e.end < end and len(e.shape) == 4 and e.shape[2:] == shape[2:]
+            if e.calls == 1
+            and begin <= e.end < end
+            and len(e.shape) == 4
+            and not e.linear
+            and e.shape[2:] == last.shape[2:]
+            and not _opens_next(e, events, begin, end)
         ]
-        taps.append(max(ended, key=lambda e: e.end, default=called[-1]).name)
+        taps.append(max(ended, key=lambda e: e.end, default=last).name)
     return tuple(taps)
+
+
+def _opens_next(event: Event, events: dict[str, Event], begin: int, end: int) -> bool:
+    """Whether this module is in a block that began after the stage and goes on in the next: a pre-activation norm."""
+    parts = event.name.split(".")
+    around = (events.get(".".join(parts[:k])) for k in range(1, len(parts)))
+    return any(e is not None and e.begin > begin and e.end > end for e in around)

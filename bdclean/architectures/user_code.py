@@ -18,7 +18,7 @@ from torch import nn
 
 from bdclean.architectures.arch import Arch, Shape
 from bdclean.architectures.dialects import views
-from bdclean.architectures.matching import Match, differences, shown
+from bdclean.architectures.matching import Match, differences, listed, shown
 from bdclean.architectures.staging import describe
 from bdclean.errors import Refused, UsageError
 
@@ -53,11 +53,8 @@ def fit_user_code(spec: str, shapes: Mapping[str, Shape]) -> Match:
                 nearest = (len(differing), differing)
     if nearest is None:
         raise Refused(f"{spec} cannot be built: {shown(failure)}.")
-    number, differing = nearest
-    listed = "; ".join(differing[:3]) + ("; ..." if number > 3 else "")
     raise Refused(
-        f"{spec} does not have these {len(shapes)} tensors "
-        f"({number} differ{'s' if number == 1 else ''}: {listed}): give the code that made the file."
+        f"{spec} does not have these {len(shapes)} tensors ({listed(nearest[1])}): give the code that made the file."
     )
 
 

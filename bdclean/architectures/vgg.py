@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -104,9 +105,8 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
     pools = plan.count("M")
     open_end = side << pools
     closed = side << (pools + 1)
-    trailing = _rank(closed) <= _rank(open_end)
-    full = (*plan, "M") if trailing else tuple(plan)
-    whole = closed if trailing else open_end
+    ends = {closed: (*plan, "M"), open_end: tuple(plan)}
+    whole, other = sorted(ends, key=_rank)
     bias = f"features.{indices[0]}.bias" in shapes
     known = KNOWN.get((*plan, "M"))
     sizes = [(p[0], p[2]) for p in places]
@@ -120,8 +120,16 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
         name = known + ("_bn" if norm else "")
         yield Proposal(name, partial(getattr(vgg, name), num_classes=sizes[-1][1]), (3, 224, 224))
         return
-    make = partial(SmallVGG, full, norm, side, places, bias)
-    yield Proposal(name_of(known, len(indices), norm, plan, whole), make, (3, whole, whole))
+    made = [
+        Proposal(
+            name_of(known, len(indices), norm, plan, s),
+            partial(SmallVGG, ends[s], norm, side, places, bias),
+            (3, s, s),
+        )
+        for s in (whole, other)
+    ]
+    reason = f"images of {other} pixels, {'with' if other == closed else 'without'} a pool after the last convolution"
+    yield replace(made[0], others=((made[1], reason),) if other in USUAL_SIDES else ())
 
 
 def name_of(known: str | None, convs: int, norm: bool, plan: list[int | str], side: int) -> str:
@@ -134,10 +142,12 @@ def name_of(known: str | None, convs: int, norm: bool, plan: list[int | str], si
 
 
 def named_proposals(classes: int) -> Iterator[Proposal]:
-    """Every network that torchvision names."""
-    for known in KNOWN.values():
+    """Every network that torchvision names, and the same plans for small images."""
+    for plan, known in KNOWN.items():
         for name in (known, f"{known}_bn"):
             yield Proposal(name, partial(getattr(vgg, name), num_classes=classes), (3, 224, 224))
+        small = partial(SmallVGG, plan, True, 1, ((None, 512, classes),))
+        yield Proposal(f"{known}-bn-cifar", small, (3, 32, 32))
 
 
 def _place(part: str, name: str) -> re.Match[str] | None:
