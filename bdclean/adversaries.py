@@ -25,7 +25,9 @@ at most about 1.5 pixels of 32."""
 PATTERN, LOW, WARP = 0.06, 0.12, 1.5
 
 
-def attack(kind: str, forward: Forward, pixels: Tensor, answers: Tensor, generator: Generator, steps: int = 3) -> Tensor:
+def attack(
+    kind: str, forward: Forward, pixels: Tensor, answers: Tensor, generator: Generator, steps: int = 3
+) -> Tensor:
     """`pixels` [n 3 h w] under a shared perturbation of `kind` that `steps` gradient steps drove away from `answers`.
 
     `answers` are the suspect's probabilities on clean images [n classes]. Returns new images in [0, 1] without gradient.
@@ -39,13 +41,17 @@ def attack(kind: str, forward: Forward, pixels: Tensor, answers: Tensor, generat
         )  # fmt: skip
     if kind == "pattern":
         start = uniform((1, 3, h, w), -PATTERN, PATTERN, pixels, generator)
-        return _ascend(lambda p: (pixels + p).clamp(0, 1), start, PATTERN, (-PATTERN, PATTERN), forward, answers, steps)
+        return _ascend(
+            lambda p: (pixels + p).clamp(0, 1), start, PATTERN, (-PATTERN, PATTERN), forward, answers, steps
+        )
     if kind == "low":
         side = 4 if float(uniform((1,), 0, 1, pixels, generator)) < 0.5 else 8
         start = uniform((1, 3, side, side), -LOW, LOW, pixels, generator)
 
         def add(small: Tensor) -> Tensor:
-            return (pixels + F.interpolate(small, size=(h, w), mode="bilinear", align_corners=False)).clamp(0, 1)
+            return (pixels + F.interpolate(small, size=(h, w), mode="bilinear", align_corners=False)).clamp(
+                0, 1
+            )
 
         return _ascend(add, start, LOW, (-LOW, LOW), forward, answers, steps)
     if kind == "warp":
@@ -53,8 +59,12 @@ def attack(kind: str, forward: Forward, pixels: Tensor, answers: Tensor, generat
         start = uniform((1, 2, 5, 5), -reach, reach, pixels, generator)
 
         def bend(field: Tensor) -> Tensor:
-            moved = grid + F.interpolate(field, size=(h, w), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
-            return F.grid_sample(pixels, moved.expand(len(pixels), h, w, 2), padding_mode="reflection", align_corners=False)
+            moved = grid + F.interpolate(field, size=(h, w), mode="bicubic", align_corners=True).permute(
+                0, 2, 3, 1
+            )
+            return F.grid_sample(
+                pixels, moved.expand(len(pixels), h, w, 2), padding_mode="reflection", align_corners=False
+            )
 
         return _ascend(bend, start, reach, (-reach, reach), forward, answers, steps).clamp(0, 1)
     raise ValueError(f"unknown adversary {kind!r}: known are {', '.join(KINDS)}")

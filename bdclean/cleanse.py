@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bdclean import gate, measure, registry
+from bdclean import __version__, gate, measure, registry
 from bdclean.arguments import default_output
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet, split, without_duplicates
@@ -60,29 +59,39 @@ def cleanse(
         if not forced:
             training = keep_plausible_labels(training, suspect, before.predict, record)
         if method.needs_labels and training.labels is None:
-            raise Refused(f"{recipe} needs labels and {record.data.path if record.data else 'the data'} has none: put images in one folder per class, or use --recipe bcu.")
+            raise Refused(
+                f"{recipe} needs labels and {record.data.path if record.data else 'the data'} has none: put images in one folder per class, or use --recipe bcu."
+            )
         made = make_triggers(triggers, (held_out.images.shape[2], held_out.images.shape[3]))
         rows_before = measure.assess(before, made)
         record.before = Side(measure.verdict(rows_before)[0], measure.clean_measures(before), rows_before)
 
-        run = _run(classifier, training, recipe, method, checkpoint, out, resume, inputs, suspect.device, tell)
+        run = _run(
+            classifier, training, recipe, method, checkpoint, out, resume, inputs, suspect.device, tell
+        )
         record.precision = run.precision.name
         labeled = training if training.labels is not None else None
         cleansed = method(classifier, suspect.arch, training, labeled, run)
         record.curve = cleansed.curve
         record.findings = [Finding(**found) for found in cleansed.findings]
-        record.recipe = RecipeEntry(recipe, method.source, cleansed.settings, cleansed.stages, list(method.families))
+        record.recipe = RecipeEntry(
+            recipe, method.source, cleansed.settings, cleansed.stages, list(method.families)
+        )
         if record.data is not None:
             record.data.set_aside = cleansed.set_aside
         provenance = {
-            "recipe": recipe, "seed": str(inputs.seed), "version": version("bdclean"),
+            "recipe": recipe, "seed": str(inputs.seed), "version": __version__,
             "preprocess": suspect.choices[0].preprocess.spec(),
         }  # fmt: skip
         digest = checkpoint.write(cleansed.model, out, provenance, force)
         record.output = OutputEntry(str(out), digest)
 
         after = _after(out, suspect, before, inputs, tell)
-        fixed = {row.trigger: row.target for row in rows_before if row.target is not None and row.reason[:8] != "screened"}
+        fixed = {
+            row.trigger: row.target
+            for row in rows_before
+            if row.target is not None and row.target_source != measure.SCREENED_OUT
+        }
         rows_after = measure.assess(after, made, fixed=fixed)
         for row in [*rows_before, *rows_after]:
             row.seen_family = row.family in method.families
@@ -98,7 +107,9 @@ def cleanse(
         raise
 
 
-def _images(checkpoint: Checkpoint, inputs: Inputs, record: RunRecord, tell: Tell) -> tuple[ImageSet, ImageSet, bool]:
+def _images(
+    checkpoint: Checkpoint, inputs: Inputs, record: RunRecord, tell: Tell
+) -> tuple[ImageSet, ImageSet, bool]:
     """Images to train on, images to measure on, and whether the former's labels were forced with `--labeled`."""
     path = inputs.labeled or inputs.data
     if path is None:
@@ -128,7 +139,7 @@ def _run(
     arguments = {
         "source_sha256": checkpoint.sha256, "recipe": recipe, "settings": {k: repr(v) for k, v in settings.items()},
         "data": training.digest, "seed": inputs.seed, "precision": inputs.precision, "device": str(device),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "bdclean": version("bdclean"),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "bdclean": __version__,
         "preprocess": classifier.preprocess.spec(),
     }  # fmt: skip
     saved = Saved(out.with_name(out.name + ".resume.safetensors"), arguments)

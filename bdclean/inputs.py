@@ -56,7 +56,9 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise Refused(f"there is no {name} here ({torch.cuda.device_count()} CUDA devices): use --device cpu.")
+        raise Refused(
+            f"there is no {name} here ({torch.cuda.device_count()} CUDA devices): use --device cpu."
+        )
     return device
 
 
@@ -85,14 +87,18 @@ def input_size(checkpoint: Checkpoint, inputs: Inputs) -> tuple[int, int]:
     return size or (checkpoint.arch.input[1], checkpoint.arch.input[2])
 
 
-def read_images(path: Path, checkpoint: Checkpoint, inputs: Inputs, tell: Tell, *, forced: bool = False) -> ImageSet:
+def read_images(
+    path: Path, checkpoint: Checkpoint, inputs: Inputs, tell: Tell, *, forced: bool = False
+) -> ImageSet:
     """The images of `path` at the network's input size; `forced`: their folders are labels, or the run is refused."""
     images = load_images(
         path, input_size(checkpoint, inputs), limit=inputs.limit, seed=inputs.seed, strict=inputs.strict,
         labeled=forced, classes=inputs.classes, head_classes=checkpoint.arch.classes, tell=tell,
     )  # fmt: skip
     if len(images) < LEAST_IMAGES:
-        raise Refused(f"{path} has {len(images)} readable images: at least {LEAST_IMAGES} are needed, 200 or more are better.")
+        raise Refused(
+            f"{path} has {len(images)} readable images: at least {LEAST_IMAGES} are needed, 200 or more are better."
+        )
     return images
 
 
@@ -103,7 +109,10 @@ def understand(checkpoint: Checkpoint, images: Tensor, inputs: Inputs, record: R
     choices = choose(checkpoint, images, inputs.preprocess)
     arch, others = checkpoint.arch, []
     if len(checkpoint.candidates) > 1:
-        scored = sorted(((confidence(checkpoint, a, choices[0], images), k) for k, a in enumerate(checkpoint.candidates)), reverse=True)
+        scored = sorted(
+            ((confidence(checkpoint, a, choices[0], images), k) for k, a in enumerate(checkpoint.candidates)),
+            reverse=True,
+        )
         arch = checkpoint.candidates[scored[0][1]]
         margin = scored[0][0] - scored[1][0]
         for score, index in scored[1:]:
@@ -114,7 +123,10 @@ def understand(checkpoint: Checkpoint, images: Tensor, inputs: Inputs, record: R
                 f"{arch.name} and {others[0]['name']} fit these tensors alike: pass --arch to say which it is."
             )
     others += [{"name": name, "reason": reason} for name, reason in arch.alternatives]
-    others += [{"name": c.preprocess.name or c.preprocess.spec(), "reason": f"plausible normalisation ({c.source})"} for c in choices[1:]]
+    others += [
+        {"name": c.preprocess.name or c.preprocess.spec(), "reason": f"plausible normalisation ({c.source})"}
+        for c in choices[1:]
+    ]
     first = choices[0]
     entry = record.checkpoint
     entry.architecture = arch.name
@@ -134,7 +146,9 @@ def confidence(checkpoint: Checkpoint, arch: Arch, choice: Choice, images: Tenso
     return float(torch.cat(parts).mean())
 
 
-def keep_plausible_labels(images: ImageSet, suspect: Suspect, predict: Predictor, record: RunRecord) -> ImageSet:
+def keep_plausible_labels(
+    images: ImageSet, suspect: Suspect, predict: Predictor, record: RunRecord
+) -> ImageSet:
     """`images`, without labels that only the count of folders spoke for and that the suspect's answers contradict."""
     if images.labels is None or images.labels_source != "count":
         return images
@@ -184,10 +198,14 @@ def make_triggers(specs: Sequence[str], size: tuple[int, int]) -> list[Trigger]:
     for spec in specs:
         name, settings = registry.parse_spec(spec)
         trigger = registry.configure(registry.load(registry.TRIGGERS, name), settings)
-        trigger(torch.zeros((1, 3, *size), dtype=torch.uint8))  # a patch that does not fit is refused before any work
+        trigger(
+            torch.zeros((1, 3, *size), dtype=torch.uint8)
+        )  # a patch that does not fit is refused before any work
         made.append(trigger)
     return made
 
 
-def make_predictor(model: Classifier, device: torch.device, inputs: Inputs, advance: Tell = quiet) -> Predictor:
+def make_predictor(
+    model: Classifier, device: torch.device, inputs: Inputs, advance: Tell = quiet
+) -> Predictor:
     return Predictor(model, device, inputs.batch_size or (1000 if device.type == "cuda" else 250))

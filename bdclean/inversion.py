@@ -180,7 +180,9 @@ class Pursuit:
             mask = torch.sigmoid(mask_logits)
             logits = model(pixels + mask * (torch.sigmoid(pattern_logits) - pixels))
             loss = F.cross_entropy(logits, targets) + weights[k] * mask.sum()
-            for leaf, gradient in zip((masks, patterns), torch.autograd.grad(loss, [mask_logits, pattern_logits]), strict=True):
+            for leaf, gradient in zip(
+                (masks, patterns), torch.autograd.grad(loss, [mask_logits, pattern_logits]), strict=True
+            ):
                 leaf[k] -= STEP * gradient.sign()
             rising = float((logits.argmax(1) == targets).float().mean()) > GOAL
             weights[k] = (weights[k] * (RAISE if rising else 1 / RAISE)).clamp(1e-6, 1.0)

@@ -129,7 +129,9 @@ def paired_difference(before: Tensor, after: Tensor, name: str) -> Measure:
     return Measure(name, (gained - lost) / n, n, max(-1.0, centre - half), min(1.0, centre + half))
 
 
-def defence_effectiveness(accuracy_before: float, accuracy_after: float, asr_before: float, asr_after: float) -> float:
+def defence_effectiveness(
+    accuracy_before: float, accuracy_after: float, asr_before: float, asr_after: float
+) -> float:
     """DER in [0, 1] (Zhu et al. 2023): 1 removes a perfect attack at no cost in accuracy, 0.5 changes nothing."""
     return (max(0.0, asr_before - asr_after) - max(0.0, accuracy_before - accuracy_after) + 1) / 2
 

@@ -56,13 +56,25 @@ def scan(
         side, missing, bench, choice = min(sides, key=lambda s: rank.get(s[0].verdict, 1))
         record.data = describe_images(path, images)
         record.data.labeled = bench.labeled
-        record.verdict, record.measures, record.triggers, record.advice = side.verdict, side.measures, side.triggers, missing
+        record.verdict, record.measures, record.triggers, record.advice = (
+            side.verdict,
+            side.measures,
+            side.triggers,
+            missing,
+        )
         if len(sides) > 1:
             name = choice.preprocess.name or choice.preprocess.spec()
             record.checkpoint.preprocess = name
-            record.checkpoint.mean, record.checkpoint.std = list(choice.preprocess.mean), list(choice.preprocess.std)
-            found = ", ".join(f"{s[3].preprocess.name or s[3].preprocess.spec()}: {s[0].verdict}" for s in sides)
-            record.warnings.append(f"the normalisation is unclear, each plausible one was scanned ({found}); shown is {name}.")
+            record.checkpoint.mean, record.checkpoint.std = (
+                list(choice.preprocess.mean),
+                list(choice.preprocess.std),
+            )
+            found = ", ".join(
+                f"{s[3].preprocess.name or s[3].preprocess.spec()}: {s[0].verdict}" for s in sides
+            )
+            record.warnings.append(
+                f"the normalisation is unclear, each plausible one was scanned ({found}); shown is {name}."
+            )
         return record
     except BdcleanError as error:
         error.record = error.record or record
@@ -70,7 +82,13 @@ def scan(
 
 
 def open_bench(
-    suspect: Suspect, choice: Choice, images: ImageSet, inputs: Inputs, threshold: float, record: RunRecord, tell: Tell
+    suspect: Suspect,
+    choice: Choice,
+    images: ImageSet,
+    inputs: Inputs,
+    threshold: float,
+    record: RunRecord,
+    tell: Tell,
 ) -> Bench:
     """The suspect on `images`: held against labels where they are plausible, else against its own clean answers."""
     predict = make_predictor(suspect.classifier(choice), suspect.device, inputs)
@@ -87,7 +105,9 @@ def check_target(target: str, suspect: Suspect) -> str | int:
     if not target.isdigit():
         return target
     if int(target) >= suspect.arch.classes:
-        raise UsageError(f"--target {target}: the network has {suspect.arch.classes} classes, 0 to {suspect.arch.classes - 1}.")
+        raise UsageError(
+            f"--target {target}: the network has {suspect.arch.classes} classes, 0 to {suspect.arch.classes - 1}."
+        )
     return int(target)
 
 

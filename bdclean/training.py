@@ -386,7 +386,9 @@ class Augmentation:
         return mirror(images, generator) if self.mirrored else images
 
     def describe(self) -> str:
-        return f"crops with {self.padding} pixels of padding, " + ("mirrored" if self.mirrored else "not mirrored")
+        return f"crops with {self.padding} pixels of padding, " + (
+            "mirrored" if self.mirrored else "not mirrored"
+        )
 
 
 MIRROR_TOLERANCE = 0.05

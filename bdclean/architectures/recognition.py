@@ -62,7 +62,7 @@ def readings(shapes: Mapping[str, Shape]) -> Iterator[tuple[Family, dict[str, st
 def compare(shapes: Mapping[str, Shape]) -> Iterator[Near]:
     """How each well-known network differs from a file's tensors, where at least half of the names are the same."""
     rows = [s[0] for n, s in shapes.items() if len(s) == 2 and n.endswith("weight")]
-    classes = max(1, min(rows[-1], 100_000)) if rows else 1000
+    classes = max(1, min(rows[-1], 100_000)) if rows else 10
     for family, renamed, _ in readings(shapes):
         own = {new: tuple(shapes[name]) for name, new in renamed.items()}
         for name, expected in well_known(FAMILIES.index(family), classes).items():

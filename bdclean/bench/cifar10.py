@@ -58,7 +58,15 @@ def unpack(archive: Path, work: Path) -> Path:
     return folder
 
 
-def train(victim: Victim, training: ImageSet, build: partial[ResidualNetwork], epochs: float, seed: int, device: str, out: Path) -> None:
+def train(
+    victim: Victim,
+    training: ImageSet,
+    build: partial[ResidualNetwork],
+    epochs: float,
+    seed: int,
+    device: str,
+    out: Path,
+) -> None:
     """Train one victim and write it as safetensors with its preprocessing in the metadata."""
     torch.manual_seed(seed_for(seed, victim.name))
     network: nn.Module = build()
@@ -69,7 +77,11 @@ def train(victim: Victim, training: ImageSet, build: partial[ResidualNetwork], e
 
     def tell(stage: str, done: int, total: int, **measures: float) -> None:
         if done % (total // 20 or 1) == 0:
-            print(f"{victim.name}: {done}/{total} {measures} {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{victim.name}: {done}/{total} {measures} {time.monotonic() - started:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     run = Run(torch.device(device), Precision(bf16=True, channels_last=True), seed, tell)
     Supervised(epochs=epochs)(model, images, run, stage=f"train {victim.name}")
@@ -83,7 +95,9 @@ def bdclean(*arguments: str) -> int:
     """Run the command line; its report is thrown away, its record is kept. Returns the exit code."""
     print("$ bdclean " + " ".join(arguments), file=sys.stderr, flush=True)
     return subprocess.run(
-        [sys.executable, "-m", "bdclean", *arguments, "--format", "json", "-q"], stdout=subprocess.DEVNULL, check=False
+        [sys.executable, "-m", "bdclean", *arguments, "--format", "json", "-q"],
+        stdout=subprocess.DEVNULL,
+        check=False,
     ).returncode
 
 
@@ -112,7 +126,9 @@ def labeled_share(source: Path, folder: Path, count: int, seed: int) -> Path:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bdclean.bench cifar10", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="cifar10.tar.gz, or the folder it unpacks to")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="cifar10.tar.gz, or the folder it unpacks to"
+    )
     parser.add_argument("--work", type=Path, required=True, help="where cells are kept")
     parser.add_argument("--network", choices=("resnet20", "resnet18"), default="resnet20")
     parser.add_argument("--epochs", type=float, default=14)

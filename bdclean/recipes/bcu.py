@@ -80,7 +80,9 @@ class BCU:
         def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
             images = run.precision.layout(augment(batch.images, batch.generator))
             rise = (epoch(batch.step) + 1) / self.epochs
-            temperature = self.temperature_start + (self.temperature_end - self.temperature_start) * min(1.0, rise)
+            temperature = self.temperature_start + (self.temperature_end - self.temperature_start) * min(
+                1.0, rise
+            )
             with run.precision.autocast(run.device):
                 with torch.no_grad():
                     answers = teacher(images)
@@ -93,7 +95,10 @@ class BCU:
         )
         state = State("bcu", student, optimiser, unlabeled.images, None, self.batch_size, steps, rate)
         curve = fit(step, state, run)
-        stages = [f"re-initialised shares by depth: {drawn}", f"distilled for {steps} updates, {augment.describe()}"]
+        stages = [
+            f"re-initialised shares by depth: {drawn}",
+            f"distilled for {steps} updates, {augment.describe()}",
+        ]
         return Cleansed(student.eval(), arch, curve, asdict(self), stages)
 
 
@@ -126,7 +131,9 @@ def reinitialise(module: nn.Module, share: float, generator: torch.Generator) ->
             if name == "weight" and parameter.dim() > 2:
                 receptive = parameter[0, 0].numel()
                 fan_out = parameter.shape[0] * receptive
-                fresh = torch.randn(parameter.shape, generator=generator, device=device) * math.sqrt(2 / fan_out)
+                fresh = torch.randn(parameter.shape, generator=generator, device=device) * math.sqrt(
+                    2 / fan_out
+                )
             else:
                 weight = getattr(module, "weight", parameter)
                 bound = 1 / math.sqrt(max(1, weight[0].numel()))

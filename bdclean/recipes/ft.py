@@ -91,6 +91,8 @@ def fine_tune(
         return F.cross_entropy(logits, batch.labels), {"accuracy": right.item()}
 
     optimiser = torch.optim.SGD(student.parameters(), rate(0), momentum=momentum, weight_decay=weight_decay)
-    curve = fit(step, State(name, student, optimiser, labeled.images, labeled.labels, batch_size, steps, rate), run)
+    curve = fit(
+        step, State(name, student, optimiser, labeled.images, labeled.labels, batch_size, steps, rate), run
+    )
     stages = [f"fine-tuned for {steps} updates on {len(labeled)} labeled images, {augment.describe()}"]
     return Cleansed(student.eval(), arch, curve, settings, stages)

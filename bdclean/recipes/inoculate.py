@@ -19,7 +19,16 @@ from bdclean.inversion import Inverted, Pursuit, invert, outliers
 from bdclean.losses import distillation_kl
 from bdclean.preprocessing import Classifier
 from bdclean.recipes import Cleansed
-from bdclean.training import Batch, Run, State, choose_augmentation, fit, frozen, set_batch_statistics, triangular
+from bdclean.training import (
+    Batch,
+    Run,
+    State,
+    choose_augmentation,
+    fit,
+    frozen,
+    set_batch_statistics,
+    triangular,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,9 @@ class Inoculate:
     """
 
     name: ClassVar[str] = "inoculate"
-    source: ClassVar[str] = "bdclean's own; kin: NNoculation 2002.08313, SAU 2307.10562, Neural Cleanse 2019, SFT 2212.09067"
+    source: ClassVar[str] = (
+        "bdclean's own; kin: NNoculation 2002.08313, SAU 2307.10562, Neural Cleanse 2019, SFT 2212.09067"
+    )
     needs_labels: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = tuple(corruptions.FAMILIES)
 
@@ -58,9 +69,17 @@ class Inoculate:
 
     def __post_init__(self) -> None:
         if self.epochs <= 0 or self.batch_size < 4 or not 0 < self.floor <= min(self.peak, self.second_peak):
-            raise UsageError("inoculate: epochs are positive, batch_size at least 4, and 0 < floor <= both peaks.")
-        if not 0 <= self.adversary_share <= 1 or self.temperature <= 0 or min(self.adversary_steps, self.inversion_steps) < 0:
-            raise UsageError("inoculate: adversary_share is in [0, 1], temperature positive, steps are not negative.")
+            raise UsageError(
+                "inoculate: epochs are positive, batch_size at least 4, and 0 < floor <= both peaks."
+            )
+        if (
+            not 0 <= self.adversary_share <= 1
+            or self.temperature <= 0
+            or min(self.adversary_steps, self.inversion_steps) < 0
+        ):
+            raise UsageError(
+                "inoculate: adversary_share is in [0, 1], temperature positive, steps are not negative."
+            )
 
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
@@ -117,7 +136,15 @@ class Inoculate:
         )
         extra = pursuit.tensors if pursuit is not None else {}
         state = State(
-            "inoculate", student, optimiser, images, None, self.batch_size, steps, self._schedule(steps), extra=extra
+            "inoculate",
+            student,
+            optimiser,
+            images,
+            None,
+            self.batch_size,
+            steps,
+            self._schedule(steps),
+            extra=extra,
         )
         curve = fit(step, state, run)
         generator = run.generator("statistics")
@@ -129,7 +156,9 @@ class Inoculate:
 
         set_batch_statistics(student, uncorrupted)
         stages = [
-            f"inverted every class in {self.inversion_steps} steps" if self.inversion_steps else "no inversion",
+            f"inverted every class in {self.inversion_steps} steps"
+            if self.inversion_steps
+            else "no inversion",
             f"distilled for {steps} updates, {augment.describe()}",
             f"adversaries: {', '.join(turns)}",
         ]
@@ -152,7 +181,9 @@ class Inoculate:
         if self.inversion_steps == 0:
             return None, []
         classes = torch.arange(arch.classes)
-        packed = run.keep("inverted", lambda: invert(teacher, images, classes, run, steps=self.inversion_steps).pack())
+        packed = run.keep(
+            "inverted", lambda: invert(teacher, images, classes, run, steps=self.inversion_steps).pack()
+        )
         inverted = Inverted.unpack(packed, *images.shape[2:])
         small, index, limit = outliers(inverted)
         findings = [_finding(inverted, index, limit, k) for k in small.nonzero().squeeze(1).tolist()]

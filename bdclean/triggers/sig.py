@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import cos, hypot, pi, radians, sin
+from math import atan2, cos, degrees, hypot, pi, radians, sin
 from typing import ClassVar
 
 import torch
@@ -52,28 +52,30 @@ class SIG:
         return add(images, self.wave(images.shape[-2], images.shape[-1]))
 
     def controls(self, count: int, generator: torch.Generator) -> list[Stamp]:
-        """Stripes of the same delta, of half to twice the frequency, at any angle and phase.
+        """Stripes of the same delta and any phase: half of them near the trigger's, half of them anywhere.
 
-        At least two periods apart from the trigger's own stripes, whichever way those run.
+        Near: 0.5 to 1.5 periods away, whichever way those run. A network without a backdoor may mind stripes of one
+        frequency and angle more than all others, and its answer changes little from there to the neighbours, so
+        controls from everywhere alone would make that a backdoor. Anywhere: half to twice the frequency at any angle.
         """
         right, down = self._direction()
         drawn: list[Stamp] = []
-        while len(drawn) < count:
+        for index in range(count):
             draws = torch.rand(3, generator=generator, device=generator.device).tolist()
-            frequency = round(self.frequency * 2 ** (2 * draws[0] - 1), 3)
-            other = replace(
-                self, frequency=frequency, angle=round(180 * draws[1], 2), phase=round(360 * draws[2], 2)
-            )
-            other_right, other_down = other._direction()
-            apart = min(
-                hypot(
-                    frequency * other_right - sign * self.frequency * right,
-                    frequency * other_down - sign * self.frequency * down,
+            if index % 2 == 0:
+                length, turn = 0.5 + draws[0], 2 * pi * draws[1]
+                across, along = (
+                    self.frequency * right + length * cos(turn),
+                    self.frequency * down + length * sin(turn),
                 )
-                for sign in (1, -1)
+                frequency, angle = hypot(across, along), degrees(atan2(along, across))
+            else:
+                frequency, angle = self.frequency * 2 ** (2 * draws[0] - 1), 180 * draws[1]
+            drawn.append(
+                replace(
+                    self, frequency=round(frequency, 3), angle=round(angle, 2), phase=round(360 * draws[2], 2)
+                )
             )
-            if apart >= min(2.0, self.frequency / 2):
-                drawn.append(other)
         return drawn
 
     def spec(self) -> str:
