@@ -31,6 +31,8 @@ FOREIGN, FOREIGN_FACTOR = 0.008, 3.0
 SAME = 0.06
 # One this close to a claim that fits is no rival of it: 5 % of the range.
 BESIDE_CLAIM = 0.2
+# Strongly coloured images show the order of channels in the first layer, where the other order is this much farther.
+OTHER_ORDER = 4.0
 # Mean top probabilities closer than this do not tell two candidates apart: swapped colours cost CIFAR-10 networks 0.04
 # on their own images, and foreign images can gain 0.026 by them.
 SURER = 0.03
@@ -62,9 +64,9 @@ def decide(
     scores = distances(network, images[:look], candidates)
     if not scores:
         return by_confidence(network, images[:look], said)
-    if backwards(network, images[: 256 if small else look], scores, said):
-        candidates = [c.swapped() for c in candidates]
-        scores = distances(network, images[:look], candidates)
+    swapped = distances(network, images[:look], [c.swapped() for c in candidates])
+    if backwards(network, images[: 256 if small else look], scores, swapped, said):
+        candidates, scores = list(swapped), swapped
     count = min(closer, len(images))
     if count > look:
         near = 3 * limit(scores, look)
@@ -87,16 +89,23 @@ def limit(scores: Mapping[Preprocess, float], count: int) -> float:
 
 
 def backwards(
-    network: nn.Module, images: Tensor, scores: Mapping[Preprocess, float], said: Preprocess | None
+    network: nn.Module,
+    images: Tensor,
+    scores: Mapping[Preprocess, float],
+    swapped: Mapping[Preprocess, float],
+    said: Preprocess | None,
 ) -> bool:
-    """Whether the network takes BGR: as claimed, or RGB without a claim, unless it is clearly surer the other way.
+    """Whether the network takes BGR: as claimed, or RGB without a claim, unless something speaks clearly against it.
 
-    Natural images are nearly grey to a first layer, so its statistics say little; the whole network is less sure of
-    swapped colours, if the images are of its kind.
+    `scores` and `swapped`: distances in RGB and BGR. Most images are nearly grey to a first layer, so that the two are
+    close; then the whole network tells, which is less sure of swapped colours if the images are of its kind.
     """
     best = min(scores, key=lambda c: scores[c])
+    near, far = sorted((scores[best], min(swapped.values())))
+    if far > OTHER_ORDER * near + SAMPLING / len(images):
+        return near != scores[best]
     claimed = said is not None and said.bgr
-    if scores[best] > FOREIGN:
+    if near > FOREIGN:
         return claimed
     gain = confidence(network, images, best.swapped()) - confidence(network, images, best)
     return gain > SURER if not claimed else gain >= -SURER

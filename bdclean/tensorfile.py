@@ -226,7 +226,7 @@ def write_file(
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".part", dir=path.parent)
         with os.fdopen(handle, "wb") as stream:
             ordered = (tensors[e.name] for e in sorted(entries, key=lambda e: (e.begin, e.end)))
-            for piece in (len(raw).to_bytes(8, "little"), raw, *map(_bytes, ordered)):
+            for piece in (memoryview(len(raw).to_bytes(8, "little") + raw), *map(_bytes, ordered)):
                 stream.write(piece)
                 digest.update(piece)
             stream.flush()
@@ -245,9 +245,9 @@ def write_file(
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _bytes(tensor: Tensor) -> memoryview[int]:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def reason(error: OSError) -> str:
