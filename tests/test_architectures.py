@@ -62,6 +62,11 @@ def test_residual_stages_are_the_layers(name):
         assert all(m.startswith(stage.name + ".") for m in stage.modules)
 
 
+@pytest.mark.parametrize("name", ["wrn-16-1", "wrn-28-10", "resnet20-cifar-a"])
+def test_three_stages_end_in_their_layers(name):
+    assert check(name).taps == ("layer1", "layer2", "layer3")
+
+
 def test_vgg_stages_follow_the_resolution_and_taps_the_activation():
     arch = check("vgg16_bn")
     assert [len(s.modules) for s in arch.stages] == [1, 1, 2, 3, 3, 3, 2, 1]

@@ -221,7 +221,8 @@ def _stage_name(group: list[str], weighted: list[str], number: int) -> str:
 def find_taps(stages: tuple[Stage, ...], events: dict[str, Event]) -> tuple[str, ...]:
     """For each stage with 4-D outputs: the module that ends last before the next stage begins, at its resolution.
 
-    That is the outermost one (`layer2` rather than `layer2.1.bn2`), and after any in-place activation.
+    That is the outermost block (`layer2` rather than `layer2.1.bn2`); in a plain sequence, what follows the last
+    convolution: its norm and activation.
     """
     taps = []
     for stage, following in zip(stages[1:-1], stages[2:], strict=True):
@@ -244,7 +245,9 @@ def find_taps(stages: tuple[Stage, ...], events: dict[str, Event]) -> tuple[str,
             and e.shape[2:] == last.shape[2:]
             and not _opens_next(e, events, begin, end)
         ]
-        taps.append(max(ended, key=lambda e: e.end, default=last).name)
+        # A block that holds some of the stage comes before a norm or activation that follows it.
+        holding = [e for e in ended if any(n.startswith(e.name + ".") for n in stage.modules)]
+        taps.append(max(holding or ended, key=lambda e: e.end, default=last).name)
     return tuple(taps)
 
 
