@@ -6,7 +6,7 @@ The rules are those of the product's measures: an ASR means nothing without its 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -43,7 +43,7 @@ class Trigger(Protocol):
     def family(self) -> str: ...
     def spec(self) -> str: ...
     def __call__(self, images: Tensor) -> Tensor: ...
-    def controls(self, count: int, generator: torch.Generator) -> Sequence[Trigger]: ...
+    def controls(self, count: int, generator: torch.Generator) -> Sequence[Callable[[Tensor], Tensor]]: ...
 
 
 Target = int | str

@@ -89,8 +89,9 @@ def attack_success(stamped: Tensor, reference: Tensor, target: int | str, classe
     """
     if target == "next":
         return stamped == (reference + 1) % classes
-    counted = reference != target
-    return stamped[counted] == target
+    wanted = torch.full_like(reference, int(target))
+    counted = reference != wanted
+    return stamped[counted] == wanted[counted]
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> list[Measure]:

@@ -216,8 +216,8 @@ Step = Callable[[Batch], tuple[Tensor | None, dict[str, float]]]
 
 def order(images: int, batch_size: int, step: int, seed: int, stage: str) -> Tensor:
     """Indices of the images of a step: consecutive shuffles of all of them, cut into batches of equal size."""
-    first, parts = step * batch_size, []
-    while (need := batch_size - sum(map(len, parts))) > 0:
+    first, parts = step * batch_size, []  # type: int, list[Tensor]
+    while (need := batch_size - sum(len(part) for part in parts)) > 0:
         epoch, offset = divmod(first, images)
         generator = torch.Generator().manual_seed(seed_for(seed, stage, "epoch", epoch))
         parts.append(torch.randperm(images, generator=generator)[offset : offset + need])
