@@ -22,7 +22,6 @@ GOAL = 0.95
 RAISE = 1.15
 LEAST_SUCCESS = 0.8
 TOGETHER = 24
-"""With more classes than this, only this many of the smallest masks go on after a third of the steps."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,14 @@ def invert(
     run: Run,
     *,
     steps: int = 150,
-    batch_size: int = 128,
+    batch_size: int = 64,
     start: Inverted | None = None,
     name: str = "invert",
 ) -> Inverted:
     """Fit a mask and a pattern for each of `classes` [k] on `model`, which is put into evaluation mode.
 
     `images` are uint8 [n 3 h w]; `start` continues from earlier masks instead of random ones. Each step shows every class
-    `batch_size` images, whatever class they are of.
+    `batch_size` images, whatever class they are of. Returned are the `going_on` classes that were fitted to the end.
     """
     model.eval()
     images, classes = images.to(run.device), classes.to(run.device)
@@ -90,8 +89,8 @@ def invert(
     success = torch.zeros(k, device=run.device)
     active = torch.arange(k, device=run.device)
     for step in range(steps):
-        if k > TOGETHER and step == steps // 3:
-            active = torch.sigmoid(mask_logits.detach()).sum(dim=(1, 2, 3)).argsort()[:TOGETHER].sort().values
+        if step == max(1, steps // 3):
+            active = torch.sigmoid(mask_logits.detach()).sum(dim=(1, 2, 3)).argsort()[: going_on(k)].sort().values
         chosen = order(len(images), min(batch_size, len(images)), step, run.seed, name).to(run.device)
         pixels = images[chosen].float() / 255
         optimiser.zero_grad(set_to_none=True)
@@ -116,7 +115,16 @@ def invert(
         weights = torch.where(rate > GOAL, weights * RAISE, weights / RAISE).clamp(1e-6, 1.0)
         run.tell(name, step + 1, steps, success=success.mean().item())
     with torch.no_grad():
-        return Inverted(classes, torch.sigmoid(mask_logits), torch.sigmoid(pattern_logits), success)
+        return Inverted(classes, torch.sigmoid(mask_logits), torch.sigmoid(pattern_logits), success).select(active)
+
+
+def going_on(classes: int) -> int:
+    """How many classes go on after a third of the steps: the half with the smallest masks, at least 5, at most TOGETHER.
+
+    A trigger's class leads from early on (measured: 23 pixels against 38 to 53 after 60 steps), and the rest of the
+    steps is only needed to see by how much.
+    """
+    return min(classes, max(5, min(TOGETHER, -(-classes // 2))))
 
 
 def chunks(total: int, size: int) -> Iterator[Tensor]:

@@ -111,7 +111,7 @@ def assess(
         jobs = []
         for done, trigger in enumerate(triggers):
             chosen = fixed.get(trigger.spec())
-            jobs.append((trigger, _gains(bench, trigger, everything)[0] if chosen is None else chosen))
+            jobs.append((trigger, _look(bench, trigger, everything).target if chosen is None else chosen))
             bench.tell("screening", done + 1, len(triggers))
         return _measure_all(bench, jobs, everything, "same images", len(triggers) * bench.classes)
     first, second = halves(n, bench.seed)
@@ -131,31 +131,33 @@ def assess(
     return rows
 
 
-def _gains(bench: Bench, trigger: Trigger, chosen: Tensor) -> tuple[int, Tensor, Tensor]:
-    """The class with the largest gain over unstamped images, the hits of every class [classes], and how many count."""
+@dataclass
+class _Look:
+    """What stamping the images of a look does: `hits` of `counted` images [classes] each go to a class."""
+
+    target: int
+    """The class with the largest gain over unstamped images, or that of one source where no gain is a backdoor's."""
+    hits: Tensor
+    counted: Tensor
+    one_source: bool
+    """Whether half or more of some source class moves to one other class: such a backdoor hides in the rest."""
+
+
+def _look(bench: Bench, trigger: Trigger, chosen: Tensor) -> _Look:
     stamped = bench.predict(trigger(bench.images[chosen]))
     reference, clean = bench.reference[chosen], bench.clean[chosen]
-    counted = len(chosen) - torch.bincount(reference, minlength=bench.classes)[: bench.classes]
-    away = stamped != reference
-    hits = torch.bincount(stamped[away], minlength=bench.classes)[: bench.classes]
-    base = torch.bincount(clean[clean != reference], minlength=bench.classes)[: bench.classes]
-    gain = (hits - base) / counted.clamp_min(1)
-    return int(gain.argmax()), hits, counted
-
-
-def _one_source(bench: Bench, trigger: Trigger, chosen: Tensor) -> bool:
-    """Whether half or more of some source class moves to one other class: a backdoor of one source hides in the rest."""
-    stamped, reference, clean = (
-        bench.predict(trigger(bench.images[chosen])),
-        bench.reference[chosen],
-        bench.clean[chosen],
-    )
-    table = _confusion(reference, stamped, bench.classes) - _confusion(reference, clean, bench.classes)
     sizes = torch.bincount(reference, minlength=bench.classes)[: bench.classes]
-    table.fill_diagonal_(0)
-    share = table / sizes.clamp_min(1)[:, None]
+    counted = len(chosen) - sizes
+    moved = _confusion(reference, stamped, bench.classes).fill_diagonal_(0)
+    gained = moved - _confusion(reference, clean, bench.classes).fill_diagonal_(0)
+    gain = gained.sum(dim=0) / counted.clamp_min(1)
+    target = int(gain.argmax())
+    share = gained / sizes.clamp_min(1)[:, None]
     share[sizes < LEAST_SOURCE] = 0
-    return bool(share.max() >= 0.5)
+    one_source = bool(share.max() >= 0.5)
+    if one_source and gain[target] < bench.threshold:
+        target = int(share.max(dim=0).values.argmax())
+    return _Look(target, moved.sum(dim=0), counted, one_source)
 
 
 def _confusion(reference: Tensor, predictions: Tensor, classes: int) -> Tensor:
@@ -166,16 +168,16 @@ def _screen(bench: Bench, trigger: Trigger, half: Tensor) -> _Screened:
     """Look at growing samples of `half` until every class is below the threshold, or the half is used up."""
     looks = [size for size in LOOKS if size < len(half)] + [len(half)]
     for size in looks:
-        target, hits, counted = _gains(bench, trigger, half[:size])
-        k, n = int(hits[target]), int(counted[target])
+        look = _look(bench, trigger, half[:size])
+        k, n = int(look.hits[look.target]), int(look.counted[look.target])
         bounds = [
             upper_bound(h, c, LOOK_LEVEL)
-            for h, c in zip(hits.tolist(), counted.tolist(), strict=True)
+            for h, c in zip(look.hits.tolist(), look.counted.tolist(), strict=True)
             if c > 0
         ]
-        if max(bounds, default=1.0) < bench.threshold and not _one_source(bench, trigger, half[:size]):
-            return _Screened(trigger, target, size, k, n, False)
-    return _Screened(trigger, target, len(half), k, n, True)
+        if max(bounds, default=1.0) < bench.threshold and not look.one_source:
+            return _Screened(trigger, look.target, size, k, n, False)
+    return _Screened(trigger, look.target, len(half), k, n, True)
 
 
 def _dropped(screened: _Screened) -> TriggerRow:

@@ -95,7 +95,7 @@ def bdclean(*arguments: str) -> int:
     """Run the command line; its report is thrown away, its record is kept. Returns the exit code."""
     print("$ bdclean " + " ".join(arguments), file=sys.stderr, flush=True)
     return subprocess.run(
-        [sys.executable, "-m", "bdclean", *arguments, "--format", "json", "-q"],
+        [sys.executable, "-m", "bdclean", *arguments, "--format", "json"],
         stdout=subprocess.DEVNULL,
         check=False,
     ).returncode
@@ -154,18 +154,19 @@ def main(arguments: list[str]) -> int:
         return 0
     unlabeled = share(data / "train", work / "unlabeled", options.images, options.seed)
     labeled = labeled_share(data / "train", work / "labeled", options.images, options.seed)
-    common = ("--test", str(data / "test"), "--seed", str(options.seed), "--device", options.device)
+    common = ("--seed", str(options.seed), "--device", options.device)
+    test = str(data / "test")
     for victim in wanted:
         name = f"{options.network}-{victim.name}"
         file, record = work / f"{name}.safetensors", work / f"{name}-scan.json"
         if not record.exists():
-            bdclean("scan", str(file), "--data", str(data / "test"), *common[2:], "--record", str(record))
+            bdclean("scan", str(file), "--data", test, *common, "--record", str(record))
         for recipe in options.recipes.split(","):
             out = work / f"{name}-{recipe}.safetensors"
             if not out.with_suffix(".json").exists():
                 images = labeled if recipe in ("ft", "sft") else unlabeled
                 bdclean(
-                    "cleanse", str(file), "--data", str(images), *common, "--limit", "0", "--recipe", recipe,
+                    "cleanse", str(file), "--data", str(images), "--test", test, *common, "--recipe", recipe,
                     "--out", str(out), "--resume",
                 )  # fmt: skip
     records = [json.loads(path.read_text()) for path in sorted(work.glob(f"{options.network}-*.json"))]

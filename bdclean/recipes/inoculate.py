@@ -156,7 +156,7 @@ class Inoculate:
 
         set_batch_statistics(student, uncorrupted)
         stages = [
-            f"inverted every class in {self.inversion_steps} steps"
+            f"inverted {arch.classes} classes in {self.inversion_steps} steps"
             if self.inversion_steps
             else "no inversion",
             f"distilled for {steps} updates, {augment.describe()}",
@@ -203,6 +203,6 @@ def _finding(inverted: Inverted, index: Tensor, limit: float, k: int) -> dict[st
         "score": float(pixels[k]),
         "threshold": limit,
         "reason": f"a mask of {pixels[k]:.1f} pixels sends images to class {int(inverted.classes[k])} "
-        f"(success {inverted.success[k]:.2f}); the other classes need {others.min():.1f} to {others.max():.1f} "
+        f"(success {inverted.success[k]:.2f}); the next classes need {others.min():.1f} to {others.max():.1f} "
         f"(anomaly index {index[k]:.1f}). Not calibrated: it does not decide the verdict.",
     }
