@@ -87,6 +87,7 @@ class Saved:
         self.arguments = json.loads(json.dumps(dict(arguments)))
         self.kept: dict[str, Tensor] = {}
         self.stage, self.done, self.curve = "", 0, []  # type: str, int, list[dict[str, float]]
+        self.sums: dict[str, float] = {}
         self.tensors: dict[str, Tensor] = {}
         self.notes: dict[str, Any] = {}
 
@@ -101,9 +102,9 @@ class Saved:
         try:
             with safe_open(self.path, "pt") as file:
                 found = json.loads((file.metadata() or {})["bdclean.resume"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            theirs, stage = found["arguments"], found["stage"]
-            done, curve, notes = int(found["done"]), list(found["curve"]), dict(found["notes"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            theirs, stage, notes = dict(found["arguments"]), str(found["stage"]), dict(found["notes"])
+            done, curve, sums = int(found["done"]), list(found["curve"]), dict(found["sums"])
         except Exception as error:
             raise Refused(
                 f"the resume state {self.path} cannot be read ({error}): delete it and start anew without --resume."
@@ -114,21 +115,30 @@ class Saved:
                     f"the resume state {self.path} was made with {key} = {theirs.get(key)!r}, this run has "
                     f"{self.arguments.get(key)!r}: repeat that run's arguments, or start anew without --resume."
                 )
-        self.stage, self.done, self.curve, self.notes = stage, done, curve, notes
+        self.stage, self.done, self.curve, self.sums, self.notes = stage, done, curve, sums, notes
         self.kept = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("kept.")}
         self.tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("kept.")}
         return True
 
     def save(
-        self, stage: str, done: int, curve: list[dict[str, float]], tensors: Mapping[str, Tensor]
+        self,
+        stage: str,
+        done: int,
+        curve: list[dict[str, float]],
+        sums: dict[str, float],
+        tensors: Mapping[str, Tensor],
     ) -> None:
-        """Replace the state on disk atomically; a kill at any moment leaves the old state or the new one."""
-        self.stage, self.done, self.curve = stage, done, curve
+        """Replace the state on disk atomically; a kill at any moment leaves the old state or the new one.
+
+        `sums` are those of the measures since the curve's last row.
+        """
+        self.stage, self.done, self.curve, self.sums = stage, done, curve, sums
         found = {
             "arguments": self.arguments,
             "stage": stage,
             "done": done,
             "curve": curve,
+            "sums": sums,
             "notes": self.notes,
         }
         everything = {**tensors, **{f"kept.{name}": tensor for name, tensor in self.kept.items()}}
@@ -152,6 +162,8 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except Interrupted:
+        raise  # from a signal handler, while writing
     except Exception as error:
         raise Refused(f"cannot write {path}: {error}") from error
     finally:
@@ -231,14 +243,13 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
     `step` returns a loss, which is then minimised (or None where it has optimised by itself), and measures to show.
     Raises Refused where the loss is no longer finite, Interrupted after SIGINT or SIGTERM with the state saved.
     """
-    done, curve = 0, []  # type: int, list[dict[str, float]]
+    done, curve, sums = 0, [], {}  # type: int, list[dict[str, float]], dict[str, float]
     averaged: dict[str, Tensor] = {}
     if run.saved is not None and run.saved.stage == state.stage:
-        done, curve = run.saved.done, list(run.saved.curve)
+        done, curve, sums = run.saved.done, list(run.saved.curve), dict(run.saved.sums)
         averaged = _restore(state, run.saved.tensors)
     images = state.images.to(run.device)
     labels = state.labels.to(run.device) if state.labels is not None else None
-    sums: dict[str, float] = {}
     saved_at, started, first = time.monotonic(), time.monotonic(), done
     every = max(1, state.steps // 100)
     with _deferred_signals() as caught:
@@ -274,17 +285,17 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
             for name, value in measures.items():
                 sums[name] = sums.get(name, 0.0) + value
             if done % every == 0 or done == state.steps:
-                row = {name: value / every for name, value in sums.items()}
-                curve.append({"step": done, **row})
+                since = done - int(curve[-1]["step"] if curve else 0)
+                curve.append({"step": done, **{name: value / since for name, value in sums.items()}})
                 sums = {}
             rate = (done - first) * min(state.batch_size, len(images)) / (time.monotonic() - started)
             run.tell(state.stage, done, state.steps, **measures, images_per_second=rate)
             if run.saved is not None and (
                 caught or time.monotonic() - saved_at > SAVE_EVERY_SECONDS or done == state.steps
             ):
-                run.saved.save(state.stage, done, curve, _tensors(state, averaged))
+                run.saved.save(state.stage, done, curve, sums, _tensors(state, averaged))
                 saved_at = time.monotonic()
-            if caught and done < state.steps:
+            if caught:
                 kept = (
                     f"; its state is in {run.saved.path}, go on with --resume"
                     if run.saved is not None
