@@ -119,8 +119,10 @@ def understand(checkpoint: Checkpoint, images: Tensor, inputs: Inputs, record: R
             reason = f"fits as well; mean confidence {score:.3f} against {scored[0][0]:.3f}"
             others.append({"name": checkpoint.candidates[index].name, "reason": reason})
         if margin < ARCHITECTURE_MARGIN and inputs.arch is None:
-            record.warnings.append(
-                f"{arch.name} and {others[0]['name']} fit these tensors alike: pass --arch to say which it is."
+            record.checkpoint.alternatives = others
+            raise Refused(
+                f"{arch.name} and {others[0]['name']} fit these tensors alike and are equally sure of the images: "
+                "pass --arch to say which it is."
             )
     others += [{"name": name, "reason": reason} for name, reason in arch.alternatives]
     others += [

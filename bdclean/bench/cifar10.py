@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from bdclean.attacks.blend import Blend
 from bdclean.attacks.supervised import Supervised
 from bdclean.data import ImageSet, load_images
 from bdclean.preprocessing import Classifier, parse_preprocess
+from bdclean.record import Measure, Rate, RunRecord, TriggerRow
 from bdclean.training import Precision, Run, quiet, seed_for
 
 RESNET20 = partial(ResidualNetwork, (3, 3, 3), (16, 32, 64), 16, 10)
@@ -169,6 +171,66 @@ def main(arguments: list[str]) -> int:
                     "cleanse", str(file), "--data", str(images), "--test", test, *common, "--recipe", recipe,
                     "--out", str(out), "--resume",
                 )  # fmt: skip
-    records = [json.loads(path.read_text()) for path in sorted(work.glob(f"{options.network}-*.json"))]
-    print(json.dumps({"schema": "bdclean.report/1", "runs": records}))
+    print(table([victim.name for victim in wanted], options.recipes.split(","), work, options.network))
     return 0
+
+
+def table(victims: Sequence[str], recipes: Sequence[str], work: Path, network: str) -> str:
+    """Markdown: what scan said of each victim, and each recipe's clean accuracy and attack success, before and after.
+
+    ASR and base rate are those of the trigger that the victim was poisoned with (for a clean one, of the row with the
+    largest excess after cleansing), in percent.
+    """
+    lines = [
+        "| victim | recipe | verdict | clean accuracy | change (95 %) | attack success | base rate | excess | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in victims:
+        scan = work / f"{network}-{name}-scan.json"
+        if scan.exists():
+            record = RunRecord.from_json(json.loads(scan.read_text()))
+            row = _row_of(record.triggers, name)
+            accuracy = record.measure("clean_accuracy")
+            lines.append(
+                f"| {name} | (scan) | {record.verdict} | {_percent(accuracy)} | | {_percent(row.asr)} "
+                f"| {_percent(row.base_rate)} | | {record.seconds:.0f} |"
+            )
+        for recipe in recipes:
+            path = work / f"{network}-{name}-{recipe}.json"
+            if not path.exists():
+                continue
+            record = RunRecord.from_json(json.loads(path.read_text()))
+            if record.after is None:
+                lines.append(f"| {name} | {recipe} | {record.outcome} | | | | | | |")
+                continue
+            row, change = _row_of(record.after.triggers, name), record.measure("clean_accuracy_change")
+            excess = (
+                ""
+                if row.base_rate is None
+                else f"{100 * ((row.asr.value or 0) - (row.base_rate.value or 0)):+.1f}"
+            )
+            spread = "" if change is None or change.value is None or change.low is None or change.high is None else (
+                f"{100 * change.value:+.2f} ({100 * change.low:+.2f} to {100 * change.high:+.2f})"
+            )  # fmt: skip
+            lines.append(
+                f"| {name} | {recipe} | {record.verdict} | {_percent(record.measure('clean_accuracy'))} | {spread} "
+                f"| {_percent(row.asr)} | {_percent(row.base_rate)} | {excess} | {record.seconds:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def _row_of(rows: Sequence[TriggerRow], victim: str) -> TriggerRow:
+    """The row of the trigger that `victim` was poisoned with, else the one with the largest excess over its base rate."""
+    attack = next(v.attack for v in VICTIMS if v.name == victim)
+    own = [row for row in rows if attack is not None and row.trigger == attack.trigger.spec()]
+    return (
+        own[0]
+        if own
+        else max(
+            rows, key=lambda row: (row.asr.value or 0) - (row.base_rate.value or 0 if row.base_rate else 0)
+        )
+    )
+
+
+def _percent(rate: Rate | Measure | None) -> str:
+    return "" if rate is None or rate.value is None else f"{100 * rate.value:.2f} (n {rate.n})"
