@@ -1,0 +1,76 @@
+import pytest
+import torch
+from torch import nn
+
+from bdclean import adversaries
+from bdclean.adversaries import KINDS, LOW, PATTERN, attack
+from bdclean.losses import divergence
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def linear():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
+    model[1].weight.data *= 4
+    return model
+
+
+def images(n=12):
+    small = torch.rand((n, 3, 4, 4), generator=seeded(2)) * 0.6 + 0.2
+    return nn.functional.interpolate(small, (16, 16), mode="bilinear")
+
+
+def harm(model, kind, seed, steps):
+    pixels = images()
+    answers = model(pixels).softmax(1).detach()
+    out = attack(kind, model, pixels, answers, seeded(seed), steps)
+    return divergence(model(out), answers).mean().item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_searching_harms_more_than_drawing_at_random(kind):
+    model = linear()
+    pairs = [(harm(model, kind, seed, 3), harm(model, kind, seed, 0)) for seed in range(8)]
+    found, drawn = (sum(values) / len(values) for values in zip(*pairs, strict=True))
+    assert found > drawn
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_budgets_are_kept(kind, steps):
+    model, pixels = linear(), images()
+    kept, weights = pixels.clone(), model[1].weight.clone()
+    answers = model(pixels).softmax(1).detach()
+    out = attack(kind, model, pixels, answers, seeded(), steps)
+    assert out.shape == pixels.shape and not out.requires_grad
+    assert 0 <= out.min() and out.max() <= 1
+    assert torch.equal(pixels, kept) and torch.equal(model[1].weight, weights)
+    assert model[1].weight.grad is None  # the student gets no gradient
+    assert torch.equal(out, attack(kind, model, pixels, answers, seeded(), steps))
+    change = out - pixels
+    if kind == "pattern":
+        assert change.abs().max() <= PATTERN + 1e-6
+    if kind == "low":
+        assert change.abs().max() <= LOW + 1e-6
+    if kind == "patch":
+        rows, columns = (change.abs().amax((0, 1)) > 0).nonzero().unbind(1)
+        assert rows.max() - rows.min() < 8 and columns.max() - columns.min() < 8
+    if kind == "warp":  # moves pixels by at most about 1.5 of 32, so less than one of 16
+        steep = pixels.diff(dim=2).abs().max() + pixels.diff(dim=3).abs().max()
+        assert change.abs().max() <= 1.5 * steep
+
+
+@pytest.mark.parametrize("kind", ["pattern", "low"])
+def test_one_perturbation_is_shared_by_the_batch(kind):
+    model, pixels = linear(), images() * 0.5 + 0.25  # nothing is clamped
+    change = attack(kind, model, pixels, model(pixels).softmax(1).detach(), seeded()) - pixels
+    assert torch.allclose(change, change[:1].expand_as(change), atol=1e-6)
+
+
+def test_unknown_kinds_are_named():
+    with pytest.raises(ValueError, match="patch, pattern"):
+        adversaries.attack("glue", linear(), images(), torch.ones(12, 5) / 5, seeded())
