@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bdclean.training import Run, order
+from bdclean.training import Batch, Run, State, fit
 
 STEP = 0.2
 GOAL = 0.95
@@ -55,6 +55,31 @@ class Inverted:
         return Inverted(classes[:, 0].long(), masks.reshape(shape), patterns.reshape(shape), success[:, 0])
 
 
+class _Fitted(nn.Module):
+    """Masks and patterns of all classes as logits, and what steers them: all of it is in the resume state."""
+
+    weights: Tensor
+    success: Tensor
+    active: Tensor
+
+    def __init__(self, classes: int, height: int, width: int, generator: torch.Generator):
+        super().__init__()
+
+        def start(channels: int) -> nn.Parameter:
+            shape = (classes, channels, height, width)
+            return nn.Parameter(torch.rand(shape, generator=generator, device=generator.device) * 2 - 1)
+
+        self.masks, self.patterns = start(1), start(3)
+        device = generator.device
+        # Neural Cleanse's first weight, for masks of 32 x 32 pixels
+        self.register_buffer("weights", torch.full((classes,), 1e-3 * 1024 / (height * width), device=device))
+        self.register_buffer("success", torch.zeros(classes, device=device))
+        self.register_buffer("active", torch.ones(classes, dtype=torch.bool, device=device))
+
+    def sizes(self) -> Tensor:
+        return torch.sigmoid(self.masks.detach()).sum(dim=(1, 2, 3))
+
+
 def invert(
     model: nn.Module,
     images: Tensor,
@@ -63,59 +88,47 @@ def invert(
     *,
     steps: int = 150,
     batch_size: int = 64,
-    start: Inverted | None = None,
     name: str = "invert",
 ) -> Inverted:
     """Fit a mask and a pattern for each of `classes` [k] on `model`, which is put into evaluation mode.
 
-    `images` are uint8 [n 3 h w]; `start` continues from earlier masks instead of random ones. Each step shows every class
-    `batch_size` images, whatever class they are of. Returned are the `going_on` classes that were fitted to the end.
+    `images` are uint8 [n 3 h w]. Each step shows every class `batch_size` images, whatever class they are of. Returned are
+    the `going_on` classes that were fitted to the end.
     """
     model.eval()
-    images, classes = images.to(run.device), classes.to(run.device)
-    _, _, height, width = images.shape
-    k = len(classes)
-    if start is None:
-        generator = run.generator(name, "start")
-        mask_logits = torch.rand((k, 1, height, width), generator=generator, device=run.device) * 2 - 1
-        pattern_logits = torch.rand((k, 3, height, width), generator=generator, device=run.device) * 2 - 1
-    else:
-        mask_logits = torch.logit(start.masks.clamp(1e-3, 1 - 1e-3)).to(run.device)
-        pattern_logits = torch.logit(start.patterns.clamp(1e-3, 1 - 1e-3)).to(run.device)
-    mask_logits.requires_grad_(True)
-    pattern_logits.requires_grad_(True)
-    optimiser = torch.optim.Adam([mask_logits, pattern_logits], lr=STEP, betas=(0.5, 0.9))
-    weights = torch.full((k,), 1e-3 * 1024 / (height * width), device=run.device)
-    success = torch.zeros(k, device=run.device)
-    active = torch.arange(k, device=run.device)
-    for step in range(steps):
-        if step == max(1, steps // 3):
-            active = torch.sigmoid(mask_logits.detach()).sum(dim=(1, 2, 3)).argsort()[: going_on(k)].sort().values
-        chosen = order(len(images), min(batch_size, len(images)), step, run.seed, name).to(run.device)
-        pixels = images[chosen].float() / 255
-        optimiser.zero_grad(set_to_none=True)
-        rates = []
-        for part in chunks(len(active), max(1, 1024 // len(chosen))):
+    classes, (height, width) = classes.to(run.device), images.shape[2:]
+    fitted = _Fitted(len(classes), height, width, run.generator(name, "start"))
+    optimiser = torch.optim.Adam(fitted.parameters(), lr=STEP, betas=(0.5, 0.9))
+
+    def step(batch: Batch) -> tuple[None, dict[str, float]]:
+        if batch.step == max(1, steps // 3):
+            fitted.active.zero_()
+            fitted.active[fitted.sizes().argsort()[: going_on(len(classes))]] = True
+        pixels = batch.images.float() / 255
+        optimiser.zero_grad()
+        active, rate = fitted.active.nonzero().squeeze(1), fitted.success.clone()
+        for part in chunks(len(active), max(1, 1024 // len(pixels))):
             rows = active[part.to(run.device)]
-            masks, patterns = torch.sigmoid(mask_logits[rows]), torch.sigmoid(pattern_logits[rows])
+            masks, patterns = torch.sigmoid(fitted.masks[rows]), torch.sigmoid(fitted.patterns[rows])
             stamped = (1 - masks[:, None]) * pixels + (masks * patterns)[:, None]
-            logits = _forward(model, stamped.flatten(0, 1), run)
-            targets = classes[rows].repeat_interleave(len(chosen))
+            with run.precision.autocast(run.device):
+                logits = model(run.precision.layout(stamped.flatten(0, 1))).float()
+            targets = classes[rows].repeat_interleave(len(pixels))
             losses = F.cross_entropy(logits, targets, reduction="none").view(len(rows), -1).mean(1)
-            total = (losses + weights[rows] * masks.sum(dim=(1, 2, 3))).sum()
+            total = (losses + fitted.weights[rows] * masks.sum(dim=(1, 2, 3))).sum()
             # only the masks' and patterns' gradients: the network's own weights get none
-            grads = torch.autograd.grad(total, [mask_logits, pattern_logits])
-            for leaf, grad in zip((mask_logits, pattern_logits), grads, strict=True):
-                leaf.grad = grad if leaf.grad is None else leaf.grad + grad
-            rates.append((logits.argmax(1) == targets).float().view(len(rows), -1).mean(1))
+            total.backward(inputs=[fitted.masks, fitted.patterns])
+            rate[rows] = (logits.argmax(1) == targets).float().view(len(rows), -1).mean(1)
         optimiser.step()
-        rate = success.clone()
-        rate[active] = torch.cat(rates)
-        success = rate if step == 0 else success.lerp(rate, 0.2)
-        weights = torch.where(rate > GOAL, weights * RAISE, weights / RAISE).clamp(1e-6, 1.0)
-        run.tell(name, step + 1, steps, success=success.mean().item())
+        fitted.success.copy_(rate if batch.step == 0 else fitted.success.lerp(rate, 0.2))
+        rising = rate > GOAL
+        fitted.weights.mul_(torch.where(rising, RAISE, 1 / RAISE)).clamp_(1e-6, 1.0)
+        return None, {"success": fitted.success.mean().item()}
+
+    fit(step, State(name, fitted, optimiser, images, None, batch_size, steps), run)
     with torch.no_grad():
-        return Inverted(classes, torch.sigmoid(mask_logits), torch.sigmoid(pattern_logits), success).select(active)
+        found = Inverted(classes, torch.sigmoid(fitted.masks), torch.sigmoid(fitted.patterns), fitted.success)
+        return found.select(fitted.active)
 
 
 def going_on(classes: int) -> int:
@@ -131,11 +144,6 @@ def chunks(total: int, size: int) -> Iterator[Tensor]:
     """Indices 0..total-1 in runs of at most `size`."""
     for first in range(0, total, size):
         yield torch.arange(first, min(total, first + size))
-
-
-def _forward(model: nn.Module, pixels: Tensor, run: Run) -> Tensor:
-    with run.precision.autocast(run.device):
-        return model(run.precision.layout(pixels)).float()
 
 
 def outliers(inverted: Inverted) -> tuple[Tensor, Tensor, float]:
