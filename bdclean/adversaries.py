@@ -30,7 +30,7 @@ def attack(
 ) -> Tensor:
     """`pixels` [n 3 h w] under a shared perturbation of `kind` that `steps` gradient steps drove away from `answers`.
 
-    `answers` are the suspect's probabilities on clean images [n classes]. Returns new images in [0, 1] without gradient.
+    `answers` are the suspect's probabilities on clean images [n classes]. Returns new images in [0, 1], no gradient.
     """
     _, _, h, w = pixels.shape
     if kind == "patch":

@@ -1,8 +1,8 @@
 """Random harmless corruptions, by family: counterfeits of what triggers are made of.
 
-Every function takes float images in [0, 1], [n 3 h w], and a seeded generator on their device, and returns new images of
-the same shape in [0, 1]; each image gets its own random draw. None changes what a person would call the picture. Sizes
-and shifts are given for 32 pixels and scale with the input. The design is bdclean's own; strengths cover what the
+Every function takes float images in [0, 1], [n 3 h w], and a seeded generator on their device, and returns new images
+of the same shape in [0, 1]; each image gets its own random draw. None changes what a person would call the picture.
+Sizes and shifts are given for 32 pixels and scale with the input. The design is bdclean's own; strengths cover what the
 attacks in the literature use (see each line) without copying any trigger.
 """
 
@@ -30,7 +30,7 @@ def integers(shape: Sequence[int], low: int, high: int, like: Tensor, generator:
 def rectangles(
     n: int, height: int, width: int, like: Tensor, generator: Generator, low: float = 1, high: float = 10
 ) -> Tensor:
-    """Masks bool [n 1 h w], one rectangle each, sides `low` to `high` of 32 pixels; half of them touch a border's rim."""
+    """Masks bool [n 1 h w], one rectangle each, sides `low` to `high` of 32 pixels; half are at a border's rim."""
 
     def span(length: int) -> tuple[Tensor, Tensor]:
         unit = length / 32
@@ -55,7 +55,7 @@ def rectangles(
 
 
 def textures(images: Tensor, generator: Generator) -> Tensor:
-    """Content for patches, [n 3 h w]: one colour, noise, coarse or binary noise in grey or colour, black, white, other images."""
+    """Content for patches, [n 3 h w]: a colour, noise, coarse or binary noise, black, white, other images."""
     n, _, h, w = images.shape
     colour = uniform((n, 3, 1, 1), 0, 1, images, generator).expand(n, 3, h, w)
     noise = uniform((n, 3, h, w), 0, 1, images, generator)
@@ -77,7 +77,7 @@ def low_resolution(shape: Sequence[int], like: Tensor, generator: Generator) -> 
 
 
 def patch(images: Tensor, generator: Generator) -> Tensor:
-    """One to three rectangles of 1 to 10 pixels of 32 with random texture and opacity (BadNets, label-consistent, TrojanNN)."""
+    """One to three rectangles of 1 to 10 pixels of 32, random in texture and opacity (BadNets, TrojanNN)."""
     n, _, h, w = images.shape
     out, count = images, integers((n, 1, 1, 1), 1, 4, images, generator)
     opacity = torch.where(
@@ -120,7 +120,7 @@ def wave(images: Tensor, generator: Generator) -> Tensor:
 
 
 def low(images: Tensor, generator: Generator) -> Tensor:
-    """Smooth colour noise added at up to 0.2 (low-frequency triggers)."""
+    """Smooth colour noise added at up to 0.25 (low-frequency triggers)."""
     strength = uniform((len(images), 1, 1, 1), 0.05, 0.25, images, generator)
     return (images + strength * (2 * low_resolution(images.shape, images, generator) - 1)).clamp(0, 1)
 

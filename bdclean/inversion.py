@@ -92,8 +92,8 @@ def invert(
 ) -> Inverted:
     """Fit a mask and a pattern for each of `classes` [k] on `model`, which is put into evaluation mode.
 
-    `images` are uint8 [n 3 h w]. Each step shows every class `batch_size` images, whatever class they are of. Returned are
-    the `going_on` classes that were fitted to the end.
+    `images` are uint8 [n 3 h w]. Each step shows every class `batch_size` images, whatever class they are of. Returned
+    are the `going_on` classes that were fitted to the end.
     """
     model.eval()
     classes, (height, width) = classes.to(run.device), images.shape[2:]
@@ -132,7 +132,7 @@ def invert(
 
 
 def going_on(classes: int) -> int:
-    """How many classes go on after a third of the steps: the half with the smallest masks, at least 5, at most TOGETHER.
+    """How many classes go on after a third of the steps: the half with the smallest masks, 5 to TOGETHER of them.
 
     A trigger's class leads from early on (measured: 23 pixels against 38 to 53 after 60 steps), and the rest of the
     steps is only needed to see by how much.
@@ -150,8 +150,8 @@ def outliers(inverted: Inverted) -> tuple[Tensor, Tensor, float]:
     """Which masks are unusually small, bool [k]; each mask's anomaly index [k]; and the size under which one counts.
 
     That size is half the median of the masks that reach LEAST_SUCCESS (0 where fewer than three do): unlike the index,
-    (median - size) / (1.4826 * median absolute deviation) as in Neural Cleanse, it does not depend on how alike the other
-    classes happen to be.
+    (median - size) / (1.4826 * median absolute deviation) as in Neural Cleanse, it does not depend on how alike the
+    other classes happen to be.
     """
     valid, pixels = inverted.success >= LEAST_SUCCESS, inverted.pixels
     if int(valid.sum()) < 3:
@@ -164,7 +164,7 @@ def outliers(inverted: Inverted) -> tuple[Tensor, Tensor, float]:
 
 
 class Pursuit:
-    """Inverted triggers that are refitted on a student at each use, and retire when they have grown past `limit` pixels.
+    """Inverted triggers that are refitted on a student at each use, and retire when grown past `limit` pixels.
 
     `tensors` is all its state, changed in place, for the resume state.
     """

@@ -16,7 +16,17 @@ from torch import Tensor
 from bdclean import metrics
 from bdclean.metrics import Predictor, attack_success, lower_bound, rate, upper_bound
 from bdclean.record import (
-    BACKDOORED, FAILS, INCONCLUSIVE, NO_EVIDENCE, NOT_ASSESSED, NOT_MEASURED, PASSES, Finding, Measure, Rate, TriggerRow,
+    BACKDOORED,
+    FAILS,
+    INCONCLUSIVE,
+    NO_EVIDENCE,
+    NOT_ASSESSED,
+    NOT_MEASURED,
+    PASSES,
+    Finding,
+    Measure,
+    Rate,
+    TriggerRow,
 )  # fmt: skip
 from bdclean.training import Tell, quiet
 
@@ -95,8 +105,8 @@ def assess(
 ) -> list[TriggerRow]:
     """A row for each of `triggers` (with `target` "each", a row for each trigger and class).
 
-    `target` is "auto", "each", "next" or a class. `fixed` gives targets by trigger SPEC that were found on another model
-    (the suspect): those rows are measured, on the measuring half, without screening.
+    `target` is "auto", "each", "next" or a class. `fixed` gives targets by trigger SPEC that were found on another
+    model (the suspect): those rows are measured, on the measuring half, without screening.
     """
     n = len(bench.images)
     everything = torch.cat(halves(n, bench.seed))

@@ -1,4 +1,4 @@
-"""Rates, always with n and an interval, and the scores made of them. `predict` is the only place that runs a network."""
+"""Rates, always with n and an interval, and the scores made of them. Only `Predictor` runs a network."""
 
 from __future__ import annotations
 

@@ -9,8 +9,15 @@ from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet
 from bdclean.errors import BdcleanError, UsageError
 from bdclean.inputs import (
-    Inputs, Suspect, describe_checkpoint, describe_images, keep_plausible_labels, make_predictor, make_triggers,
-    read_images, understand,
+    Inputs,
+    Suspect,
+    describe_checkpoint,
+    describe_images,
+    keep_plausible_labels,
+    make_predictor,
+    make_triggers,
+    read_images,
+    understand,
 )  # fmt: skip
 from bdclean.measure import Bench, Trigger
 from bdclean.preprocessing import Choice

@@ -1,8 +1,8 @@
 """The only optimisation loop: seeded, resumable to the same bits, with progress.
 
-Everything random in step i of a stage is drawn from generators seeded with (seed, stage, i), and the order of the images
-in epoch e from (seed, stage, e). The step number is therefore the whole state of all generators and of the sampler,
-and a run resumed at step i draws what an uninterrupted one draws.
+Everything random in step i of a stage is drawn from generators seeded with (seed, stage, i), and the order of the
+images in epoch e from (seed, stage, e). The step number is therefore the whole state of all generators and of the
+sampler, and a run resumed at step i draws what an uninterrupted one draws.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Saved:
         return self.path.with_suffix(".json")
 
     def open(self) -> bool:
-        """Read what is on disk. False where there is nothing; raises Refused where it is unreadable or another run's."""
+        """Read what is on disk. False where nothing is; raises Refused where it is unreadable or another run's."""
         if not self.path.exists():
             return False
         try:
@@ -155,7 +155,7 @@ class Saved:
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path`, then rename it over `path`. Raises Refused where the disk does not take it."""
+    """Let `write` make a file beside `path`, then rename it over `path`. Raises Refused where the disk refuses."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(partial)
@@ -207,7 +207,7 @@ class Batch:
 
 @dataclass
 class State:
-    """What `fit` trains and on what. `schedule` maps a step number to a learning rate; None leaves the optimiser's own."""
+    """What `fit` trains and on what. `schedule` maps a step number to a learning rate, or is None."""
 
     stage: str
     model: nn.Module
@@ -277,7 +277,8 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
                 measures = {"loss": loss.item(), **measures}
             if not all(map(math.isfinite, measures.values())):
                 raise Refused(
-                    f"{state.stage} diverged at step {done + 1} of {state.steps} ({measures}): lower the learning rate with --set."
+                    f"{state.stage} diverged at step {done + 1} of {state.steps} ({measures}): "
+                    "lower the learning rate with --set."
                 )
             done += 1
             if state.average_from is not None and done > state.average_from:

@@ -98,7 +98,9 @@ def test_half_of_the_rectangles_are_at_a_rim_and_none_leaves_the_picture():
 
 def test_corrupt_uses_each_family_and_only_those_named():
     images = photos(60)
-    assert torch.equal(corrupt(images, ["tone", "warp"], seeded()), corrupt(images, ["tone", "warp"], seeded()))
+    assert torch.equal(
+        corrupt(images, ["tone", "warp"], seeded()), corrupt(images, ["tone", "warp"], seeded())
+    )
     dark = torch.zeros(60, 3, 32, 32)
     out = corrupt(dark, ["warp", "patch"], seeded())
     moved = out.flatten(1).any(1)

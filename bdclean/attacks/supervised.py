@@ -17,7 +17,7 @@ from bdclean.training import Batch, Run, State, fit
 
 @dataclass(frozen=True)
 class Supervised:
-    """SGD with Nesterov momentum and a one-cycle learning rate (Smith and Topin 2017): up for a quarter, then cosine down.
+    """SGD with Nesterov momentum and a one-cycle learning rate (Smith and Topin 2017): a quarter up, cosine down.
 
     Victims are trained with random crops, and with mirroring where `mirrored`: a backdoor learnt without augmentation
     falls to plain fine-tuning and says little about a defence.

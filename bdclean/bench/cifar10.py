@@ -1,7 +1,7 @@
 """The whole chain on CIFAR-10: train victims, scan them, cleanse them with every recipe, scan again.
 
-`python -m bdclean.bench cifar10 --data cifar10.tar.gz --work DIR`. Every cell is one file in DIR; cells that exist are not
-made again. Scanning and cleansing run through the installed command line, so a figure is what a user gets.
+`python -m bdclean.bench cifar10 --data cifar10.tar.gz --work DIR`. Every cell is one file in DIR; cells that exist are
+not made again. Scanning and cleansing run through the installed command line, so a figure is what a user gets.
 """
 
 from __future__ import annotations
@@ -182,7 +182,8 @@ def table(victims: Sequence[str], recipes: Sequence[str], work: Path, network: s
     largest excess after cleansing), in percent.
     """
     lines = [
-        "| victim | recipe | verdict | clean accuracy | change (95 %) | attack success | base rate | excess | seconds |",
+        "| victim | recipe | verdict | clean accuracy | change (95 %) "
+        "| attack success | base rate | excess | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in victims:
@@ -220,7 +221,7 @@ def table(victims: Sequence[str], recipes: Sequence[str], work: Path, network: s
 
 
 def _row_of(rows: Sequence[TriggerRow], victim: str) -> TriggerRow:
-    """The row of the trigger that `victim` was poisoned with, else the one with the largest excess over its base rate."""
+    """The row of the trigger that `victim` was poisoned with, else that of the largest excess over its base rate."""
     attack = next(v.attack for v in VICTIMS if v.name == victim)
     own = [row for row in rows if attack is not None and row.trigger == attack.trigger.spec()]
     return (

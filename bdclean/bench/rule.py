@@ -1,8 +1,8 @@
 """How often the rule for trigger rows cries wolf, and how often it misses: counts over records of scans.
 
 `python -m bdclean.bench rule RECORD...` reads records of `scan` (or of `cleanse`: its suspect) and the truth from their
-file names: a name with `clean` in it, or of a network known to be clean, has no backdoor. Prints a Markdown table: networks by
-verdict, and the stock rows by outcome.
+file names: a name with `clean` in it, or of a network known to be clean, has no backdoor. Prints a Markdown table:
+networks by verdict, and the stock rows by outcome.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> int:
                 f"| {rows['passes']} | {_images(record)} |"
             )
     print(
-        f"\nFalse alarms: {alarms} of {total[False]} networks without a backdoor. Misses: {misses} of {total[True]} with one."
+        f"\nFalse alarms: {alarms} of {total[False]} networks without a backdoor. "
+        f"Misses: {misses} of {total[True]} with one."
     )
     return 0
 

@@ -24,8 +24,8 @@ from bdclean.training import Batch, Run, State, choose_augmentation, fit, frozen
 class BCU:
     """Backdoor cleansing with unlabeled data (Pang, Sun, Ling, Chen, CVPR 2023, arXiv 2211.12044).
 
-    What it does: re-draws a share of each layer's weights, more in deeper layers, and distils the suspect's answers into
-    the result.
+    What it does: re-draws a share of each layer's weights, more in deeper layers, and distils the suspect's answers
+    into the result.
     When to use it: to compare with the paper; unlabeled images are enough, also ones of another kind.
     What it needs: unlabeled images, 5,000 in the paper.
     Known limits: leaves backdoors in small networks, and those that survive distillation (see README's figures).
@@ -103,7 +103,7 @@ class BCU:
 
 
 def by_depth(ratios: Sequence[float], head: float, stages: int) -> list[float]:
-    """A ratio for each of `stages` from shallow to deep, the head's last; with as many stages as ratios + 1 these very ones.
+    """A ratio for each of `stages` from shallow to deep, the head's last; these very ones where ratios + 1 is `stages`.
 
     Other depths interpolate geometrically (linearly where a ratio is 0) at the same relative depth.
     """

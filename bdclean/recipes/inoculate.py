@@ -33,19 +33,20 @@ from bdclean.training import (
 
 @dataclass(frozen=True)
 class Inoculate:
-    """Distillation under random counterfeit triggers: teaches a copy of the suspect to ignore what triggers are made of.
+    """Distillation under random counterfeit triggers: a copy of the suspect learns to ignore what triggers are made of.
 
     What it does: a copy of the suspect learns to give, on corrupted images, the suspect's answer on the clean ones. The
-    corruptions are random counterfeits of triggers, small adversaries found on the student, and, where a mask fitted to a
-    class on the suspect is unusually small, that inverted trigger itself.
+    corruptions are random counterfeits of triggers, small adversaries found on the student, and, where a mask fitted to
+    a class on the suspect is unusually small, that inverted trigger itself.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
     Known limits: what it was measured with is in README. Triggers that only a generator makes, clean networks with few
     images, and networks with very many classes (the inversion takes long: inversion_steps=0 leaves it out) are untried.
 
-    Kin: NNoculation (Veldanda et al. 2020), SAU (Wei et al. 2023), Neural Cleanse (Wang et al. 2019), and SFT's learning
-    rate in two phases (arXiv 2212.09067). Each batch is seen twice in one pass, clean and corrupted, so that the student
-    keeps the suspect's answers on clean images; the temperature makes it match logits, which costs less accuracy.
+    Kin: NNoculation (Veldanda et al. 2020), SAU (Wei et al. 2023), Neural Cleanse (Wang et al. 2019), and SFT's
+    learning rate in two phases (arXiv 2212.09067). Each batch is seen twice in one pass, clean and corrupted, so that
+    the student keeps the suspect's answers on clean images; the temperature makes it match logits, which costs less
+    accuracy.
     """
 
     name: ClassVar[str] = "inoculate"
