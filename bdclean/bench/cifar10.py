@@ -27,7 +27,7 @@ from bdclean.attacks.blend import Blend
 from bdclean.attacks.supervised import Supervised
 from bdclean.data import ImageSet, load_images
 from bdclean.preprocessing import Classifier, parse_preprocess
-from bdclean.record import Measure, Rate, RunRecord, TriggerRow
+from bdclean.record import RAN, Measure, Rate, RunRecord, TriggerRow
 from bdclean.training import Precision, Run, quiet, seed_for
 
 RESNET20 = partial(ResidualNetwork, (3, 3, 3), (16, 32, 64), 16, 10)
@@ -161,11 +161,11 @@ def main(arguments: list[str]) -> int:
     for victim in wanted:
         name = f"{options.network}-{victim.name}"
         file, record = work / f"{name}.safetensors", work / f"{name}-scan.json"
-        if not record.exists():
+        if not finished(record):
             bdclean("scan", str(file), "--data", test, *common, "--record", str(record))
         for recipe in options.recipes.split(","):
             out = work / f"{name}-{recipe}.safetensors"
-            if not out.with_suffix(".json").exists():
+            if not finished(out.with_suffix(".json")):
                 images = labeled if recipe in ("ft", "sft") else unlabeled
                 bdclean(
                     "cleanse", str(file), "--data", str(images), "--test", test, *common, "--recipe", recipe,
@@ -173,6 +173,11 @@ def main(arguments: list[str]) -> int:
                 )  # fmt: skip
     print(table([victim.name for victim in wanted], options.recipes.split(","), work, options.network))
     return 0
+
+
+def finished(record: Path) -> bool:
+    """Whether a cell is there: a record of a run that was neither refused nor interrupted."""
+    return record.exists() and RunRecord.from_json(json.loads(record.read_text())).outcome == RAN
 
 
 def table(victims: Sequence[str], recipes: Sequence[str], work: Path, network: str) -> str:
