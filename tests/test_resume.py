@@ -24,6 +24,7 @@ import json, os, random, sys, time
 import bdclean.training
 from bdclean.cli import run
 import bdclean.cleanse
+import torch._dynamo  # what an optimiser would import in every child
 
 bdclean.training.SAVE_EVERY_SECONDS = -1.0
 arguments, runs = json.load(sys.stdin)

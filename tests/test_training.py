@@ -168,10 +168,11 @@ def test_averages_take_the_weights_place():
 PRECISIONS = [Precision(), Precision(channels_last=True), Precision(True, True)]
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
-@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: p.name)
-def test_a_run_stopped_after_any_step_ends_in_the_same_bits(tmp_path, optimiser, precision, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", -1.0)
+@pytest.mark.parametrize(
+    ("optimiser", "precision"),
+    [("sgd", PRECISIONS[0]), ("sgd", PRECISIONS[1]), ("adam", PRECISIONS[0]), ("adam", PRECISIONS[2])],
+)
+def test_a_run_stopped_after_any_step_ends_in_the_same_bits(tmp_path, optimiser, precision):
     expected, expected_curve = result(Run(CPU, precision, 7), optimiser=optimiser)
     for stop in range(1, 7):
         path = tmp_path / f"{stop}.resume.safetensors"
