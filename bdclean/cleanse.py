@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,20 @@ from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet, split, without_duplicates
 from bdclean.errors import BdcleanError, Refused, UsageError
 from bdclean.inputs import (
-    Inputs, Suspect, describe_checkpoint, describe_images, keep_plausible_labels, make_predictor, make_triggers,
-    read_images, understand,
+    Inputs,
+    Suspect,
+    describe_checkpoint,
+    describe_images,
+    keep_plausible_labels,
+    make_predictor,
+    make_triggers,
+    read_images,
+    understand,
 )  # fmt: skip
 from bdclean.measure import Bench
 from bdclean.preprocessing import Classifier
-from bdclean.record import CheckpointEntry, Finding, OutputEntry, RecipeEntry, RunRecord, Side
 from bdclean.recipes import Recipe
+from bdclean.record import CheckpointEntry, Finding, OutputEntry, RecipeEntry, RunRecord, Side
 from bdclean.scan import open_bench
 from bdclean.training import Precision, Run, Saved, Tell, probe_precision
 
@@ -49,29 +56,30 @@ def cleanse(
         record.warnings += checkpoint.warnings
         out = default_output(model, out)
         checkpoint.check_writable(out, force)
-        training, held_out, forced = _images(checkpoint, inputs, record, tell)
-        suspect = understand(checkpoint, training.images, inputs, record)
+        images = _images(checkpoint, inputs, record, tell)
+        suspect = understand(checkpoint, images.unlabeled.images, inputs, record)
         if len(suspect.choices) > 1:
             names = " or ".join(c.preprocess.name or c.preprocess.spec() for c in suspect.choices)
             raise Refused(f"the normalisation is unclear between {names}: say which with --preprocess.")
-        before = open_bench(suspect, suspect.choices[0], held_out, inputs, record.threshold, record, tell)
+        before = open_bench(
+            suspect, suspect.choices[0], images.held_out, inputs, record.threshold, record, tell
+        )
         classifier = suspect.classifier(suspect.choices[0])
-        if not forced:
-            training = keep_plausible_labels(training, suspect, before.predict, record)
-        if method.needs_labels and training.labels is None:
+        images.unlabeled = keep_plausible_labels(images.unlabeled, suspect, before.predict, record)
+        if images.labeled is None and images.unlabeled.labels is not None:
+            images.labeled = images.unlabeled
+        if method.needs_labels and images.labeled is None:
             raise Refused(
-                f"{recipe} needs labels and {record.data.path if record.data else 'the data'} has none: put images in one folder per class, or use --recipe bcu."
+                f"{recipe} needs labels and {inputs.data} has none: put images in one folder per class, or use "
+                "--recipe bcu."
             )
-        made = make_triggers(triggers, (held_out.images.shape[2], held_out.images.shape[3]))
+        made = make_triggers(triggers, (before.images.shape[2], before.images.shape[3]))
         rows_before = measure.assess(before, made)
         record.before = Side(measure.verdict(rows_before)[0], measure.clean_measures(before), rows_before)
 
-        run = _run(
-            classifier, training, recipe, method, checkpoint, out, resume, inputs, suspect.device, tell
-        )
+        run = _run(classifier, images, recipe, method, checkpoint, out, resume, inputs, suspect.device, tell)
         record.precision = run.precision.name
-        labeled = training if training.labels is not None else None
-        cleansed = method(classifier, suspect.arch, training, labeled, run)
+        cleansed = method(classifier, suspect.arch, images.unlabeled, images.labeled, run)
         record.curve = cleansed.curve
         record.findings = [Finding(**found) for found in cleansed.findings]
         record.recipe = RecipeEntry(
@@ -107,47 +115,75 @@ def cleanse(
         raise
 
 
-def _images(
-    checkpoint: Checkpoint, inputs: Inputs, record: RunRecord, tell: Tell
-) -> tuple[ImageSet, ImageSet, bool]:
-    """Images to train on, images to measure on, and whether the former's labels were forced with `--labeled`."""
-    path = inputs.labeled or inputs.data
+@dataclass
+class _Images:
+    """What the recipe gets (`labeled` only where labels are there), and what is measured on. No picture is in both."""
+
+    unlabeled: ImageSet
+    labeled: ImageSet | None
+    held_out: ImageSet
+
+
+def _images(checkpoint: Checkpoint, inputs: Inputs, record: RunRecord, tell: Tell) -> _Images:
+    """Images are held out of the labeled ones where there are such, else of `--data`, unless `--test` is given."""
+    path = inputs.data or inputs.labeled
     if path is None:
         raise UsageError("cleanse needs images: give --data PATH; they need no labels.")
-    training = read_images(path, checkpoint, inputs, tell, forced=inputs.labeled is not None)
-    whole = training
+    unlabeled = read_images(path, checkpoint, inputs, tell, forced=inputs.data is None)
+    labeled = None
+    if inputs.data is not None and inputs.labeled is not None:
+        labeled = read_images(inputs.labeled, checkpoint, inputs, tell, forced=True)
+    record.data = describe_images(path, unlabeled)
+    record.data.labeled_path = str(inputs.labeled) if inputs.labeled else None
+    record.warnings += [*unlabeled.warnings, *(labeled.warnings if labeled is not None else ())]
     if inputs.test is not None:
-        held_out = read_images(inputs.test, checkpoint, inputs, tell)
-        training, duplicates = without_duplicates(training, held_out)
-        if len(training) == 0:
-            raise Refused(f"every image of {path} is also in {inputs.test}: nothing is left to train on.")
+        held_out, duplicates = read_images(inputs.test, checkpoint, inputs, tell), 0
+        record.data.test = str(inputs.test)
+        record.warnings += held_out.warnings
+    elif labeled is not None:
+        labeled, held_out, duplicates = split(labeled, inputs.seed)
     else:
-        training, held_out, duplicates = split(training, inputs.seed)
-    record.warnings += [*whole.warnings, *(held_out.warnings if inputs.test else ())]
-    record.data = describe_images(path, whole)
+        unlabeled, held_out, duplicates = split(unlabeled, inputs.seed)
+    if inputs.test is not None or labeled is not None:
+        unlabeled, removed = without_duplicates(unlabeled, held_out)
+        duplicates += removed
+    if inputs.test is not None and labeled is not None:
+        labeled, removed = without_duplicates(labeled, held_out)
+        duplicates += removed
+    if len(unlabeled) == 0 or (labeled is not None and len(labeled) == 0):
+        raise Refused(
+            f"every image of {path} is also among those to measure on: nothing is left to train on."
+        )
     record.data.duplicates, record.data.held_out = duplicates, len(held_out)
-    record.data.test = str(inputs.test) if inputs.test else None
-    return training, held_out, inputs.labeled is not None
+    return _Images(unlabeled, labeled, held_out)
 
 
 def _run(
-    classifier: Classifier, training: ImageSet, recipe: str, method: Recipe, checkpoint: Checkpoint, out: Path,
+    classifier: Classifier, images: _Images, recipe: str, method: Recipe, checkpoint: Checkpoint, out: Path,
     resume: bool, inputs: Inputs, device: torch.device, tell: Tell,
 ) -> Run:  # fmt: skip
     """The run with its resume state: what is there is opened with `resume`, else the state starts anew."""
     settings: dict[str, Any] = asdict(method)  # type: ignore[call-overload]
     arguments = {
-        "source_sha256": checkpoint.sha256, "recipe": recipe, "settings": {k: repr(v) for k, v in settings.items()},
-        "data": training.digest, "seed": inputs.seed, "precision": inputs.precision, "device": str(device),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "bdclean": __version__,
+        "source_sha256": checkpoint.sha256,
+        "recipe": recipe,
+        "settings": {key: repr(value) for key, value in settings.items()},
+        "data": images.unlabeled.digest,
+        "labeled": images.labeled.digest if images.labeled is not None else None,
+        "seed": inputs.seed,
+        "precision": inputs.precision,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "bdclean": __version__,
         "preprocess": classifier.preprocess.spec(),
-    }  # fmt: skip
+    }
     saved = Saved(out.with_name(out.name + ".resume.safetensors"), arguments)
     if resume and saved.open():
-        precision = Precision.parse(saved.notes["precision"])
+        precision = Precision.parse(str(saved.notes.get("precision")))
     else:
         # timing decides, so what was decided belongs to the state: a resumed run must not decide anew
-        precision = probe_precision(classifier, training.images, device, inputs.precision)
+        precision = probe_precision(classifier, images.unlabeled.images, device, inputs.precision)
         saved.notes["precision"] = precision.name
     return Run(device, precision, inputs.seed, tell, saved)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import hashlib
 import json
 import math
@@ -248,6 +249,8 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
     if run.saved is not None and run.saved.stage == state.stage:
         done, curve, sums = run.saved.done, list(run.saved.curve), dict(run.saved.sums)
         averaged = _restore(state, run.saved.tensors)
+    if run.device.type == "cpu":
+        keep_freed_memory()
     images = state.images.to(run.device)
     labels = state.labels.to(run.device) if state.labels is not None else None
     saved_at, started, first = time.monotonic(), time.monotonic(), done
@@ -371,6 +374,21 @@ def _deferred_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks, rather than return them and fault them in again at every step.
+
+    Measured on two cores with small networks: system time of a training step falls from about 8 % to nothing. Does
+    nothing where the C library is another one.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+    except (OSError, AttributeError, TypeError):
+        pass
 
 
 def triangular(step: float, up: float, down: float, floor: float, peak: float) -> float:

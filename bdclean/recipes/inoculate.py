@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -63,7 +63,10 @@ class Inoculate:
     floor: float = 3e-4
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    temperature: float = 4.0
+    temperature: float = 4.0  # on clean images: high, so that logits are matched, not the answer alone
+    corrupted_temperature: float = 1.0  # on corrupted ones the answer is enough
+    corrupted_weight: float = 1.0
+    settle: bool = True  # in the second phase batch norm keeps the statistics of clean images
     adversary_share: float = 0.5  # of the corrupted images
     adversary_steps: int = 3
     inversion_steps: int = 150  # 0 leaves the inversion out
@@ -93,6 +96,8 @@ class Inoculate:
         for module in student.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
+        steps = math.ceil(self.epochs * len(images) / self.batch_size)
+        first, settled = max(1, round(0.6 * steps)), False
         turns = [*adversaries.KINDS, "inverted"] if pursuit is not None else list(adversaries.KINDS)
 
         def evaluated(pixels: Tensor) -> Tensor:
@@ -117,21 +122,42 @@ class Inoculate:
                     out[foes] = adversaries.attack(
                         kind, evaluated, pixels[foes], probabilities, batch.generator, self.adversary_steps
                     )
-                student.train()
+                train()
             return out
 
+        def train() -> None:
+            """Training mode; once settled, batch norm keeps its running statistics."""
+            student.train()
+            for module in norms if settled else ():
+                module.eval()
+
+        def uncorrupted() -> Iterator[Tensor]:
+            generator = run.generator("statistics")
+            for _ in range(2):
+                for part in images.split(256):
+                    yield run.precision.layout(augment(part.to(run.device), generator))
+
         def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+            nonlocal settled
+            if self.settle and batch.step == first:
+                set_batch_statistics(student, uncorrupted)
+            settled = self.settle and batch.step >= first
+            train()
             pixels = augment(batch.images, batch.generator).float() / 255
             with torch.no_grad(), run.precision.autocast(run.device):
                 answers = teacher(run.precision.layout(pixels))
             both = torch.cat([corrupted(batch, pixels, answers), pixels])
             with run.precision.autocast(run.device):
                 logits = student(run.precision.layout(both))
-            loss = self.temperature**2 * distillation_kl(logits, answers.repeat(2, 1), self.temperature)
+            n = len(pixels)
+            loss = self.temperature**2 * distillation_kl(logits[n:], answers, self.temperature)
+            loss = loss + self.corrupted_weight * self.corrupted_temperature**2 * distillation_kl(
+                logits[:n], answers, self.corrupted_temperature
+            )
             agreement = (logits[len(pixels) :].argmax(1) == answers.argmax(1)).float().mean()
             return loss, {"agreement": agreement.item()}
 
-        steps = math.ceil(self.epochs * len(images) / self.batch_size)
+        norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         optimiser = torch.optim.SGD(
             student.parameters(), self.floor, momentum=self.momentum, weight_decay=self.weight_decay
         )
@@ -144,18 +170,13 @@ class Inoculate:
             None,
             self.batch_size,
             steps,
-            self._schedule(steps),
+            self._schedule(steps, first),
             extra=extra,
         )
         curve = fit(step, state, run)
-        generator = run.generator("statistics")
 
-        def uncorrupted() -> Iterator[Tensor]:
-            for _ in range(2):
-                for part in images.split(256):
-                    yield run.precision.layout(augment(part.to(run.device), generator))
-
-        set_batch_statistics(student, uncorrupted)
+        if not self.settle:
+            set_batch_statistics(student, uncorrupted)
         stages = [
             f"inverted {arch.classes} classes in {self.inversion_steps} steps"
             if self.inversion_steps
@@ -165,8 +186,7 @@ class Inoculate:
         ]
         return Cleansed(student.eval(), arch, curve, asdict(self), stages, findings=findings)
 
-    def _schedule(self, steps: int) -> Any:
-        first = max(1, round(0.6 * steps))
+    def _schedule(self, steps: int, first: int) -> Callable[[int], float]:
 
         def rate(step: int) -> float:
             if step < first:
