@@ -167,9 +167,14 @@ def main(arguments: list[str]) -> int:
             out = work / f"{name}-{recipe}.safetensors"
             if not finished(out.with_suffix(".json")):
                 images = labeled if recipe in ("ft", "sft") else unlabeled
+                # the default is shown against the whole bank, the others against the victim's own trigger
+                own = victim.attack is not None and recipe != "inoculate"
+                triggers = (
+                    ("--trigger", victim.attack.trigger.spec()) if victim.attack is not None and own else ()
+                )
                 bdclean(
                     "cleanse", str(file), "--data", str(images), "--test", test, *common, "--recipe", recipe,
-                    "--out", str(out), "--resume",
+                    *triggers, "--out", str(out), "--resume",
                 )  # fmt: skip
     print(table([victim.name for victim in wanted], options.recipes.split(","), work, options.network))
     return 0

@@ -146,15 +146,14 @@ class Inoculate:
             pixels = augment(batch.images, batch.generator).float() / 255
             with torch.no_grad(), run.precision.autocast(run.device):
                 answers = teacher(run.precision.layout(pixels))
-            both = torch.cat([corrupted(batch, pixels, answers), pixels])
-            with run.precision.autocast(run.device):
-                logits = student(run.precision.layout(both))
             n = len(pixels)
+            with run.precision.autocast(run.device):
+                logits = student(run.precision.layout(torch.cat([corrupted(batch, pixels, answers), pixels])))
             loss = self.temperature**2 * distillation_kl(logits[n:], answers, self.temperature)
             loss = loss + self.corrupted_weight * self.corrupted_temperature**2 * distillation_kl(
                 logits[:n], answers, self.corrupted_temperature
             )
-            agreement = (logits[len(pixels) :].argmax(1) == answers.argmax(1)).float().mean()
+            agreement = (logits[n:].argmax(1) == answers.argmax(1)).float().mean()
             return loss, {"agreement": agreement.item()}
 
         norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
