@@ -56,16 +56,17 @@ class Inoculate:
     needs_labels: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = tuple(corruptions.FAMILIES)
 
-    epochs: float = 30
+    epochs: float = 12
+    least_steps: int = 300  # with few images, more epochs than that
     batch_size: int = 128  # images a step; each is seen clean and corrupted
-    peak: float = 0.02  # of the learning rate in the first 60 % of the steps, three cycles
+    peak: float = 0.01  # of the learning rate in the first 60 % of the steps, three cycles
     second_peak: float = 0.003  # in the rest, two cycles
     floor: float = 3e-4
     momentum: float = 0.9
     weight_decay: float = 5e-4
     temperature: float = 4.0  # on clean images: high, so that logits are matched, not the answer alone
     corrupted_temperature: float = 1.0  # on corrupted ones the answer is enough
-    corrupted_weight: float = 1.0
+    corrupted_weight: float = 0.3  # of the corrupted half's loss beside the clean one's: more costs accuracy
     settle: bool = True  # in the second phase batch norm keeps the statistics of clean images
     adversary_share: float = 0.5  # of the corrupted images
     adversary_steps: int = 3
@@ -96,7 +97,7 @@ class Inoculate:
         for module in student.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
-        steps = math.ceil(self.epochs * len(images) / self.batch_size)
+        steps = max(self.least_steps, math.ceil(self.epochs * len(images) / self.batch_size))
         first, settled = max(1, round(0.6 * steps)), False
         turns = [*adversaries.KINDS, "inverted"] if pursuit is not None else list(adversaries.KINDS)
 
