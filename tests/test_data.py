@@ -426,9 +426,8 @@ def test_blocks_do_not_change_what_is_found() -> None:
     assert whole.nonzero().flatten().tolist() == [*range(10), *range(25, 35)]
 
 
-@pytest.mark.skipif("BDCLEAN_CIFAR10" not in os.environ, reason="BDCLEAN_CIFAR10 names no CIFAR-10 folder")
-def test_cifar10_has_few_copies_and_no_false_ones() -> None:
-    images = load_images(Path(os.environ["BDCLEAN_CIFAR10"]) / "test", (32, 32), head_classes=10)
+def test_cifar10_has_few_copies_and_no_false_ones(cifar10: Path) -> None:
+    images = load_images(cifar10, (32, 32), head_classes=10)
     assert len(images) == 10_000 and images.skipped == ()
     half = torch.arange(len(images)) % 2 == 0
     assert shows_same(images.images[half], images.images[~half]).sum() <= 7

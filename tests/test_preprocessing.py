@@ -287,14 +287,13 @@ def test_the_order_of_a_folder_does_not_matter(model):
 
 
 @pytest.mark.parametrize("depth", [20, 56])
-def test_third_party_networks_on_their_own_kind_of_images(depth):
+def test_third_party_networks_on_their_own_kind_of_images(cifar10: Path, depth):
     """Both were trained with ImageNet's statistics on CIFAR-10: no claim says so, the first layer does."""
-    checkpoints, folder = os.environ.get("BDCLEAN_CHECKPOINTS"), os.environ.get("BDCLEAN_CIFAR10")
-    path = Path(checkpoints or ".") / f"akamaster-resnet{depth}.safetensors"
-    if not (checkpoints and folder and path.is_file() and (Path(folder) / "test").is_dir()):
-        pytest.skip("BDCLEAN_CHECKPOINTS and BDCLEAN_CIFAR10 (unpacked) do not name what this needs")
+    path = Path(os.environ.get("BDCLEAN_CHECKPOINTS", ".")) / f"akamaster-resnet{depth}.safetensors"
+    if not path.is_file():
+        pytest.skip("BDCLEAN_CHECKPOINTS names no folder with third-party checkpoints")
     from bdclean.data import load_images
 
-    images = load_images(Path(folder) / "test", (32, 32), limit=512).images
+    images = load_images(cifar10, (32, 32), limit=512).images
     (choice,) = choose(Checkpoint.read(path), images)
     assert choice.preprocess.name == "imagenet" and choice.margin > 1.5

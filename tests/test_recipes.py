@@ -23,7 +23,13 @@ QUICK = {
     "bcu": {"epochs": "0.2", "batch_size": "8"},
     "ft": {"epochs": "0.2", "batch_size": "8"},
     "sft": {"epochs": "0.2", "first_epochs": "0.1", "batch_size": "8"},
-    "inoculate": {"epochs": "0.2", "least_steps": "1", "batch_size": "8", "inversion_steps": "2", "adversary_steps": "1"},
+    "inoculate": {
+        "epochs": "0.2",
+        "least_steps": "1",
+        "batch_size": "8",
+        "inversion_steps": "2",
+        "adversary_steps": "1",
+    },
 }
 
 
