@@ -85,9 +85,16 @@ def make_inputs(options: Mapping[str, Any]) -> Inputs:
 
 
 def default_output(model: Path, out: Path | None) -> Path:
-    """Returns where the cleansed model goes: `out`, else beside the model with `.clean.safetensors`."""
+    """Returns where the cleansed model goes: `out`, else beside the model with `.clean.safetensors`.
+
+    Raises Refused on an `out` that is a folder, and where no name can be made from the model's.
+    """
     if out is not None:
+        if out.is_dir():
+            raise Refused(f"{out} is a folder: give --out a file name.")
         return out
-    model = model if model.name else model.absolute()
+    model = model if model.name not in ("", "..") else model.resolve()
+    if not model.name:
+        raise Refused(f"{model} is not a model: name a safetensors file, or a folder with one.")
     name = model.name.removesuffix(".index.json").removesuffix(".safetensors")
     return model.with_name(f"{name}.clean.safetensors")

@@ -260,6 +260,8 @@ def cleanse(
             raise UsageError(
                 f"{place} cannot be both the model and its record: give another --out or --record."
             )
+        if record is None and not output.parent.is_dir():  # the record beside it would make the folder
+            raise Refused(f"{output.parent} is not a folder: make it, or choose another --out.")
         records = Records.at(place, [Path(model)], keep=record is None)
 
         def one(path: str, progress: Progress) -> RunRecord:
@@ -352,7 +354,7 @@ def _judged(judge: Gate, records: Sequence[RunRecord]) -> int:
     for record in records:
         reached, missing = judge.check(record)
         for line in [*reached, *missing]:
-            warn(f"{record.checkpoint.path}: {line}.")
+            warn(f"{record.checkpoint.path}: {line}")
         codes.append(1 if reached else 3 if missing else 0)
     return gate.exit_code(codes)
 
@@ -382,7 +384,12 @@ def run(argv: list[str]) -> int:
 
 def _ended(error: BaseException) -> int:
     if hasattr(error, "format_message"):  # Typer's own errors: each is wrong usage
-        warn(f"{error.format_message() or 'give a command.'}  Try bdclean --help.")
+        message = error.format_message().rstrip(". ")
+        if "\n" in message:  # no command at all: the help
+            with contextlib.suppress(OSError, AttributeError):
+                sys.stderr.write(f"{message}\n")
+        else:
+            warn(f"{message or 'give a command'}.  Try bdclean --help.")
         return 2
     if isinstance(error, typer.Abort):
         warn("interrupted.")

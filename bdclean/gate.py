@@ -63,15 +63,15 @@ class Gate:
         for condition in self.conditions:
             hits, measured = _hits(condition, record)
             if hits:
-                reached.append(f"{condition}: {', '.join(hits)}")
+                reached.append(f"{condition}: {', '.join(hits)}.")
             elif not measured:
-                missing.append(f"{condition}: {condition.name} was not measured")
+                missing.append(f"{condition}: {condition.name} was not measured.")
         if self.inconclusive:
             rows = [row.trigger for row in record.rows() if row.outcome == INCONCLUSIVE]
             if rows:
-                reached.append(f"inconclusive: {', '.join(rows)}")
+                reached.append(f"inconclusive: {', '.join(rows)}.")
             elif not record.rows():
-                missing.append("inconclusive: no trigger was measured")
+                missing.append("inconclusive: no trigger was measured.")
         return reached, missing
 
     def exit_code(self, record: RunRecord) -> int:

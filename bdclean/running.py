@@ -43,7 +43,9 @@ class Records:
         """Returns the place named by `--record`, checked before any work; several models need a folder."""
         if place is None:
             return Records()
-        if place.is_dir() or (not place.exists() and (len(models) > 1 or not place.suffix)):
+        if place.is_dir() or (
+            not place.exists() and (not place.suffix or (len(models) > 1 and place.suffix != ".json"))
+        ):
             check_place(place / "record.json", models)
             return Records(folder=place)
         if len(models) > 1:

@@ -76,6 +76,20 @@ def seed_for(*parts: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first argument that differs, with both values: one setting of `settings`, and what is derived last.
+
+    Another seed or limit draws other images: their digest alone would not say what was typed otherwise.
+    """
+    for key in sorted({*theirs, *ours}, key=lambda name: (name in ("data", "labeled"), name)):
+        old, new = theirs.get(key), ours.get(key)
+        if old != new:
+            if isinstance(old, dict) and isinstance(new, dict):
+                return _difference(old, new)
+            return key, old, new
+    return None
+
+
 class Saved:
     """Resume state on disk: `PATH` (safetensors) whose metadata is the authority, and a readable JSON copy beside it.
 
@@ -110,12 +124,13 @@ class Saved:
             raise Refused(
                 f"the resume state {self.path} cannot be read ({error}): delete it and start anew without --resume."
             ) from error
-        for key in sorted(set(theirs) | set(self.arguments)):
-            if theirs.get(key) != self.arguments.get(key):
-                raise Refused(
-                    f"the resume state {self.path} was made with {key} = {theirs.get(key)!r}, this run has "
-                    f"{self.arguments.get(key)!r}: repeat that run's arguments, or start anew without --resume."
-                )
+        difference = _difference(theirs, self.arguments)
+        if difference is not None:
+            key, old, new = difference
+            raise Refused(
+                f"the resume state {self.path} was made with {key} = {old!r}, this run has {new!r}: "
+                "repeat that run's arguments, or start anew without --resume."
+            )
         self.stage, self.done, self.curve, self.sums, self.notes = stage, done, curve, sums, notes
         self.kept = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("kept.")}
         self.tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("kept.")}

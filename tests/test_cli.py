@@ -13,7 +13,7 @@ import bdclean
 from bdclean import arguments
 from bdclean.cli import run
 from bdclean.errors import Refused, UsageError
-from bdclean.record import Measure, Rate, RunRecord, TriggerRow, parse_records
+from bdclean.record import Measure, Problem, Rate, RunRecord, TriggerRow, parse_records
 
 SAMPLES = Path(__file__).parent.parent / "sample_models"
 ROOT = str(Path(bdclean.__file__).parent.parent)
@@ -170,6 +170,35 @@ def test_the_current_folder_as_model_has_a_name(tmp_path):
     assert arguments.default_output(Path("."), None) == tmp_path.with_name(
         f"{tmp_path.name}.clean.safetensors"
     )
+
+
+def test_an_output_or_model_without_a_file_name_is_refused(tmp_path):
+    for out in (".", "/", ".."):
+        with pytest.raises(Refused, match="is a folder"):
+            arguments.default_output(Path("m.safetensors"), Path(out))
+    with pytest.raises(Refused, match="is not a model"):
+        arguments.default_output(Path("/"), None)
+    assert arguments.default_output(Path(".."), None).name == f"{tmp_path.parent.name}.clean.safetensors"
+
+
+def test_a_refused_output_folder_is_not_made(tmp_path, capsys):
+    out = tmp_path / "gone" / "deep" / "m.safetensors"
+    assert run(["cleanse", "m.safetensors", "--data", ".", "--out", str(out)]) == 3
+    assert "is not a folder: make it" in capsys.readouterr().err and not (tmp_path / "gone").exists()
+
+
+def test_warnings_end_with_one_full_stop(tmp_path, record, capsys):
+    early = RunRecord("scan", "not-assessed", outcome="refused", problem=Problem("m is short.", 3))
+    early.write(tmp_path / "b.json")
+    assert run(["report", record, "b.json", "--fail-on", "asr>=0.2"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.endswith(".") and not line.endswith("..") for line in lines)
+
+
+def test_help_without_a_command_is_readable(capsys):
+    assert run([]) == 2
+    err = capsys.readouterr().err
+    assert "Commands:\n" in err and "\\n" not in err
 
 
 def test_a_reader_that_has_gone_changes_no_exit_code(record):

@@ -22,6 +22,7 @@ from bdclean.record import (
 )
 from bdclean.report import check_format, render, text
 from bdclean.report.progress import Progress, details
+from bdclean.report.tables import evidence
 
 HOSTILE = "m\x1b[31m[red]|</td>\u202e\r\nb*a*`d`\udc80.safetensors"
 
@@ -226,3 +227,10 @@ def test_quiet_progress_says_nothing():
 def test_rate_and_time_left():
     assert details(10, 90, 5.0, {"kept": 3}) == "kept 3  2.0/s  45 s left"
     assert details(0, 90, 0.0, {}) == ""
+
+
+def test_a_backdoor_of_one_source_is_told_once():
+    found = row("badnets:size=3", 0.12, "fails")
+    found.worst_source = {"class": 11, "value": 1.0, "n": 12, "low": 0.6, "high": 1.0}
+    found.reason = "images of class 11 alone go to the target"
+    assert "to class 0, from class 11: 100.0 (" in evidence(found)

@@ -158,6 +158,8 @@ def test_records_of_several_models_go_to_a_folder(tmp_path):
     (tmp_path / "one.json").write_text(result("m").dump())
     with pytest.raises(UsageError, match="name a folder"):
         Records.at(tmp_path / "one.json", models)
+    with pytest.raises(UsageError, match="name a folder"):
+        Records.at(tmp_path / "none-yet.json", models)
     assert (
         Records.at(tmp_path / "new", models[:1]).folder and Records.at(tmp_path / "new.json", models[:1]).file
     )

@@ -261,7 +261,7 @@ def test_a_state_of_a_finished_run_is_the_result(tmp_path):
     ("changed", "words"),
     [
         ({"seed": 6}, "seed = 5, this run has 6"),
-        ({"settings": {"rate": "0.2"}}, "settings = .*0.1.*0.2"),
+        ({"settings": {"rate": "0.2"}}, "rate = '0.1', this run has '0.2'"),
         ({"threads": 2}, "threads = 1, this run has 2"),
         ({"new": True}, "new = None, this run has True"),
     ],
@@ -269,6 +269,15 @@ def test_a_state_of_a_finished_run_is_the_result(tmp_path):
 def test_other_arguments_are_refused_by_name(tmp_path, changed, words):
     with pytest.raises(Refused, match=f"{words}.*--resume"):
         Saved(saved_run(tmp_path), {**ARGUMENTS, **changed}).open()
+
+
+def test_a_difference_names_what_was_typed_before_what_follows_from_it(tmp_path):
+    typed = {"data": "a", "labeled": None, "seed": 0, "settings": {"epochs": "1", "peak": "2"}}
+    Saved(path := tmp_path / "s.safetensors", typed).save("x", 0, [], {}, {"w": torch.zeros(1)})
+    with pytest.raises(Refused, match=r"made with seed = 0, this run has 1:"):
+        Saved(path, {**typed, "data": "b", "seed": 1}).open()
+    with pytest.raises(Refused, match=r"made with peak = '2', this run has '3':"):
+        Saved(path, {**typed, "data": "b", "settings": {"epochs": "1", "peak": "3"}}).open()
 
 
 def test_a_state_of_another_network_is_refused(tmp_path):

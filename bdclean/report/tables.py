@@ -183,7 +183,7 @@ def evidence(row: TriggerRow) -> str:
     worst = worst_source_rate(row)
     parts = [f"{row.trigger} sends {text.rate(row.asr)} % of images to {towards(row)}"]
     if "alone" in row.reason and worst:
-        parts.append(f"of one source class {_source(row)} %")
+        parts.append(f"from {_source(row)} %")
     controls = row.control_rate or {}
     if isinstance(controls.get("highest"), (int, float)):
         parts.append(f"the highest of {controls.get('count')} controls {text.percent(controls['highest'])} %")
