@@ -384,12 +384,12 @@ def run(argv: list[str]) -> int:
 
 def _ended(error: BaseException) -> int:
     if hasattr(error, "format_message"):  # Typer's own errors: each is wrong usage
-        message = error.format_message().rstrip(". ")
+        message = error.format_message()
         if "\n" in message:  # no command at all: the help
             with contextlib.suppress(OSError, AttributeError):
                 sys.stderr.write(f"{message}\n")
         else:
-            warn(f"{message or 'give a command'}.  Try bdclean --help.")
+            warn(f"{message.rstrip('. ') or 'give a command'}.  Try bdclean --help.")
         return 2
     if isinstance(error, typer.Abort):
         warn("interrupted.")
