@@ -31,6 +31,9 @@ from bdclean.record import CheckpointEntry, Finding, OutputEntry, RecipeEntry, R
 from bdclean.scan import open_bench
 from bdclean.training import Precision, Run, Saved, Tell, probe_precision
 
+LEAST_AGREEMENT = 0.8
+"""Below this agreement with the suspect on clean images a warning says that the output is damaged."""
+
 
 def cleanse(
     model: Path,
@@ -105,6 +108,12 @@ def cleanse(
             row.seen_family = row.family in method.families
         verdict, record.advice = measure.verdict(rows_after)
         measures = [*measure.clean_measures(after), *measure.compare(before, after, rows_before, rows_after)]
+        kept = next(m.value for m in measures if m.name == "agreement")
+        if kept is not None and kept < LEAST_AGREEMENT:
+            record.warnings.append(
+                f"the written network keeps only {100 * kept:.0f} % of the suspect's answers on clean images: "
+                "it is damaged, do not use it; try other settings or more images."
+            )
         record.after = Side(verdict, measures, rows_after)
         record.verdict, record.measures, record.triggers = verdict, measures, rows_after
         if run.saved is not None:

@@ -348,8 +348,8 @@ def compare(
         change = metrics.paired_difference(
             before.clean == before.reference, after.clean == after.reference, "clean_accuracy_change"
         )
-        found.append(change)
-    found.append(metrics.measure("agreement", after.clean == before.clean))
+        # without labels `clean_measures` has the agreement already
+        found += [change, metrics.measure("agreement", after.clean == before.clean)]
     worst = max(rows_before, key=lambda row: row.asr.value or 0.0, default=None)
     match = next((row for row in rows_after if worst is not None and row.trigger == worst.trigger), None)
     score = rating = None

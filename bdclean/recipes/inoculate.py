@@ -85,6 +85,10 @@ class Inoculate:
             raise UsageError(
                 "inoculate: adversary_share is in [0, 1], temperature positive, steps are not negative."
             )
+        if not 0 <= self.momentum < 1 or self.corrupted_temperature <= 0 or self.corrupted_weight < 0:
+            raise UsageError(
+                "inoculate: momentum is in [0, 1), temperatures positive, corrupted_weight not negative."
+            )
 
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
