@@ -144,7 +144,11 @@ def distance(network: nn.Module, inputs: Tensor) -> float | None:
     found = first_statistics(network, inputs)
     if found is None:
         return None
-    mean, variance, layer = found
+    return layer_distance(*found)
+
+
+def layer_distance(mean: Tensor, variance: Tensor, layer: nn.modules.batchnorm._BatchNorm) -> float:
+    """Mean over channels of KL(N(mean, variance) || N(running)) at `layer`; the first two are [channels]."""
     assert layer.running_mean is not None and layer.running_var is not None
     # A channel that training left dead has no scale of its own; epsilon is the least that the layer divides by.
     running = layer.running_var.float() + layer.eps

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdclean import registry
 from bdclean.architectures import Arch
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet, labels_plausible, load_images
+from bdclean.deciding import layer_distance
 from bdclean.errors import Refused
 from bdclean.measure import Trigger
 from bdclean.metrics import Predictor
@@ -47,7 +48,8 @@ class Inputs:
 
 LEAST_IMAGES = 20
 """Under this many images nothing can be said about anything."""
-ARCHITECTURE_MARGIN = 0.02
+ARCHITECTURE_RATIO = 1.5
+"""Where several architectures fit the same tensors, the second best must suit its weights this much worse."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -110,19 +112,20 @@ def understand(checkpoint: Checkpoint, images: Tensor, inputs: Inputs, record: R
     arch, others = checkpoint.arch, []
     if len(checkpoint.candidates) > 1:
         scored = sorted(
-            ((confidence(checkpoint, a, choices[0], images), k) for k, a in enumerate(checkpoint.candidates)),
-            reverse=True,
+            (misfit(checkpoint, a, choices[0], images), k) for k, a in enumerate(checkpoint.candidates)
         )
         arch = checkpoint.candidates[scored[0][1]]
-        margin = scored[0][0] - scored[1][0]
+        ratio = scored[1][0] / max(scored[0][0], 1e-9)
         for score, index in scored[1:]:
-            reason = f"fits as well; mean confidence {score:.3f} against {scored[0][0]:.3f}"
+            reason = (
+                f"fits as well; its statistics are off by {score:.3g}, the chosen one's by {scored[0][0]:.3g}"
+            )
             others.append({"name": checkpoint.candidates[index].name, "reason": reason})
-        if margin < ARCHITECTURE_MARGIN and inputs.arch is None:
+        if ratio < ARCHITECTURE_RATIO and inputs.arch is None:
             record.checkpoint.alternatives = others
             raise Refused(
-                f"{arch.name} and {others[0]['name']} fit these tensors alike and are equally sure of the images: "
-                "pass --arch to say which it is."
+                f"{arch.name} and {others[0]['name']} fit these tensors alike, and the images do not part them "
+                f"(ratio {ratio:.2f}): pass --arch to say which it is."
             )
     others += [{"name": name, "reason": reason} for name, reason in arch.alternatives]
     others += [
@@ -140,12 +143,26 @@ def understand(checkpoint: Checkpoint, images: Tensor, inputs: Inputs, record: R
     return Suspect(checkpoint, arch, choices, device)
 
 
-def confidence(checkpoint: Checkpoint, arch: Arch, choice: Choice, images: Tensor) -> float:
-    """How sure the network is of up to 256 real images: the mean of its largest probability."""
+def misfit(checkpoint: Checkpoint, arch: Arch, choice: Choice, images: Tensor) -> float:
+    """How badly `arch` suits its own weights on up to 256 real images, >= 0; 0 where all statistics are as in training.
+
+    The mean over batch norm layers of `layer_distance`: a wrong stride, shortcut or pooling shifts what reaches the
+    layers behind it. Without such layers, the inverse of the network's mean confidence.
+    """
     model = Classifier(checkpoint.build("cpu", arch), choice.preprocess).eval()
+    found: list[float] = []
+
+    def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        x, axes = arguments[0].float(), [k for k in range(arguments[0].ndim) if k != 1]
+        found.append(layer_distance(x.mean(axes), x.var(axes, unbiased=False), layer))
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.register_forward_pre_hook(hook)
     with torch.inference_mode():
-        parts = [model(part).softmax(1).amax(1) for part in images[:256].split(64)]
-    return float(torch.cat(parts).mean())
+        probabilities = model(images[:256]).softmax(1)
+    return sum(found) / len(found) if found else 1 / float(probabilities.amax(1).mean())
 
 
 def keep_plausible_labels(
