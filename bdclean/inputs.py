@@ -127,7 +127,8 @@ def understand(checkpoint: Checkpoint, images: Tensor, inputs: Inputs, record: R
                 f"{arch.name} and {others[0]['name']} fit these tensors alike, and the images do not part them "
                 f"(ratio {ratio:.2f}): pass --arch to say which it is."
             )
-    others += [{"name": name, "reason": reason} for name, reason in arch.alternatives]
+    known = {arch.name, *(other["name"] for other in others)}
+    others += [{"name": name, "reason": reason} for name, reason in arch.alternatives if name not in known]
     others += [
         {"name": c.preprocess.name or c.preprocess.spec(), "reason": f"plausible normalisation ({c.source})"}
         for c in choices[1:]
