@@ -179,7 +179,7 @@ class Inoculate:
         )
         curve = fit(step, state, run)
 
-        if not self.settle:
+        if not self.settle or first >= steps:
             set_batch_statistics(student, uncorrupted)
         stages = [
             f"inverted {arch.classes} classes in {self.inversion_steps} steps"
