@@ -20,7 +20,7 @@ from bdclean.measure import Trigger
 from bdclean.metrics import Predictor
 from bdclean.preprocessing import Choice, Classifier, choose, claim, parse_preprocess
 from bdclean.record import CheckpointEntry, DataEntry, RunRecord
-from bdclean.training import Tell, quiet
+from bdclean.training import Tell
 from bdclean.triggers.bank import bank
 
 
@@ -225,7 +225,5 @@ def make_triggers(specs: Sequence[str], size: tuple[int, int]) -> list[Trigger]:
     return made
 
 
-def make_predictor(
-    model: Classifier, device: torch.device, inputs: Inputs, advance: Tell = quiet
-) -> Predictor:
+def make_predictor(model: Classifier, device: torch.device, inputs: Inputs) -> Predictor:
     return Predictor(model, device, inputs.batch_size or (1000 if device.type == "cuda" else 250))

@@ -23,7 +23,6 @@ from bdclean.record import (
     NOT_ASSESSED,
     NOT_MEASURED,
     PASSES,
-    Finding,
     Measure,
     Rate,
     TriggerRow,
@@ -362,16 +361,3 @@ def compare(
             score = metrics.balanced_score(acc[0], acc[1], excess[0], excess[1])
     n = len(before.images)
     return [*found, Measure("defence_effectiveness_rating", rating, n), Measure("balanced_score", score, n)]
-
-
-__all__ = [
-    "Bench",
-    "Finding",
-    "Target",
-    "Trigger",
-    "assess",
-    "clean_measures",
-    "compare",
-    "halves",
-    "verdict",
-]

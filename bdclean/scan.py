@@ -19,7 +19,7 @@ from bdclean.inputs import (
     read_images,
     understand,
 )  # fmt: skip
-from bdclean.measure import Bench, Trigger
+from bdclean.measure import Bench
 from bdclean.preprocessing import Choice
 from bdclean.record import BACKDOORED, NO_EVIDENCE, CheckpointEntry, RunRecord, Side
 from bdclean.training import Tell
@@ -116,6 +116,3 @@ def check_target(target: str, suspect: Suspect) -> str | int:
             f"--target {target}: the network has {suspect.arch.classes} classes, 0 to {suspect.arch.classes - 1}."
         )
     return int(target)
-
-
-__all__ = ["Trigger", "check_target", "open_bench", "scan"]
