@@ -22,6 +22,9 @@ KINDS = ("patch", "pattern", "low", "warp")
 """A rectangle's content; an additive pattern of at most 0.06; one of low resolution of at most 0.12; a smooth warp of
 at most about 1.5 pixels of 32."""
 
+FAMILY = {"patch": "patch", "pattern": "noise", "low": "low", "warp": "warp"}
+"""The family of `corruptions` that each kind belongs to."""
+
 PATTERN, LOW, WARP = 0.06, 0.12, 1.5
 
 

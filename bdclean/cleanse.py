@@ -86,7 +86,7 @@ def cleanse(
         record.curve = cleansed.curve
         record.findings = [Finding(**found) for found in cleansed.findings]
         record.recipe = RecipeEntry(
-            recipe, method.source, cleansed.settings, cleansed.stages, list(method.families)
+            recipe, method.source, cleansed.settings, cleansed.stages, list(cleansed.families)
         )
         if record.data is not None:
             record.data.set_aside = cleansed.set_aside
@@ -105,7 +105,7 @@ def cleanse(
         }
         rows_after = measure.assess(after, made, fixed=fixed)
         for row in [*rows_before, *rows_after]:
-            row.seen_family = row.family in method.families
+            row.seen_family = row.family in cleansed.families
         verdict, record.advice = measure.verdict(rows_after)
         measures = [*measure.clean_measures(after), *measure.compare(before, after, rows_before, rows_after)]
         kept = next(m.value for m in measures if m.name == "agreement")

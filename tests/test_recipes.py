@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import bdclean.recipes
-from bdclean import registry
+from bdclean import adversaries, corruptions, registry
 from bdclean.architectures import describe
 from bdclean.architectures.residual import ResidualNetwork
 from bdclean.data import ImageSet
@@ -133,11 +133,28 @@ def test_labels_that_are_needed_and_missing_are_asked_for(name, suspect, arch, i
         ("bcu", "head_ratio=1.1"), ("bcu", "epochs=0"), ("bcu", "batch_size=1"), ("ft", "rate=0"),
         ("sft", "first_epochs=200"), ("sft", "up=0"), ("inoculate", "adversary_share=2"),
         ("inoculate", "temperature=0"), ("inoculate", "floor=1"), ("inoculate", "inversion_steps=-1"),
+        ("inoculate", "leave_out=fog"),
+        ("inoculate", "leave_out=patch/blend/wave/low/noise/warp/tone/quantise/blur"),
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_wrong_usage(name, setting):
     with pytest.raises(UsageError, match=name):
         registry.configure(registry.load(registry.RECIPES, name), dict([setting.split("=")]))
+
+
+def test_families_that_are_left_out_are_not_trained_on(suspect, arch, images, monkeypatch):
+    drawn = set()
+    for family, corruption in corruptions.FAMILIES.items():
+        watched = lambda x, g, family=family, corruption=corruption: drawn.add(family) or corruption(x, g)  # noqa: E731
+        monkeypatch.setitem(corruptions.FAMILIES, family, watched)
+    left = {"leave_out": "patch/warp/noise/low", "epochs": "2", "batch_size": "32"}
+    recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), QUICK["inoculate"] | left)
+    cleansed = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
+    kept = ("blend", "wave", "tone", "quantise", "blur")
+    assert cleansed.families == kept and drawn == set(kept)
+    assert cleansed.stages[0] == "no inversion" and cleansed.stages[-1] == "adversaries: none"
+    assert not cleansed.findings
+    assert set(adversaries.FAMILY.values()) <= set(corruptions.FAMILIES)
 
 
 def test_auto_is_inoculate():

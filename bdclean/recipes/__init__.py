@@ -27,6 +27,8 @@ class Cleansed:
     """Images of `unlabeled` or `labeled` that were left out because they look stamped."""
     findings: list[dict[str, Any]] = field(default_factory=list)
     """Fields of `record.Finding`, for what the recipe saw of a backdoor on its way."""
+    families: tuple[str, ...] = ()
+    """Corruption families that it was trained on: rows of their triggers are marked `seen_family`."""
     pictures: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -37,7 +39,7 @@ class Recipe(Protocol):
     source: ClassVar[str]
     needs_labels: ClassVar[bool]
     families: ClassVar[tuple[str, ...]]
-    """Corruption families that it trains on: triggers of these are marked `seen_family`."""
+    """Corruption families that it can train on; those that it did are in `Cleansed`."""
 
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run

@@ -71,8 +71,17 @@ class Inoculate:
     adversary_share: float = 0.5  # of the corrupted images
     adversary_steps: int = 3
     inversion_steps: int = 150  # 0 leaves the inversion out
+    leave_out: tuple[
+        str, ...
+    ] = ()  # families not trained on, to see what it does to triggers that it has not seen
 
     def __post_init__(self) -> None:
+        unknown = sorted(set(self.leave_out) - set(self.families))
+        if unknown or not self._trained_on():
+            known = "/".join(self.families)
+            raise UsageError(
+                f"inoculate: leave_out takes some, not all, of {known}; it is {'/'.join(self.leave_out)}."
+            )
         if self.epochs <= 0 or self.batch_size < 4 or not 0 < self.floor <= min(self.peak, self.second_peak):
             raise UsageError(
                 "inoculate: epochs are positive, batch_size at least 4, and 0 < floor <= both peaks."
@@ -103,7 +112,11 @@ class Inoculate:
                 module.p = 0.0
         steps = max(self.least_steps, math.ceil(self.epochs * len(images) / self.batch_size))
         first, settled = max(1, round(0.6 * steps)), False
-        turns = [*adversaries.KINDS, "inverted"] if pursuit is not None else list(adversaries.KINDS)
+        families = self._trained_on()
+        turns = [kind for kind in adversaries.KINDS if adversaries.FAMILY[kind] in families]
+        kinds = list(turns)
+        if pursuit is not None:
+            turns.append("inverted")
 
         def evaluated(pixels: Tensor) -> Tensor:
             with run.precision.autocast(run.device):
@@ -112,17 +125,17 @@ class Inoculate:
         def corrupted(batch: Batch, pixels: Tensor, answers: Tensor) -> Tensor:
             """Each image under a counterfeit, `adversary_share` of them under this step's adversary instead."""
             shuffled = torch.randperm(len(pixels), generator=batch.generator, device=run.device)
-            count = round(self.adversary_share * len(pixels))
+            count = round(self.adversary_share * len(pixels)) if turns else 0
             foes, rest = shuffled[:count], shuffled[count:]
             out = pixels.clone()
-            out[rest] = corruptions.corrupt(pixels[rest], self.families, batch.generator)
+            out[rest] = corruptions.corrupt(pixels[rest], families, batch.generator)
             if count:
                 turn, kind = batch.step // len(turns), turns[batch.step % len(turns)]
                 student.eval()
                 if kind == "inverted" and pursuit is not None and not pursuit.over:
                     out[foes] = pursuit.stamp(evaluated, pixels[foes], turn)
                 else:
-                    kind = adversaries.KINDS[turn % len(adversaries.KINDS)] if kind == "inverted" else kind
+                    kind = kinds[turn % len(kinds)] if kind == "inverted" else kind
                     probabilities = answers[foes].softmax(1)
                     out[foes] = adversaries.attack(
                         kind, evaluated, pixels[foes], probabilities, batch.generator, self.adversary_steps
@@ -183,12 +196,17 @@ class Inoculate:
             set_batch_statistics(student, uncorrupted)
         stages = [
             f"inverted {arch.classes} classes in {self.inversion_steps} steps"
-            if self.inversion_steps
+            if findings
             else "no inversion",
             f"distilled for {steps} updates, {augment.describe()}",
-            f"adversaries: {', '.join(turns)}",
+            f"adversaries: {', '.join(turns) or 'none'}",
         ]
-        return Cleansed(student.eval(), arch, curve, asdict(self), stages, findings=findings)
+        return Cleansed(
+            student.eval(), arch, curve, asdict(self), stages, findings=findings, families=families
+        )
+
+    def _trained_on(self) -> tuple[str, ...]:
+        return tuple(family for family in self.families if family not in self.leave_out)
 
     def _schedule(self, steps: int, first: int) -> Callable[[int], float]:
 
@@ -203,7 +221,7 @@ class Inoculate:
     def _inversion(
         self, teacher: Classifier, arch: Arch, images: Tensor, run: Run
     ) -> tuple[Pursuit | None, list[dict[str, Any]]]:
-        if self.inversion_steps == 0:
+        if self.inversion_steps == 0 or "patch" in self.leave_out:
             return None, []
         classes = torch.arange(arch.classes)
         packed = run.keep(
