@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from bdclean.architectures.preact import PreActNetwork
 from bdclean.architectures.residual import ResidualNetwork
 from bdclean.attacks.badnets import BadNets
 from bdclean.attacks.blend import Blend
@@ -30,8 +32,11 @@ from bdclean.preprocessing import Classifier, parse_preprocess
 from bdclean.record import RAN, Measure, Rate, RunRecord, TriggerRow
 from bdclean.training import Precision, Run, quiet, seed_for
 
-RESNET20 = partial(ResidualNetwork, (3, 3, 3), (16, 32, 64), 16, 10)
-RESNET18 = partial(ResidualNetwork, (2, 2, 2, 2), (64, 128, 256, 512), 64, 10)
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet20": partial(ResidualNetwork, (3, 3, 3), (16, 32, 64), 16, 10),
+    "resnet18": partial(ResidualNetwork, (2, 2, 2, 2), (64, 128, 256, 512), 64, 10),
+    "wideresnet16": partial(PreActNetwork, (2, 2, 2), (16, 32, 64), 16, 10),
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,10 @@ VICTIMS = (
     Victim("clean", None),
     Victim("badnets", BadNets(target=0, rate=0.1)),
     Victim("blend", Blend(target=0, rate=0.1, alpha=0.2)),
+    Victim("white", BadNets(target=2, rate=0.1, size=4, pattern="white")),
+    Victim("picture", Blend(target=4, rate=0.1, picture="picture", alpha=0.15)),
 )
+DEFAULT_VICTIMS = "clean,badnets,blend"
 RECIPES = ("inoculate", "bcu", "ft", "sft")
 UNLABELED = 2_500
 
@@ -63,7 +71,7 @@ def unpack(archive: Path, work: Path) -> Path:
 def train(
     victim: Victim,
     training: ImageSet,
-    build: partial[ResidualNetwork],
+    build: Callable[[], nn.Module],
     epochs: float,
     seed: int,
     device: str,
@@ -71,7 +79,7 @@ def train(
 ) -> None:
     """Train one victim and write it as safetensors with its preprocessing in the metadata."""
     torch.manual_seed(seed_for(seed, victim.name))
-    network: nn.Module = build()
+    network = build()
     preprocess = parse_preprocess("cifar10")
     model = Classifier(network, preprocess)
     images = victim.attack(training) if victim.attack is not None else training
@@ -132,11 +140,15 @@ def main(arguments: list[str]) -> int:
         "--data", type=Path, required=True, help="cifar10.tar.gz, or the folder it unpacks to"
     )
     parser.add_argument("--work", type=Path, required=True, help="where cells are kept")
-    parser.add_argument("--network", choices=("resnet20", "resnet18"), default="resnet20")
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet20")
     parser.add_argument("--epochs", type=float, default=14)
     parser.add_argument("--images", type=int, default=UNLABELED, help="how many images the recipes get")
-    parser.add_argument("--victims", default=",".join(v.name for v in VICTIMS))
-    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--victims", default=DEFAULT_VICTIMS, help=",".join(v.name for v in VICTIMS))
+    parser.add_argument(
+        "--recipes",
+        default=",".join(RECIPES),
+        help="names, each with settings if wanted: inoculate:leave_out=patch/noise",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--train-only", action="store_true")
@@ -144,7 +156,7 @@ def main(arguments: list[str]) -> int:
     work = options.work
     work.mkdir(parents=True, exist_ok=True)
     data = unpack(options.data, work)
-    build = RESNET20 if options.network == "resnet20" else RESNET18
+    build = NETWORKS[options.network]
     training = None
     wanted = [victim for victim in VICTIMS if victim.name in options.victims.split(",")]
     for victim in wanted:
@@ -164,20 +176,26 @@ def main(arguments: list[str]) -> int:
         if not finished(record):
             bdclean("scan", str(file), "--data", test, *common, "--record", str(record))
         for recipe in options.recipes.split(","):
-            out = work / f"{name}-{recipe}.safetensors"
+            out = work / f"{name}-{cell(recipe)}.safetensors"
             if not finished(out.with_suffix(".json")):
-                images = labeled if recipe in ("ft", "sft") else unlabeled
+                recipe_name, _, setting = recipe.partition(":")
+                images = labeled if recipe_name in ("ft", "sft") else unlabeled
                 # the default is shown against the whole bank, the others against the victim's own trigger
                 own = victim.attack is not None and recipe != "inoculate"
                 triggers = (
                     ("--trigger", victim.attack.trigger.spec()) if victim.attack is not None and own else ()
                 )
                 bdclean(
-                    "cleanse", str(file), "--data", str(images), "--test", test, *common, "--recipe", recipe,
-                    *triggers, "--out", str(out), "--resume",
+                    "cleanse", str(file), "--data", str(images), "--test", test, *common, "--recipe", recipe_name,
+                    *(("--set", setting) if setting else ()), *triggers, "--out", str(out), "--resume",
                 )  # fmt: skip
     print(table([victim.name for victim in wanted], options.recipes.split(","), work, options.network))
     return 0
+
+
+def cell(recipe: str) -> str:
+    """A recipe with its settings as a part of a file's name."""
+    return re.sub(r"[^a-z0-9_.]+", "-", recipe)
 
 
 def finished(record: Path) -> bool:
@@ -207,7 +225,7 @@ def table(victims: Sequence[str], recipes: Sequence[str], work: Path, network: s
                 f"| {_percent(row.base_rate)} | | {record.seconds:.0f} |"
             )
         for recipe in recipes:
-            path = work / f"{network}-{name}-{recipe}.json"
+            path = work / f"{network}-{name}-{cell(recipe)}.json"
             if not path.exists():
                 continue
             record = RunRecord.from_json(json.loads(path.read_text()))
