@@ -71,9 +71,7 @@ class Inoculate:
     adversary_share: float = 0.5  # of the corrupted images
     adversary_steps: int = 3
     inversion_steps: int = 150  # 0 leaves the inversion out
-    leave_out: tuple[
-        str, ...
-    ] = ()  # families not trained on, to see what it does to triggers that it has not seen
+    leave_out: tuple[str, ...] = ()  # families not trained on, to measure triggers of unseen ones
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.leave_out) - set(self.families))
