@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +92,8 @@ def doctor() -> tuple[str, bool]:
     except Exception as error:  # a broken installation is what this command is for
         return _columns([*rows, ("problem", f"torch cannot be imported: {error}")]), False
     rows += _torch(torch)
+    import shutil
+
     free = shutil.disk_usage(Path.cwd()).free
     rows.append(("free disk here", f"{free / 2**30:.1f} GiB"))
     return _columns(rows), True
@@ -106,6 +106,8 @@ def versions() -> dict[str, str]:
 
 
 def _version(package: str) -> str:
+    from importlib import metadata  # slow to import, and lists do not need it
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -7,31 +7,22 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bdclean import __version__, gate
-from bdclean.arguments import (
-    check_detectors,
-    check_options,
-    check_target,
-    check_triggers,
-    default_output,
-    expand_models,
-    make_inputs,
-    read_text,
-)
-from bdclean.defects import leave_record, problem_of, trace
+from bdclean import __version__
 from bdclean.errors import BdcleanError, Interrupted, Refused, UsageError
-from bdclean.gate import Gate
-from bdclean.output import Shown, emit, warn
-from bdclean.record import RunRecord, parse_records
-from bdclean.registry import DETECTORS, RECIPES, find, parse_settings
-from bdclean.report import FORMATS, check_format
-from bdclean.report.progress import Progress
-from bdclean.running import Records, check_place, run_all
+from bdclean.output import emit, warn
+from bdclean.registry import DETECTORS
+from bdclean.report import FORMATS
 
+if TYPE_CHECKING:
+    from bdclean.gate import Gate
+    from bdclean.record import RunRecord
+    from bdclean.report.progress import Progress
+
+# What a command needs is imported by its job: the help and the lists are to appear at once.
 Job = Callable[[], int]
 """What a command has parsed. It runs after Typer is done, because Typer turns Ctrl-C and broken pipes into exit 1."""
 
@@ -169,6 +160,14 @@ def scan(
     options = dict(locals())
 
     def job() -> int:
+        from bdclean import gate
+        from bdclean.arguments import (
+            check_detectors, check_options, check_target, check_triggers, expand_models, make_inputs,
+        )  # fmt: skip
+        from bdclean.output import Shown
+        from bdclean.report import check_format
+        from bdclean.running import Records, check_place, run_all
+
         judge = gate.parse(fail_on or ())
         shown = Shown(check_format(form), out, verbose)
         triggers, detectors = check_triggers(trigger), check_detectors(detector)
@@ -245,6 +244,13 @@ def cleanse(
     options = dict(locals())
 
     def job() -> int:
+        from bdclean import gate
+        from bdclean.arguments import check_options, check_triggers, default_output, make_inputs
+        from bdclean.output import Shown
+        from bdclean.registry import RECIPES, find, parse_settings
+        from bdclean.report import check_format
+        from bdclean.running import Records, run_all
+
         judge = gate.parse(fail_on or ())
         shown = Shown(check_format(form), None, verbose)
         triggers, chosen = check_triggers(trigger), parse_settings(settings or ())
@@ -300,9 +306,17 @@ def report(
     """Show records again, in any format; several are compared. Exits 0 unless --fail-on says otherwise."""
 
     def job() -> int:
+        from bdclean import gate
+        from bdclean.arguments import read_text
+        from bdclean.output import Shown
+        from bdclean.record import parse_records
+        from bdclean.report import check_format
+
         judge = gate.parse(fail_on or ())
         shown = Shown(check_format(form), out, verbose)
         if out is not None:
+            from bdclean.running import check_place
+
             check_place(out, [Path(path) for path in records if path != "-"])
         found = [record for path in records for record in parse_records(read_text(path), path)]
         if not found:
@@ -350,6 +364,8 @@ def doctor() -> Job:
 
 def _judged(judge: Gate, records: Sequence[RunRecord]) -> int:
     """Returns the exit code of records shown again: what --fail-on asks for, and nothing else."""
+    from bdclean import gate
+
     codes = []
     for record in records:
         reached, missing = judge.check(record)
@@ -369,7 +385,7 @@ def run(argv: list[str]) -> int:
             stream.reconfigure(errors="backslashreplace")
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        job = app(args=argv, prog_name="bdclean", standalone_mode=False)
+        job = plainly(argv) or app(args=argv, prog_name="bdclean", standalone_mode=False)
         return job() if callable(job) else int(job or 0)
     except SystemExit:
         return 0  # Typer leaves this way when nobody reads its help any more
@@ -380,6 +396,29 @@ def run(argv: list[str]) -> int:
         return _ended(error)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def plainly(argv: Sequence[str]) -> Job | None:
+    """The job of `ls` and `report` where Typer has nothing to add; None for all else, its errors and help among it.
+
+    Typer loads a validation library for the first word that it reads, which takes longer than either command.
+    """
+    command, words = argv[:1], list(argv[1:])
+    if command == ["ls"] and len(words) in (1, 2) and not any(word.startswith("-") for word in words):
+        return ls(*words)
+    if command != ["report"]:
+        return None
+    records: list[str] = []
+    form = "table"
+    while words:
+        word = words.pop(0)
+        if word == "--format" and words and not words[0].startswith("-"):
+            form = words.pop(0)
+        elif word == "-" or not word.startswith("-"):
+            records.append(word)
+        else:
+            return None
+    return report(records, form=form) if records else None
 
 
 def _ended(error: BaseException) -> int:
@@ -394,6 +433,8 @@ def _ended(error: BaseException) -> int:
     if isinstance(error, typer.Abort):
         warn("interrupted.")
         return 130
+    from bdclean.defects import leave_record, problem_of, trace
+
     _, problem = problem_of(error)
     if problem.digest is not None:
         trace(error)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bdclean.errors import Refused
-from bdclean.record import RunRecord, write_text
-from bdclean.report import render
 from bdclean.report.text import plain
+
+if TYPE_CHECKING:
+    from bdclean.record import RunRecord
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,17 @@ class Shown:
 
     def show(self, records: Sequence[RunRecord]) -> None:
         """Prints the report, or writes it to `out` by atomic rename."""
+        from bdclean.report import render
+
         if self.out is not None:
+            from bdclean.record import write_text
+
             write_text(self.out, render(records, self.form, everything=self.verbose))
             return
         terminal = sys.stdout is not None and sys.stdout.isatty()
         colours = terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        import shutil
+
         width = shutil.get_terminal_size().columns if terminal else None
         emit(render(records, self.form, width=width, colours=colours, everything=self.verbose))
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
-import tempfile
 import types
 import typing
 from dataclasses import dataclass, field
@@ -299,6 +299,8 @@ def record_path(folder: Path, stem: str, sha256: str | None) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Writes `text` to `path` by atomic rename; raises Refused where that cannot be done."""
+    import tempfile  # slow to import, and reports only read
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
@@ -394,8 +396,13 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     raise Refused(f"{where} is {_kind(value)}, expected {getattr(hint, '__name__', hint)}.")
 
 
+@functools.cache
+def _hints(hint: type) -> dict[str, Any]:
+    return typing.get_type_hints(hint)
+
+
 def _typed_dataclass(value: dict[str, Any], hint: Any, where: str) -> Any:
-    hints = typing.get_type_hints(hint)
+    hints = _hints(hint)
     fields = {f.name: f for f in dataclasses.fields(hint)}
     for name, f in fields.items():
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
-import importlib.util
 import math
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from bdclean.errors import UsageError
+
+if TYPE_CHECKING:
+    import ast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,8 @@ TABLES: dict[str, dict[str, Entry]] = {
 
 def closest(name: str, known: Iterable[str]) -> str:
     """Returns the ending of an error sentence: the names nearest to `name`, or all of them."""
+    from difflib import get_close_matches
+
     names = sorted(known)
     near = get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
@@ -150,6 +152,8 @@ def configure(cls: type[Any], settings: Mapping[str, str], name: str | None = No
     for key, text in settings.items():
         if key not in fields:
             listing = ", ".join(f"{field} ({_wording(hints[field])})" for field in fields) or "it has none"
+            from difflib import get_close_matches
+
             near = get_close_matches(key, fields, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UsageError(f"{name} has no setting {key!r}: {hint}settings: {listing}.")
@@ -263,6 +267,9 @@ class Description:
 
 def describe(table: Mapping[str, Entry], name: str) -> Description:
     """Returns what the source text of the class called `name` says. Nothing is imported, so no torch."""
+    import ast
+    import importlib.util
+
     module, _, attribute = find(table, name).path.partition(":")
     package, _, _ = module.partition(".")
     spec = importlib.util.find_spec(package)
@@ -280,6 +287,8 @@ def describe(table: Mapping[str, Entry], name: str) -> Description:
 
 
 def _describe_class(node: ast.ClassDef, lines: list[str]) -> Description:
+    import ast
+
     constants: dict[str, Any] = {}
     settings: list[Setting] = []
     for item in node.body:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from bdclean.errors import UsageError
-from bdclean.record import RunRecord, report_document
-from bdclean.registry import closest
+
+if TYPE_CHECKING:
+    from bdclean.record import RunRecord
 
 FORMATS = ("table", "json", "jsonl", "md")
 
@@ -15,6 +17,8 @@ FORMATS = ("table", "json", "jsonl", "md")
 def check_format(name: str) -> str:
     """Returns `name` if it is a format that can be made; raises UsageError otherwise."""
     if name not in FORMATS:
+        from bdclean.registry import closest
+
         raise UsageError(f"there is no --format {name!r}: {closest(name, FORMATS)}")
     return name
 
@@ -32,6 +36,8 @@ def render(
     `everything` also lists the many passing rows that a table leaves out. `colours` allows ANSI codes in tables.
     """
     if form == "json":
+        from bdclean.record import report_document
+
         return json.dumps(report_document(list(records)), allow_nan=False, indent=1) + "\n"
     if form == "jsonl":
         return "".join(record.dump() + "\n" for record in records)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from typing import TYPE_CHECKING
 
-from bdclean.record import Measure, Rate
+if TYPE_CHECKING:
+    from bdclean.record import Measure, Rate
 
 SCORES = ("balanced_score", "defence_effectiveness_rating")  # measures that are no shares of images
 NOTHING = "-"  # was not measured: never 0
