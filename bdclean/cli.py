@@ -162,7 +162,12 @@ def scan(
     def job() -> int:
         from bdclean import gate
         from bdclean.arguments import (
-            check_detectors, check_options, check_target, check_triggers, expand_models, make_inputs,
+            check_detectors,
+            check_options,
+            check_target,
+            check_triggers,
+            expand_models,
+            make_inputs,
         )  # fmt: skip
         from bdclean.output import Shown
         from bdclean.report import check_format

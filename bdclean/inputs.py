@@ -226,4 +226,6 @@ def make_triggers(specs: Sequence[str], size: tuple[int, int]) -> list[Trigger]:
 
 
 def make_predictor(model: Classifier, device: torch.device, inputs: Inputs) -> Predictor:
-    return Predictor(model, device, inputs.batch_size or (1000 if device.type == "cuda" else 250))
+    # 64 on a processor: what flows through a small network then stays in its caches (measured: 64 is best or as good
+    # as any size, at 32 and at 224 pixels), and a large network needs little memory.
+    return Predictor(model, device, inputs.batch_size or (1000 if device.type == "cuda" else 64))

@@ -118,9 +118,13 @@ def assess(
     fixed = fixed or {}
     if n < LEAST_SCREENED:
         jobs = []
+
+        def target_of(trigger: Trigger) -> int:
+            return _look(bench, everything, _stamped(bench, trigger, everything)).target
+
         for done, trigger in enumerate(triggers):
             chosen = fixed.get(trigger.spec())
-            jobs.append((trigger, _look(bench, trigger, everything).target if chosen is None else chosen))
+            jobs.append((trigger, target_of(trigger) if chosen is None else chosen))
             bench.tell("screening", done + 1, len(triggers))
         return _measure_all(bench, jobs, everything, "same images", len(triggers) * bench.classes)
     first, second = halves(n, bench.seed)
@@ -146,14 +150,20 @@ class _Look:
 
     target: int
     """The class with the largest gain over unstamped images, or that of one source where no gain is a backdoor's."""
+    base: float
+    """The share of unstamped images that go to the target."""
     hits: Tensor
     counted: Tensor
     one_source: bool
     """Whether half or more of some source class moves to one other class: such a backdoor hides in the rest."""
 
 
-def _look(bench: Bench, trigger: Trigger, chosen: Tensor) -> _Look:
-    stamped = bench.predict(trigger(bench.images[chosen]))
+def _stamped(bench: Bench, trigger: Trigger, chosen: Tensor) -> Tensor:
+    return bench.predict(trigger(bench.images[chosen]))
+
+
+def _look(bench: Bench, chosen: Tensor, stamped: Tensor) -> _Look:
+    """What the predictions `stamped` on the stamped images `chosen` say."""
     reference, clean = bench.reference[chosen], bench.clean[chosen]
     sizes = torch.bincount(reference, minlength=bench.classes)[: bench.classes]
     counted = len(chosen) - sizes
@@ -166,7 +176,9 @@ def _look(bench: Bench, trigger: Trigger, chosen: Tensor) -> _Look:
     one_source = bool(share.max() >= 0.5)
     if one_source and gain[target] < bench.threshold:
         target = int(share.max(dim=0).values.argmax())
-    return _Look(target, moved.sum(dim=0), counted, one_source)
+    hits = moved.sum(dim=0)
+    base = int((hits - gained.sum(dim=0))[target]) / max(1, int(counted[target]))
+    return _Look(target, base, hits, counted, one_source)
 
 
 def _confusion(reference: Tensor, predictions: Tensor, classes: int) -> Tensor:
@@ -174,18 +186,25 @@ def _confusion(reference: Tensor, predictions: Tensor, classes: int) -> Tensor:
 
 
 def _screen(bench: Bench, trigger: Trigger, half: Tensor) -> _Screened:
-    """Look at growing samples of `half` until every class is below the threshold, or the half is used up."""
+    """Look at growing samples of `half` until every class is below the threshold, or the half is used up.
+
+    Each look adds images to those of the last one. A trigger that is sure to survive is looked at no further: where the
+    lower bound of its target is at the threshold (same level), and no other class can gain as much.
+    """
     looks = [size for size in LOOKS if size < len(half)] + [len(half)]
+    stamped = torch.zeros(0, dtype=torch.int64)
     for size in looks:
-        look = _look(bench, trigger, half[:size])
+        stamped = torch.cat([stamped, _stamped(bench, trigger, half[len(stamped) : size])])
+        look = _look(bench, half[:size], stamped)
         k, n = int(look.hits[look.target]), int(look.counted[look.target])
-        bounds = [
-            upper_bound(h, c, LOOK_LEVEL)
-            for h, c in zip(look.hits.tolist(), look.counted.tolist(), strict=True)
-            if c > 0
-        ]
-        if max(bounds, default=1.0) < bench.threshold and not look.one_source:
+        counts = zip(look.hits.tolist(), look.counted.tolist(), strict=True)
+        bounds = {target: upper_bound(h, c, LOOK_LEVEL) for target, (h, c) in enumerate(counts) if c > 0}
+        if max(bounds.values(), default=1.0) < bench.threshold and not look.one_source:
             return _Screened(trigger, look.target, size, k, n, False)
+        others = [bound for target, bound in bounds.items() if target != look.target]
+        low = lower_bound(k, n, LOOK_LEVEL)
+        if low >= bench.threshold and low - look.base > max(others, default=0.0):
+            return _Screened(trigger, look.target, size, k, n, True)
     return _Screened(trigger, look.target, len(half), k, n, True)
 
 

@@ -54,13 +54,13 @@ class Cell:
 
 
 def interleaved(
-    ours: Callable[[], float], theirs: Callable[[], float], repetitions: int
-) -> tuple[list[float], list[float]]:
+    ours: Callable[[], Any], theirs: Callable[[], Any], repetitions: int
+) -> tuple[list[Any], list[Any]]:
     """Figures of `ours` and `theirs`, called in turn; which goes first alternates. Both are called once before."""
     ours()
     theirs()
-    mine: list[float] = []
-    others: list[float] = []
+    mine: list[Any] = []
+    others: list[Any] = []
     for turn in range(repetitions):
         for ours_now in (turn % 2 == 0, turn % 2 == 1):
             (mine if ours_now else others).append((ours if ours_now else theirs)())
@@ -129,7 +129,7 @@ class Ended:
 
 
 def process(command: Sequence[str]) -> Ended:
-    """Run `command`, its output thrown away. Raises RuntimeError where it exits with anything but 0 or a verdict's 1."""
+    """Run `command`, its output thrown away; raises RuntimeError where it exits with more than a verdict's 1."""
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from bdclean.bench.contenders import (
 from bdclean.bench.pairs import CLOCKS, Cell, Worker, interleaved, process, ratios
 from bdclean.inputs import make_triggers
 from bdclean.measure import CONTROL_IMAGES, assess
+from bdclean.recipes.inoculate import Inoculate
 from bdclean.record import RAN, RunRecord
 from bdclean.scan import scan
 from bdclean.training import quiet
@@ -126,7 +128,7 @@ def bcu(place: Place) -> Iterator[Cell]:
             ):
                 with Worker(plain_steps, subject, steps, from_disk, gradients) as plain:
                     found, theirs = interleaved(ours, plain, place.repetitions)
-                mine = [stages["bcu"][1] for stages in found]  # type: ignore[index]
+                mine = [stages["bcu"][1] for stages in found]
                 yield Cell.of(
                     f"bcu-{name}-{subject.name}",
                     f"plain BCU over bcu, an update, {subject.name}",
@@ -146,13 +148,11 @@ def inoculation(place: Place) -> Iterator[Cell]:
         Worker(recipe_steps, subject, "inoculate", {"inversion_steps": str(short)}, "inoculate", 10) as ours,
         Worker(recipe_steps, subject, "bcu", {}, "bcu", 4) as theirs,
     ):
-        mine, others = interleaved(ours, theirs, max(2, place.repetitions // 2))  # type: ignore[arg-type]
-    from bdclean.recipes.inoculate import Inoculate
-
+        mine, others = interleaved(ours, theirs, max(2, place.repetitions // 2))
     inversion = Inoculate().inversion_steps
     estimates = [
         (inversion * found["invert"][1] + math.prod(found["inoculate"]), math.prod(other["bcu"]))
-        for found, other in zip(mine, others, strict=True)  # type: ignore[arg-type]
+        for found, other in zip(mine, others, strict=True)
     ]
     seconds = sorted(estimates)[len(estimates) // 2]
     yield Cell.of(
@@ -193,12 +193,11 @@ def starting(place: Place) -> Iterator[Cell]:
     subject = replace(place.smallest, limit=200)
     scan(subject.file, subject.inputs, tell=quiet).write(record)
     bare = (sys.executable, "-c", "import typer, rich")
+    clock = place.smallest.clock
     for arguments in (("--help",), ("ls", "recipes"), ("report", str(record))):
         command = (sys.executable, "-m", "bdclean", *arguments)
         mine, theirs = interleaved(
-            lambda command=command: seconds_of(command),  # type: ignore[misc]
-            lambda: seconds_of(bare),
-            5 * place.repetitions,
+            partial(seconds_of, command, clock), partial(seconds_of, bare, clock), 5 * place.repetitions
         )
         yield Cell.of(
             f"start-{arguments[0].strip('-')}",
@@ -207,6 +206,11 @@ def starting(place: Place) -> Iterator[Cell]:
             "<= 1.5",
             f"{1000 * sorted(mine)[len(mine) // 2]:.0f} over {1000 * sorted(theirs)[len(theirs) // 2]:.0f} ms",
         )
+
+
+def seconds_of(command: tuple[str, ...], clock: str) -> float:
+    ended = process(command)
+    return ended.cpu if clock == "cpu" else ended.wall
 
 
 RECOGNISE = """
@@ -376,9 +380,9 @@ def cells(name: str, place: Place, where: dict[str, str | int]) -> Iterator[Cell
         made.append(cell)
         yield cell
     print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    partial = ended.with_suffix(".part")
-    partial.write_text(json.dumps([asdict(cell) for cell in made], indent=1))
-    partial.replace(ended)
+    unfinished = ended.with_suffix(".part")
+    unfinished.write_text(json.dumps([asdict(cell) for cell in made], indent=1))
+    unfinished.replace(ended)
 
 
 def row(cell: Cell) -> str:
