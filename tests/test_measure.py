@@ -110,6 +110,30 @@ def test_screening_looks_at_few_images_where_they_are_enough():
     assert network.seen <= 3 * 2 * 64
 
 
+def test_screening_forwards_each_image_once():
+    network = Network(to(3), share=0.19)  # stays near the threshold of 0.2, so that every look is needed
+    watched = bench(network, n=2000, threshold=0.2)
+    network.seen = 0
+    screened = measure._screen(watched, Patch(), measure.halves(2000, 0)[0])
+    assert (network.seen, screened.seen) == (1000, 1000)
+
+
+def test_a_trigger_that_is_sure_to_survive_is_looked_at_no_further():
+    network = Network(to(3))
+    watched = bench(network, n=2000)
+    network.seen = 0
+    screened = measure._screen(watched, Patch(), measure.halves(2000, 0)[0])
+    assert (network.seen, screened.survives, screened.target) == (64, True, 3)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
+def test_growing_samples_choose_the_target_that_the_whole_half_chooses(share):
+    watched = bench(Network(to(2), share=share), n=2000, threshold=0.2)
+    half = measure.halves(2000, 0)[0]
+    whole = measure._look(watched, half, watched.predict(Patch()(watched.images[half])))
+    assert measure._screen(watched, Patch(), half).target == whole.target == 2
+
+
 def test_above_the_threshold_and_its_controls_fails_without_being_certain():
     (row,) = assess(bench(Network(to(1), share=0.75), n=2000), [Patch()])
     assert 0.7 < row.asr.value < 0.8 and row.outcome == FAILS
