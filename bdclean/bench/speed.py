@@ -65,7 +65,7 @@ class Place:
 def scanning(place: Place) -> Iterator[Cell]:
     """(1) Images a second of a scan over those of a bare forward loop of the same network at its best batch."""
     for subject in place.subjects:
-        small = replace(subject, limit=min(subject.limit, 800))
+        small = replace(subject, limit=min(subject.limit, 400))
         with Worker(bare_forward, small) as bare:
             for make, what in ((measuring, "measuring"), (whole_scan, "file to record")):
                 with Worker(make, small) as ours:
@@ -268,6 +268,8 @@ def memory(place: Place) -> Iterator[Cell]:
             subject.device,
             "-q",
         )
+        # One trigger of each kind: more of them take longer, not more room.
+        shared += ("--trigger", "badnets", "--trigger", "blend", "--trigger", "sig")
         short = ("--set", "epochs=1", "--set", "least_steps=5", "--set", "inversion_steps=5")
         out = str(place.work / "memory.safetensors")
         commands = {
