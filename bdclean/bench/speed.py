@@ -259,7 +259,7 @@ def memory(place: Place) -> Iterator[Cell]:
     for subject in place.subjects:
         _, images = subject.read()
         payload = (images.images.numel() + subject.file.stat().st_size) / 2**20
-        shared = (
+        shared = [
             "--data",
             str(subject.images),
             "--limit",
@@ -267,9 +267,9 @@ def memory(place: Place) -> Iterator[Cell]:
             "--device",
             subject.device,
             "-q",
-        )
+        ]
         # One trigger of each kind: more of them take longer, not more room.
-        shared += ("--trigger", "badnets", "--trigger", "blend", "--trigger", "sig")
+        shared += ["--trigger", "badnets", "--trigger", "blend", "--trigger", "sig"]
         short = ("--set", "epochs=1", "--set", "least_steps=5", "--set", "inversion_steps=5")
         out = str(place.work / "memory.safetensors")
         commands = {
