@@ -232,7 +232,9 @@ class Inoculate:
         told = small.nonzero().squeeze(1).tolist() or [int(inverted.pixels.argmin())]
         findings = [_finding(inverted, index, limit, k) for k in told]
         shown = {
-            f"inverted for class {int(inverted.classes[k])}": inverted.masks[k] * inverted.patterns[k]
+            f"inverted for class {int(inverted.classes[k])}, on grey": inverted.masks[k]
+            * inverted.patterns[k]
+            + (1 - inverted.masks[k]) * 0.5
             for k in told
         }
         return Pursuit(inverted.select(small), limit, run.device) if small.any() else None, findings, shown

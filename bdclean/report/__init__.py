@@ -1,4 +1,4 @@
-"""Reports: RunRecords -> table, Markdown, JSON or JSON lines. Never imports torch."""
+"""Reports: RunRecords -> table, Markdown, HTML page, JSON or JSON lines. Never imports torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from bdclean.errors import UsageError
 from bdclean.record import RunRecord, report_document
 from bdclean.registry import closest
 
-FORMATS = ("table", "json", "jsonl", "md")
+FORMATS = ("table", "json", "jsonl", "md", "html")
+SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".json": "json", ".jsonl": "jsonl"}
 
 
 def check_format(name: str) -> str:
@@ -35,7 +36,11 @@ def render(
         return json.dumps(report_document(list(records)), allow_nan=False, indent=1) + "\n"
     if form == "jsonl":
         return "".join(record.dump() + "\n" for record in records)
-    # Imported here: a JSON report needs none of the layout.
+    # Imported here: a JSON report needs none of the layout, and only a page needs a template engine and plots.
+    if form == "html":
+        from bdclean.report import html
+
+        return html.render(records)
     from bdclean.report import content
 
     pages = [content.page(record) for record in records]
