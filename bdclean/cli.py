@@ -28,7 +28,7 @@ from bdclean.gate import Gate
 from bdclean.output import Shown, emit, warn
 from bdclean.record import RunRecord, parse_records
 from bdclean.registry import DETECTORS, RECIPES, find, parse_settings
-from bdclean.report import FORMATS, check_format
+from bdclean.report import FORMATS, choose_format
 from bdclean.report.progress import Progress
 from bdclean.running import Records, check_place, run_all
 
@@ -91,7 +91,14 @@ Seed = Annotated[
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse the run if an image is unreadable.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read plain tensors from a pickle.")]
 NoPictures = Annotated[bool, typer.Option("--no-pictures", help="Put none of the images into a record.")]
-Format = Annotated[str, typer.Option("--format", metavar="NAME", help=f"{', '.join(FORMATS)}.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help=f"{', '.join(FORMATS)}. Default: what a report's --out ends in, else table.",
+    ),
+]
 Record = Annotated[
     Path | None,
     typer.Option("--record", metavar="PATH", help="A file, or a folder for <stem>-<sha256>.json."),
@@ -154,7 +161,7 @@ def scan(
     strict: Strict = False,
     allow_pickle: AllowPickle = False,
     no_pictures: NoPictures = False,
-    form: Format = "table",
+    form: Format = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="PATH", help="Write the report there, not to stdout.")
     ] = None,
@@ -170,7 +177,7 @@ def scan(
 
     def job() -> int:
         judge = gate.parse(fail_on or ())
-        shown = Shown(check_format(form), out, verbose)
+        shown = Shown(choose_format(form, out), out, verbose)
         triggers, detectors = check_triggers(trigger), check_detectors(detector)
         if data is None and test is None and labeled is None:
             raise UsageError("scan needs images: give --data PATH (or --test, or --labeled).")
@@ -233,7 +240,7 @@ def cleanse(
     strict: Strict = False,
     allow_pickle: AllowPickle = False,
     no_pictures: NoPictures = False,
-    form: Format = "table",
+    form: Format = None,
     record: Record = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -246,7 +253,7 @@ def cleanse(
 
     def job() -> int:
         judge = gate.parse(fail_on or ())
-        shown = Shown(check_format(form), None, verbose)
+        shown = Shown(choose_format(form), None, verbose)
         triggers, chosen = check_triggers(trigger), parse_settings(settings or ())
         find(RECIPES, recipe)
         if data is None and labeled is None:
@@ -293,7 +300,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="PATH", help="Write the report there, not to stdout.")
     ] = None,
-    form: Format = "table",
+    form: Format = None,
     fail_on: FailOn = None,
     verbose: Verbose = False,
 ) -> Job:
@@ -301,7 +308,7 @@ def report(
 
     def job() -> int:
         judge = gate.parse(fail_on or ())
-        shown = Shown(check_format(form), out, verbose)
+        shown = Shown(choose_format(form, out), out, verbose)
         if out is not None:
             check_place(out, [Path(path) for path in records if path != "-"])
         found = [record for path in records for record in parse_records(read_text(path), path)]

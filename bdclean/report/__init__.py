@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from bdclean.errors import UsageError
 from bdclean.record import RunRecord, report_document
@@ -13,8 +14,10 @@ FORMATS = ("table", "json", "jsonl", "md", "html")
 SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".json": "json", ".jsonl": "jsonl"}
 
 
-def check_format(name: str) -> str:
-    """Returns `name` if it is a format that can be made; raises UsageError otherwise."""
+def choose_format(name: str | None, out: Path | None = None) -> str:
+    """Returns the format called `name`, else the one that `out` ends in, else table; raises UsageError on others."""
+    if name is None:
+        return SUFFIXES.get(out.suffix.lower(), "table") if out is not None else "table"
     if name not in FORMATS:
         raise UsageError(f"there is no --format {name!r}: {closest(name, FORMATS)}")
     return name

@@ -16,6 +16,7 @@ LARGEST_SIDE = 1024
 MOST_PICTURES = 64
 MOST_CLASSES = 50
 NAMED_CLASSES = 24  # up to so many, rows have room for names
+FAINTEST = 0.15  # a single image is still seen
 CELL, NARROW_CELL, LABELS = 14, 6, 96  # in units of the drawing
 
 
@@ -49,11 +50,11 @@ class Strip:
 
 @dataclass
 class Cell:
-    """A square of a drawn matrix; `share` of its row, in [0, 1]."""
+    """A square of a drawn matrix: the more of its row it holds, the more opaque."""
 
     x: int
     y: int
-    share: float
+    opacity: float
     title: str
 
 
@@ -157,7 +158,11 @@ def _heat(found: Confusion, names: Sequence[str] | None, record: RunRecord) -> H
         for x, count in enumerate(row):
             if count > 0:
                 title = f"{label(y, names)} \u2192 {label(x, names)}: {count} of {total}"
-                cells.append(Cell(left + x * cell, y * cell, round(count / total, 3), title))
+                cells.append(
+                    Cell(
+                        left + x * cell, y * cell, round(FAINTEST + (1 - FAINTEST) * count / total, 3), title
+                    )
+                )
     model = {"suspect": "suspect", "cleansed": "cleansed"}.get(found.model, "")
     stamped = "Stamped" if found.trigger is not None else "As given"
     target = found.target if isinstance(found.target, int) and 0 <= found.target < classes else None

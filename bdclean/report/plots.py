@@ -20,18 +20,18 @@ LINE, AXIS, GRID = "#010101", "#020202", "#030303"
 COLOURS = {LINE: "var(--accent)", AXIS: "var(--muted)", GRID: "var(--rule)"}
 
 
-def curves(rows: Sequence[Any]) -> list[tuple[str, Markup, float, float]]:
-    """Returns (name, SVG, first value, last value) of each series of a training curve.
+def curves(rows: Sequence[Any], name: str = "run") -> list[tuple[str, Markup, float, float]]:
+    """Returns (name, SVG, first value, last value) of each series of a training curve; ids start with `name`.
 
     A series is a key of the rows, which come from a file: what is not a finite number is left out.
     """
     rows = [row for row in rows if isinstance(row, dict)]
-    names = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
+    names = dict.fromkeys(key for row in rows for key in row if isinstance(key, str))
     found: list[tuple[str, Markup, float, float]] = []
-    for name in names:
-        if name == "step" or len(found) == MOST_SERIES:
+    for series in names:
+        if series == "step" or len(found) == MOST_SERIES:
             continue
-        points = [(_number(row.get("step")), _number(row.get(name))) for row in rows]
+        points = [(_number(row.get("step")), _number(row.get(series))) for row in rows]
         ys = [y for _, y in points if y is not None]
         if len(ys) < 2:
             continue
@@ -39,8 +39,8 @@ def curves(rows: Sequence[Any]) -> list[tuple[str, Markup, float, float]]:
         if len(xs) != len(ys) or any(b < a for a, b in zip(xs, xs[1:], strict=False)):
             xs = [float(k) for k in range(1, len(ys) + 1)]  # several stages, each counting its own steps
         every = math.ceil(len(ys) / MOST_POINTS)
-        svg = _line(xs[::every], ys[::every], f"curve{len(found)}")
-        found.append((name, svg, ys[0], ys[-1]))
+        svg = _line(xs[::every], ys[::every], f"{name}-curve{len(found)}")
+        found.append((series, svg, ys[0], ys[-1]))
     return found
 
 

@@ -83,6 +83,11 @@ def lead(record: RunRecord) -> str:
     )
 
 
+def name(record: RunRecord) -> str:
+    """Returns what a run's model is called: its file, without the folders."""
+    return PurePath(record.checkpoint.path).name or record.checkpoint.path or record.command
+
+
 def tone(record: RunRecord) -> str:
     """Returns the class of colours of a run: bad, doubt, calm or none. None of them is the green of an all-clear."""
     if record.outcome != RAN:
