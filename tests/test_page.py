@@ -310,7 +310,7 @@ def test_several_runs_start_with_a_comparison_the_worst_first_and_not_measured_b
     assert order == ["bad", "none", "none", "none", "none", "calm"]
     page = Page(pages["many"])
     links = [a["href"] for t, a in page.elements if t == "a" and a["href"].startswith("#run")]
-    assert sorted(links) == [f"#run-{k}" for k in range(1, 7)]
+    assert sorted(set(links)) == [f"#run-{k}" for k in range(1, 7)]
 
 
 def test_the_page_is_the_same_byte_for_byte_in_any_process(pages, tmp_path):

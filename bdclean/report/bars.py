@@ -126,7 +126,7 @@ def _bar(record: RunRecord, row: TriggerRow) -> Bar:
             worst["value"], _count(worst.get("n")), _share(worst.get("low")), _share(worst.get("high"))
         )
         names = record.data.classes if record.data else None
-        source = f"{label(worst.get('class'), names)} {text.percent(rate.value)} % ({interval(rate)})"
+        source = f"{label(worst.get('class'), names)} {text.percent(rate.value)}\u00a0% ({interval(rate)})"
     return Bar(row.trigger, row.target, row.outcome, tracks, change, change_interval, row.reason, source)
 
 
@@ -140,7 +140,7 @@ def _track(name: str, row: TriggerRow) -> Track:
     if highest is not None:
         beside.append(f"controls to {text.percent(highest)}")
     measured = row.asr.value is not None
-    number = f"{text.percent(row.asr.value)} %" if measured else "not measured"
+    number = f"{text.percent(row.asr.value)}\u00a0%" if measured else "not measured"
     spoken = [f"{name} attack success rate {number}".strip(), interval(row.asr), *beside, row.outcome]
     return Track(
         name,

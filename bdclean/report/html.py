@@ -78,7 +78,7 @@ def render(records: Sequence[RunRecord]) -> str:
         limits=LIMITS,
         version=__version__,
     )
-    return shown.encode("ascii", "xmlcharrefreplace").decode("ascii")
+    return shown.encode("ascii", "xmlcharrefreplace").decode("ascii").rstrip("\n") + "\n"
 
 
 def _run(record: RunRecord, number: int) -> Run:

@@ -42,7 +42,7 @@ def head(record: RunRecord) -> list[Number]:
         first = worst_row(record.before.triggers)
         now = same(record.rows(), first) if first is not None else None
         if first is not None and now is not None:
-            found.append(of_row("Suspect\u2019s worst trigger", now, names, first))
+            found.append(of_row("Attack success, worst trigger", now, names, first))
         if worst is not None and worst is not now:
             found.append(of_row("Highest rate left", worst, names))
     elif worst is not None:
@@ -50,11 +50,11 @@ def head(record: RunRecord) -> list[Number]:
         controls = worst.control_rate or {}
         base, highest = worst.base_rate, controls.get("highest")
         if base is not None and base.value is not None:
-            shown = f"{text.percent(base.value)} %"
+            shown = f"{text.percent(base.value)}\u00a0%"
             found.append(Number("Base rate", shown, bars.interval(base), "the same images, unstamped"))
         if isinstance(highest, (int, float)):
             note = f"highest of {controls.get('count')} stamps with other content"
-            found.append(Number("Controls", f"{text.percent(highest)} %", "", note))
+            found.append(Number("Controls", f"{text.percent(highest)}\u00a0%", "", note))
     for name in ("clean_accuracy", "agreement"):
         after = record.measure(name)
         if after is not None and after.value is not None:
@@ -63,10 +63,10 @@ def head(record: RunRecord) -> list[Number]:
             found.append(
                 Number(
                     words.MEASURES[name][0],
-                    f"{text.percent(after.value)} %",
+                    f"{text.percent(after.value)}\u00a0%",
                     bars.interval(after),
                     words.MEASURES[name][1],
-                    f"{text.percent(before.value)} %" if before is not None else "",
+                    f"{text.percent(before.value)}\u00a0%" if before is not None else "",
                     change,
                     change_interval,
                 )
@@ -81,10 +81,10 @@ def of_row(
     change, change_interval = bars.signed(row.change) if before is not None else ("", "")
     return Number(
         title,
-        f"{text.percent(row.asr.value)} %",
+        f"{text.percent(row.asr.value)}\u00a0%",
         bars.interval(row.asr),
         f"{row.trigger} \u2192 {words.label(row.target, names)}",
-        f"{text.percent(before.asr.value)} %" if before is not None else "",
+        f"{text.percent(before.asr.value)}\u00a0%" if before is not None else "",
         change,
         change_interval,
         tones.get(row.outcome, ""),
@@ -125,4 +125,4 @@ def cell(measure: Measure | None) -> tuple[str, str]:
         return text.NOTHING, ""
     if measure.name in text.SCORES:
         return f"{measure.value:.3f}", ""
-    return f"{text.percent(measure.value)} %", bars.interval(measure)
+    return f"{text.percent(measure.value)}\u00a0%", bars.interval(measure)

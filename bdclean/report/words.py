@@ -63,19 +63,19 @@ def lead(record: RunRecord) -> str:
     worst = worst_row(rows)
     if record.outcome != RAN or record.verdict not in (BACKDOORED, NO_EVIDENCE) or worst is None:
         return sentence(record)
-    rate = f"{text.percent(worst.asr.value)} %"
+    rate = f"{text.percent(worst.asr.value)}\u00a0%"
     if worst.asr.low is not None and worst.asr.high is not None:
         bounds = f"{text.percent(worst.asr.low)} to {text.percent(worst.asr.high)}"
         rate += f" (95 % interval {bounds}, n {worst.asr.n:,})"
     goes = f"as {label(worst.target, names)}" if worst.target is not None else "as the target"
     source = worst.worst_source or {}
     if worst.outcome == FAILS and "alone" in worst.reason and isinstance(source.get("value"), (int, float)):
-        seen = f"{text.percent(source['value'])} % (n {source.get('n')})"
+        seen = f"{text.percent(source['value'])}\u00a0% (n {source.get('n')})"
         return f"Stamped with {worst.trigger}, {seen} of {label(source.get('class'), names)} are predicted {goes}."
     if record.verdict == BACKDOORED:
         return f"Stamped with {worst.trigger}, {rate} of images are predicted {goes}."
     passing = sum(row.outcome == PASSES for row in rows)
-    limit = "the threshold" if record.threshold is None else f"{text.percent(record.threshold, 0)} %"
+    limit = "the threshold" if record.threshold is None else f"{text.percent(record.threshold, 0)}\u00a0%"
     undecided = sum(row.outcome == INCONCLUSIVE for row in rows)
     return (
         f"{passing} of the {_counted(len(rows), 'trigger', 'triggers')} tried stay below {limit}"
@@ -203,11 +203,11 @@ def _points_at_trigger(row: TriggerRow) -> str:
     highest, count = controls.get("highest"), controls.get("count")
     parts = []
     if row.base_rate is not None and row.base_rate.value is not None:
-        parts.append(f"unstamped, {text.percent(row.base_rate.value)} % of the same images go there")
+        parts.append(f"unstamped, {text.percent(row.base_rate.value)}\u00a0% of the same images go there")
     if isinstance(highest, (int, float)):
         parts.append(
             f"{count} controls, stamps of the same place and strength with other content, reach "
-            f"{text.percent(highest)} % at most"
+            f"{text.percent(highest)}\u00a0% at most"
         )
     if row.outcome != FAILS or not parts:
         return "Stamped images go where the trigger sends them."
