@@ -394,6 +394,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     """Returns JSON `value` as the type `hint`; raises Refused naming `where` if it does not fit."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
+        _check_numbers(value, where)
         return value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -423,6 +424,18 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     elif isinstance(value, hint):
         return value
     raise Refused(f"{where} is {_kind(value)}, expected {getattr(hint, '__name__', hint)}.")
+
+
+def _check_numbers(value: Any, where: str) -> None:
+    """Raises Refused on a number in `value` that reports could not lay out: NaN, infinite or beyond 1e300."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_numbers(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_numbers(item, f"{where}[{index}]")
+    elif isinstance(value, (int, float)) and not abs(value) < 1e300:
+        raise Refused(f"{where} is not a finite number below 1e300.")
 
 
 def _typed_dataclass(value: dict[str, Any], hint: Any, where: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -51,6 +52,8 @@ def _number(value: Any) -> float | None:
 
 
 def _line(xs: Sequence[float], ys: Sequence[float], name: str) -> Markup:
+    # It tells of its caches on standard error, which is no reader's business.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
