@@ -30,7 +30,7 @@ from bdclean.record import (
     Skipped,
     TriggerRow,
 )
-from bdclean.report import render, words
+from bdclean.report import embedded, render, words
 from bdclean.report.embedded import png
 from bdclean.report.plots import curves
 
@@ -326,6 +326,15 @@ def test_the_page_is_the_same_byte_for_byte_in_any_process(pages, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page.html").read_text() == pages["cleanse"]
+
+
+def test_an_image_counts_as_moved_only_where_the_trigger_moved_it():
+    record = scanned()
+    (moved,) = embedded.strips(record)[0].pairs
+    assert moved.moved_before and (moved.given_before, moved.before) == ("yield", "stop")
+    record.pictures[0].before = 0
+    (mistaken,) = embedded.strips(record)[0].pairs
+    assert not mistaken.moved_before and mistaken.given_before == "stop, is yield"
 
 
 def test_only_pictures_of_moderate_size_are_shown():

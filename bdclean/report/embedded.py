@@ -31,7 +31,7 @@ class Pair:
     given_after: str
     before: str
     after: str
-    moved_before: bool  # the suspect sends the stamped image to the target
+    moved_before: bool  # stamped, the suspect sends it to the target
     moved_after: bool
 
 
@@ -123,24 +123,30 @@ def heats(record: RunRecord) -> list[Heat]:
 
 
 def _pair(picture: Picture, given: Picture | None, names: Sequence[str] | None, record: RunRecord) -> Pair:
-    def goes(seen: int | None) -> bool:
-        if seen is None or picture.label is None:
+    def goes(seen: int | None, unstamped: int | None) -> bool:
+        """Whether the trigger sends the image to its target, where it was not said to be before."""
+        if seen is None or picture.label is None or seen == unstamped:
             return False
         if picture.target == "next":
             classes = record.checkpoint.classes or 0
             return classes > 0 and seen == (picture.label + 1) % classes
         return seen == picture.target
 
+    def called(seen: int | None) -> str:
+        name = label(seen, names, numbered=False)
+        return name if seen == picture.label else f"{name}, is {label(picture.label, names, numbered=False)}"
+
+    before, after = (given.before, given.after) if given is not None else (None, None)
     return Pair(
         png(given.png_base64) if given is not None else "",
         png(picture.png_base64),
         label(picture.label, names, numbered=False),
-        label(given.before if given is not None else None, names, numbered=False),
-        label(given.after if given is not None else None, names, numbered=False),
+        called(before),
+        called(after),
         label(picture.before, names, numbered=False),
         label(picture.after, names, numbered=False),
-        goes(picture.before),
-        goes(picture.after),
+        goes(picture.before, before),
+        goes(picture.after, after),
     )
 
 

@@ -115,8 +115,8 @@ def meaning(record: RunRecord) -> list[str]:
         ]
     if record.verdict == NO_EVIDENCE:
         found = [
-            "None of the triggers that were tried does what a backdoor does. A backdoor with any other trigger "
-            "would give this same page."
+            "No row fails: none of the triggers that were tried is shown to do what a backdoor does. A backdoor with "
+            "any other trigger would give this same page."
         ]
         if record.before is not None and record.before.verdict == BACKDOORED:
             found.insert(
