@@ -96,8 +96,8 @@ def interval(found: Rate | Measure | None) -> str:
     if found is None or found.value is None:
         return ""
     if found.low is None or found.high is None:
-        return f"n {found.n:,}"
-    return f"{text.percent(found.low)}\u2013{text.percent(found.high)}, n {found.n:,}"
+        return f"n\u00a0{found.n:,}"
+    return f"{text.percent(found.low)}\u2013{text.percent(found.high)}, n\u00a0{found.n:,}"
 
 
 def _room(bars: Sequence[Bar]) -> int:
