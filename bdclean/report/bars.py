@@ -126,7 +126,7 @@ def _bar(record: RunRecord, row: TriggerRow) -> Bar:
             worst["value"], _count(worst.get("n")), _share(worst.get("low")), _share(worst.get("high"))
         )
         names = record.data.classes if record.data else None
-        source = f"{label(worst.get('class'), names)} {text.percent(rate.value)}\u00a0% ({interval(rate)})"
+        source = f"{label(worst.get('class'), names)}: {text.percent(rate.value)}\u00a0% ({interval(rate)})"
     return Bar(row.trigger, row.target, row.outcome, tracks, change, change_interval, row.reason, source)
 
 
