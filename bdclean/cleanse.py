@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bdclean import __version__, gate, measure, registry
+from bdclean import __version__, gate, measure, pictures, registry
 from bdclean.arguments import default_output
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet, split, without_duplicates
@@ -67,6 +67,10 @@ def cleanse(
         before = open_bench(
             suspect, suspect.choices[0], images.held_out, inputs, record.threshold, record, tell
         )
+        before = replace(before, hits={})
+        if record.data is not None:  # names are worth nothing where the folders turned out to be no labels
+            known = images.held_out.classes if before.labeled else None
+            record.data.classes = list(known) if known else None
         classifier = suspect.classifier(suspect.choices[0])
         images.unlabeled = keep_plausible_labels(images.unlabeled, suspect, before.predict, record)
         if images.labeled is None and images.unlabeled.labels is not None:
@@ -104,6 +108,7 @@ def cleanse(
             if row.target is not None and row.target_source != measure.SCREENED_OUT
         }
         rows_after = measure.assess(after, made, fixed=fixed)
+        measure.pair(before, after, rows_after)
         for row in [*rows_before, *rows_after]:
             row.seen_family = row.family in cleansed.families
         verdict, record.advice = measure.verdict(rows_after)
@@ -114,6 +119,11 @@ def cleanse(
                 f"the written network keeps only {100 * kept:.0f} % of the suspect's answers on clean images: "
                 "it is damaged, do not use it; try other settings or more images."
             )
+        worst = [*rows_before, *rows_after]
+        if inputs.pictures:
+            record.pictures = pictures.strips(worst, made, before, after)
+        record.pictures += pictures.masks(cleansed.pictures)
+        record.confusion = pictures.confusions(worst, made, before, after)
         record.after = Side(verdict, measures, rows_after)
         record.verdict, record.measures, record.triggers = verdict, measures, rows_after
         if run.saved is not None:
@@ -202,4 +212,4 @@ def _after(out: Path, suspect: Suspect, before: Bench, inputs: Inputs, tell: Tel
     checkpoint = Checkpoint.read(out, inputs.arch)
     written = Suspect(checkpoint, suspect.arch, suspect.choices, suspect.device)
     predict = make_predictor(written.classifier(suspect.choices[0]), suspect.device, inputs)
-    return replace(before, predict=predict, clean=predict(before.images), own_reference=False)
+    return replace(before, predict=predict, clean=predict(before.images), own_reference=False, hits={})

@@ -82,7 +82,14 @@ Seed = Annotated[
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse the run if an image is unreadable.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read plain tensors from a pickle.")]
 NoPictures = Annotated[bool, typer.Option("--no-pictures", help="Put none of the images into a record.")]
-Format = Annotated[str, typer.Option("--format", metavar="NAME", help=f"{', '.join(FORMATS)}.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help=f"{', '.join(FORMATS)}. Default: what a report's --out ends in, else table.",
+    ),
+]
 Record = Annotated[
     Path | None,
     typer.Option("--record", metavar="PATH", help="A file, or a folder for <stem>-<sha256>.json."),
@@ -145,7 +152,7 @@ def scan(
     strict: Strict = False,
     allow_pickle: AllowPickle = False,
     no_pictures: NoPictures = False,
-    form: Format = "table",
+    form: Format = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="PATH", help="Write the report there, not to stdout.")
     ] = None,
@@ -170,11 +177,11 @@ def scan(
             make_inputs,
         )  # fmt: skip
         from bdclean.output import Shown
-        from bdclean.report import check_format
+        from bdclean.report import choose_format
         from bdclean.running import Records, check_place, run_all
 
         judge = gate.parse(fail_on or ())
-        shown = Shown(check_format(form), out, verbose)
+        shown = Shown(choose_format(form, out), out, verbose)
         triggers, detectors = check_triggers(trigger), check_detectors(detector)
         if data is None and test is None and labeled is None:
             raise UsageError("scan needs images: give --data PATH (or --test, or --labeled).")
@@ -237,7 +244,7 @@ def cleanse(
     strict: Strict = False,
     allow_pickle: AllowPickle = False,
     no_pictures: NoPictures = False,
-    form: Format = "table",
+    form: Format = None,
     record: Record = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -253,11 +260,11 @@ def cleanse(
         from bdclean.arguments import check_options, check_triggers, default_output, make_inputs
         from bdclean.output import Shown
         from bdclean.registry import RECIPES, find, parse_settings
-        from bdclean.report import check_format
+        from bdclean.report import choose_format
         from bdclean.running import Records, run_all
 
         judge = gate.parse(fail_on or ())
-        shown = Shown(check_format(form), None, verbose)
+        shown = Shown(choose_format(form), None, verbose)
         triggers, chosen = check_triggers(trigger), parse_settings(settings or ())
         find(RECIPES, recipe)
         if data is None and labeled is None:
@@ -304,7 +311,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="PATH", help="Write the report there, not to stdout.")
     ] = None,
-    form: Format = "table",
+    form: Format = None,
     fail_on: FailOn = None,
     verbose: Verbose = False,
 ) -> Job:
@@ -315,10 +322,10 @@ def report(
         from bdclean.arguments import read_text
         from bdclean.output import Shown
         from bdclean.record import parse_records
-        from bdclean.report import check_format
+        from bdclean.report import choose_format
 
         judge = gate.parse(fail_on or ())
-        shown = Shown(check_format(form), out, verbose)
+        shown = Shown(choose_format(form, out), out, verbose)
         if out is not None:
             from bdclean.running import check_place
 
@@ -414,7 +421,7 @@ def plainly(argv: Sequence[str]) -> Job | None:
     if command != ["report"]:
         return None
     records: list[str] = []
-    form = "table"
+    form = None
     while words:
         word = words.pop(0)
         if word == "--format" and words and not words[0].startswith("-"):

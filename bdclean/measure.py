@@ -77,6 +77,8 @@ class Bench:
     threshold: float
     seed: int
     tell: Tell = quiet
+    hits: dict[tuple[str, Target], Tensor] | None = None
+    """Where given, `assess` leaves here which images went to the target, bool [m], for `pair`."""
 
 
 @dataclass
@@ -241,6 +243,8 @@ def _row(
     stamped = bench.predict(trigger(images))
     hits = attack_success(stamped, reference, target, bench.classes)
     base = attack_success(clean, reference, target, bench.classes)
+    if bench.hits is not None:
+        bench.hits[trigger.spec(), target] = hits
     asr = rate(hits)
     row = TriggerRow(
         trigger=trigger.spec(),
@@ -355,6 +359,16 @@ def clean_measures(bench: Bench) -> list[Measure]:
     if bench.own_reference:
         return [Measure("agreement", None, len(bench.images))]
     return [metrics.measure("agreement", bench.clean == bench.reference)]
+
+
+def pair(before: Bench, after: Bench, rows: Sequence[TriggerRow]) -> None:
+    """Notes in each of `rows`, of `after`, how its rate differs from that of `before` on the same images."""
+    for row in rows:
+        key = (row.trigger, row.target if row.target is not None else "")
+        old, new = (before.hits or {}).get(key), (after.hits or {}).get(key)
+        if old is not None and new is not None and len(old) == len(new):
+            found = metrics.paired_difference(old, new, "change")
+            row.change = Rate(found.value, found.n, found.low, found.high)
 
 
 def compare(

@@ -66,6 +66,9 @@ class TriggerRow:
     worst_source: dict[str, Any] | None = None  # class, value, n, low, high
     outcome: str = NOT_MEASURED
     reason: str = ""
+    change: Rate | None = (
+        None  # of a cleansed model: its rate minus the suspect's, in [-1, 1], paired interval
+    )
 
 
 @dataclass
@@ -78,6 +81,34 @@ class Finding:
     threshold: float | None = None
     p_value: float | None = None
     reason: str = ""
+
+
+@dataclass
+class Picture:
+    """A small PNG that a page shows: `role` is given, stamped, difference or mask; --no-pictures leaves only masks.
+
+    `before` and `after` are the classes that the model, and its cleansed copy, predict for it.
+    """
+
+    role: str
+    png_base64: str
+    before: int | None = None
+    after: int | None = None
+    image: int | None = None  # pictures of the same image have the same number
+    trigger: str | None = None  # its SPEC, for what was stamped
+    target: int | str | None = None
+    label: int | None = None  # the reference class of the image, or the class that a mask was fitted to
+    caption: str = ""
+
+
+@dataclass
+class Confusion:
+    """How many images of each reference class (row) are predicted as each class (column)."""
+
+    model: str  # suspect or cleansed
+    trigger: str | None  # stamped with it, or as given
+    target: int | str | None
+    counts: list[list[int]]
 
 
 @dataclass
@@ -186,8 +217,8 @@ class RunRecord:
     measures: list[Measure] = field(default_factory=list)
     triggers: list[TriggerRow] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
-    pictures: list[dict[str, Any]] = field(default_factory=list)  # role, png_base64, before, after
-    confusion: Any = None
+    pictures: list[Picture] = field(default_factory=list)
+    confusion: list[Confusion] | None = None  # none for many classes
     feature_map: Any = None
     calibration: Any = None
     skipped: list[Skipped] = field(default_factory=list)
@@ -365,6 +396,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     """Returns JSON `value` as the type `hint`; raises Refused naming `where` if it does not fit."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
+        _check_numbers(value, where)
         return value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -399,6 +431,18 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 @functools.cache
 def _hints(hint: type) -> dict[str, Any]:
     return typing.get_type_hints(hint)
+
+
+def _check_numbers(value: Any, where: str) -> None:
+    """Raises Refused on a number in `value` that reports could not lay out: NaN, infinite or beyond 1e300."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_numbers(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_numbers(item, f"{where}[{index}]")
+    elif isinstance(value, (int, float)) and not abs(value) < 1e300:
+        raise Refused(f"{where} is not a finite number below 1e300.")
 
 
 def _typed_dataclass(value: dict[str, Any], hint: Any, where: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bdclean import gate, measure
+from bdclean import gate, measure, pictures
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet
 from bdclean.errors import BdcleanError, UsageError
@@ -63,12 +63,16 @@ def scan(
         side, missing, bench, choice = min(sides, key=lambda s: rank.get(s[0].verdict, 1))
         record.data = describe_images(path, images)
         record.data.labeled = bench.labeled
+        record.data.classes = record.data.classes if bench.labeled else None
         record.verdict, record.measures, record.triggers, record.advice = (
             side.verdict,
             side.measures,
             side.triggers,
             missing,
         )
+        if inputs.pictures:
+            record.pictures = pictures.strips(side.triggers, made, bench)
+        record.confusion = pictures.confusions(side.triggers, made, bench)
         if len(sides) > 1:
             name = choice.preprocess.name or choice.preprocess.spec()
             record.checkpoint.preprocess = name

@@ -54,7 +54,7 @@ def test_help_answers_at_once():
         ("scan", "Missing argument"),
         ("scan m --nope", "No such option"),
         ("scan m", "give --data"),
-        ("scan m --data . --format html", "no --format 'html'"),
+        ("scan m --data . --format htm", "no --format 'htm'"),
         ("scan m --data . --fail-on asr", "--fail-on 'asr'"),
         ("scan m --data . --trigger wanet", "no trigger is called 'wanet'"),
         ("scan m --data . --trigger badnets:3", "write KEY=VALUE"),
@@ -90,7 +90,7 @@ def test_what_is_not_there_yet_is_refused_and_not_advertised(capsys):
     run(["cleanse", "--help"])
     run(["report", "--help"])
     shown = capsys.readouterr().out
-    for word in ("html", "sarif", "encoder", "sequela", "--reference", "--card", "--head", "--detector"):
+    for word in ("sarif", "encoder", "sequela", "--reference", "--card", "--head", "--detector"):
         assert word not in shown
 
 
@@ -113,6 +113,21 @@ def test_report_reads_files_standard_input_and_several(record, capsys, monkeypat
     assert len(parse_records(capsys.readouterr().out, "x")) == 2
     assert run(["report", record, "--out", "deep/er/r.md", "--format", "md"]) == 0
     assert capsys.readouterr().out == "" and "badnets" in Path("deep/er/r.md").read_text()
+
+
+def test_a_page_is_written_or_printed_and_nothing_else(record, capsys):
+    assert run(["report", record, "--out", "audit.html"]) == 0
+    assert capsys.readouterr().out == ""
+    assert run(["report", record, "--format", "html"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == Path("audit.html").read_text() and captured.err == ""
+    assert captured.out.startswith("<!doctype html>") and captured.out.endswith("</html>\n")
+
+
+def test_a_refused_model_gives_a_page_of_its_own(capsys, tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(b"")
+    assert run(["scan", "m.safetensors", "--data", ".", "--out", "audit.html"]) == 3
+    assert "Refused" in Path("audit.html").read_text() and capsys.readouterr().out == ""
 
 
 def test_report_exits_by_fail_on_alone(record, capsys):
@@ -288,13 +303,17 @@ def test_scanning_the_samples_tells_them_apart(capsys):
     clean, poisoned = str(SAMPLES / samples[None]["file"]), str(SAMPLES / samples["badnets"]["file"])
     options = ["--data", str(SAMPLES / "images" / "labeled"), "--limit", "240", "--format", "json", "-q"]
     options += ["--trigger", samples["badnets"]["trigger"]]
-    assert run(["scan", clean, *options]) == 0
+    assert run(["scan", clean, *options, "--no-pictures"]) == 0
     (found,) = parse_records(capsys.readouterr().out, "x")
+    assert found.pictures == [] and found.confusion, "counts are no pictures"
     assert found.verdict == "no-evidence" and found.checkpoint.sha256 == samples[None]["sha256"]
     assert run(["scan", clean, "missing", poisoned, *options]) == 1
     captured = capsys.readouterr()
     records = parse_records(captured.out, "x")
     assert [r.verdict for r in records] == ["no-evidence", "not-assessed", "backdoored"]
+    stamped = [p for p in records[2].pictures if p.role == "stamped"]
+    assert len(stamped) == 6 and {p.before for p in stamped} == {samples["badnets"]["target"]}
+    assert sum(len(p.png_base64) for p in records[2].pictures) < 300_000
     assert records[2].triggers[0].target == samples["badnets"]["target"]
     assert captured.err.splitlines() == ["bdclean: missing: missing does not exist."]
 

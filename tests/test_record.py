@@ -114,6 +114,12 @@ def test_keys_of_a_newer_bdclean_are_kept():
         ({"measures": [{}]}, r"record.measures\[0\].name is missing"),
         ({"triggers": [{"trigger": "x", "asr": {"value": math.nan}}]}, r"triggers\[0\].asr.value"),
         ({"command": None}, "record.command is null"),
+        (
+            {"triggers": [{"trigger": "x", "control_rate": {"highest": 10**400}}]},
+            r"control_rate.highest is not",
+        ),
+        ({"curve": [{"step": 1, "loss": math.inf}]}, r"record.curve\[0\].loss is not a finite"),
+        ({"pictures": [{"role": "given"}]}, r"record.pictures\[0\].png_base64 is missing"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change, words):

@@ -1,6 +1,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ from bdclean.record import (
     TriggerRow,
     parse_records,
 )
-from bdclean.report import check_format, render, text
+from bdclean.report import choose_format, render, text
 from bdclean.report.progress import Progress, details
 from bdclean.report.tables import evidence
 
@@ -188,9 +189,21 @@ def test_json_is_always_one_document_and_jsonl_one_line_a_run():
 
 
 def test_formats_that_cannot_be_made_are_wrong_usage():
-    for name in ("html", "sarif", "TABLE", ""):
+    for name in ("sarif", "TABLE", ""):
         with pytest.raises(UsageError):
-            check_format(name)
+            choose_format(name)
+
+
+def test_the_format_is_what_is_asked_for_else_what_the_file_ends_in():
+    assert (
+        choose_format(None)
+        == choose_format(None, Path("report"))
+        == choose_format(None, Path("a.txt"))
+        == "table"
+    )
+    found = [choose_format(None, Path(name)) for name in ("a.html", "A.HTM", "a.md", "a.json", "a.jsonl")]
+    assert found == ["html", "html", "md", "json", "jsonl"]
+    assert choose_format("md", Path("a.html")) == "md"
 
 
 def test_numbers_in_words():

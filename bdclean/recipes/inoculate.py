@@ -103,7 +103,7 @@ class Inoculate:
         images = unlabeled.images
         teacher = frozen(suspect, run)
         augment = choose_augmentation(teacher, images, run)
-        pursuit, findings = self._inversion(teacher, arch, images, run)
+        pursuit, findings, inverted = self._inversion(teacher, arch, images, run)
         student = copy.deepcopy(teacher).requires_grad_(True).train()
         for module in student.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -200,8 +200,9 @@ class Inoculate:
             f"adversaries: {', '.join(turns) or 'none'}",
         ]
         return Cleansed(
-            student.eval(), arch, curve, asdict(self), stages, findings=findings, families=families
-        )
+            student.eval(), arch, curve, asdict(self), stages,
+            findings=findings, pictures=inverted, families=families,
+        )  # fmt: skip
 
     def _trained_on(self) -> tuple[str, ...]:
         return tuple(family for family in self.families if family not in self.leave_out)
@@ -218,20 +219,25 @@ class Inoculate:
 
     def _inversion(
         self, teacher: Classifier, arch: Arch, images: Tensor, run: Run
-    ) -> tuple[Pursuit | None, list[dict[str, Any]]]:
+    ) -> tuple[Pursuit | None, list[dict[str, Any]], dict[str, Tensor]]:
+        """The outlying masks to work against, findings about them, and their pictures by caption."""
         if self.inversion_steps == 0 or "patch" in self.leave_out:
-            return None, []
+            return None, [], {}
         classes = torch.arange(arch.classes)
         packed = run.keep(
             "inverted", lambda: invert(teacher, images, classes, run, steps=self.inversion_steps).pack()
         )
         inverted = Inverted.unpack(packed, *images.shape[2:])
         small, index, limit = outliers(inverted)
-        findings = [_finding(inverted, index, limit, k) for k in small.nonzero().squeeze(1).tolist()]
-        if not findings:
-            findings = [_finding(inverted, index, limit, int(inverted.pixels.argmin()))]
-            return None, findings
-        return Pursuit(inverted.select(small), limit, run.device), findings
+        told = small.nonzero().squeeze(1).tolist() or [int(inverted.pixels.argmin())]
+        findings = [_finding(inverted, index, limit, k) for k in told]
+        shown = {
+            f"inverted for class {int(inverted.classes[k])}, on grey": inverted.masks[k]
+            * inverted.patterns[k]
+            + (1 - inverted.masks[k]) * 0.5
+            for k in told
+        }
+        return Pursuit(inverted.select(small), limit, run.device) if small.any() else None, findings, shown
 
 
 def _finding(inverted: Inverted, index: Tensor, limit: float, k: int) -> dict[str, Any]:

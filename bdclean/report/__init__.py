@@ -1,4 +1,4 @@
-"""Reports: RunRecords -> table, Markdown, JSON or JSON lines. Never imports torch."""
+"""Reports: RunRecords -> table, Markdown, HTML page, JSON or JSON lines. Never imports torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING
 from bdclean.errors import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bdclean.record import RunRecord
 
-FORMATS = ("table", "json", "jsonl", "md")
+FORMATS = ("table", "json", "jsonl", "md", "html")
+SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".json": "json", ".jsonl": "jsonl"}
 
 
-def check_format(name: str) -> str:
-    """Returns `name` if it is a format that can be made; raises UsageError otherwise."""
+def choose_format(name: str | None, out: Path | None = None) -> str:
+    """Returns the format called `name`, else the one that `out` ends in, else table; raises UsageError on others."""
+    if name is None:
+        return SUFFIXES.get(out.suffix.lower(), "table") if out is not None else "table"
     if name not in FORMATS:
         from bdclean.registry import closest
 
@@ -41,7 +46,11 @@ def render(
         return json.dumps(report_document(list(records)), allow_nan=False, indent=1) + "\n"
     if form == "jsonl":
         return "".join(record.dump() + "\n" for record in records)
-    # Imported here: a JSON report needs none of the layout.
+    # Imported here: a JSON report needs none of the layout, and only a page needs a template engine and plots.
+    if form == "html":
+        from bdclean.report import html
+
+        return html.render(records)
     from bdclean.report import content
 
     pages = [content.page(record) for record in records]

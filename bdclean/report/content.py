@@ -45,7 +45,7 @@ def page(record: RunRecord) -> Page:
         title=f"{record.command} {record.checkpoint.path}".strip(),
         verdict=record.verdict if record.outcome == RAN else record.outcome,
         sentence=sentence(record),
-        facts=_facts(record),
+        facts=facts(record),
         closing=[RATES, LIMITS],
     )
     found.tables = [table for table in tables(record) if table.rows]
@@ -130,7 +130,8 @@ def sentence(record: RunRecord) -> str:
 # --- parts of a page ----------------------------------------------------------------------------------------
 
 
-def _facts(record: RunRecord) -> list[tuple[str, str]]:
+def facts(record: RunRecord) -> list[tuple[str, str]]:
+    """Returns where the run's numbers are from: model, network, images, recipe, output, seed, device."""
     checkpoint, data = record.checkpoint, record.data
     size = "x".join(map(str, checkpoint.input_size or [])) or None
     network = [
@@ -139,10 +140,10 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         None if size is None else f"input {size}",
         None if checkpoint.parameters is None else f"{checkpoint.parameters:,} parameters",
     ]
-    facts = [("model", checkpoint.path), ("sha256", checkpoint.sha256 or ""), ("network", _joined(network))]
+    found = [("model", checkpoint.path), ("sha256", checkpoint.sha256 or ""), ("network", _joined(network))]
     if checkpoint.preprocess or checkpoint.mean:
         margin = checkpoint.preprocess_margin
-        facts.append(
+        found.append(
             (
                 "preprocessing",
                 _joined(
@@ -159,11 +160,11 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
             )
         )
     for other in checkpoint.alternatives:
-        facts.append(("also fits", _joined([str(other.get("name", "")), str(other.get("reason", ""))])))
+        found.append(("also fits", _joined([str(other.get("name", "")), str(other.get("reason", ""))])))
     if checkpoint.unread:
-        facts.append(("not read", ", ".join(checkpoint.unread)))
+        found.append(("not read", ", ".join(checkpoint.unread)))
     if data is not None:
-        facts.append(
+        found.append(
             (
                 "images",
                 _joined(
@@ -182,14 +183,14 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         )
     if record.recipe is not None:
         settings = ", ".join(f"{key}={value}" for key, value in record.recipe.settings.items())
-        facts.append(("recipe", _joined([record.recipe.name, record.recipe.source])))
-        facts.append(("settings", settings))
-        facts.append(("trains on", ", ".join(record.recipe.families)))
+        found.append(("recipe", _joined([record.recipe.name, record.recipe.source])))
+        found.append(("settings", settings))
+        found.append(("trains on", ", ".join(record.recipe.families)))
     if record.output is not None:
-        facts.append(("written", _joined([record.output.path, f"sha256 {record.output.sha256}"])))
+        found.append(("written", _joined([record.output.path, f"sha256 {record.output.sha256}"])))
     version = record.versions.get("bdclean")
     seed = None if record.seed is None else f"seed {record.seed}"
-    facts.append(
+    found.append(
         (
             "run",
             _joined(
@@ -204,7 +205,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
             ),
         )
     )
-    return [(name, value) for name, value in facts if value]
+    return [(name, value) for name, value in found if value]
 
 
 def _unreadable(record: RunRecord) -> list[dict[str, object]]:

@@ -24,13 +24,13 @@ class Table:
 
 
 def worst_row(rows: Iterable[TriggerRow]) -> TriggerRow | None:
-    """Returns the row that matters most: a failing one first, unseen families first, then by its rate."""
+    """Returns the row that matters most: by its outcome, unseen families first, then by its rate."""
     measured = [row for row in rows if row.outcome != NOT_MEASURED and row.asr.value is not None]
     if not measured:
         return None
     return max(
         measured,
-        key=lambda r: (r.outcome == FAILS, not r.seen_family, r.asr.value or 0.0, worst_source_rate(r)),
+        key=lambda r: (-ORDER.get(r.outcome, 4), not r.seen_family, r.asr.value or 0.0, worst_source_rate(r)),
     )
 
 
@@ -85,7 +85,7 @@ def _triggers(title: str, rows: Sequence[TriggerRow]) -> Table:
             _source(row),
             row.outcome,
         ]
-        for row in sorted(rows, key=_rank)
+        for row in sorted(rows, key=rank)
     ]
     return _without_empty(Table(title, columns, cells, details=("base %", "robust %", "worst source %")))
 
@@ -95,14 +95,15 @@ def _pairs(before: Side, after: Side, families: Sequence[str]) -> list[Table]:
     for seen in (False, True):
         trained = "trained on" if seen else "did not train on"
         rows = []
-        for row in sorted((r for r in after.triggers if r.seen_family == seen), key=_rank):
-            old = _same(before.triggers, row)
+        for row in sorted((r for r in after.triggers if r.seen_family == seen), key=rank):
+            old = same(before.triggers, row)
             rows.append(
                 [
                     row.trigger,
                     _target(row),
                     text.rate(old.asr if old else None),
                     text.rate(row.asr),
+                    text.rate(row.change),
                     text.rate(row.base_rate),
                     _controls(row),
                     text.rate(old.robust_accuracy if old else None),
@@ -110,10 +111,18 @@ def _pairs(before: Side, after: Side, families: Sequence[str]) -> list[Table]:
                     f"{old.outcome if old else NOT_MEASURED} -> {row.outcome}",
                 ]
             )
-        columns = ["trigger", "target", "ASR % before", "ASR % after", "base % after", "controls % after"]
+        columns = [
+            "trigger",
+            "target",
+            "ASR % before",
+            "ASR % after",
+            "change",
+            "base % after",
+            "controls % after",
+        ]
         columns += ["robust % before", "robust % after", "outcome"]
         title = f"Triggers of families that the recipe {trained}" if families else "Triggers"
-        details = ("base % after", "controls % after", "robust % before", "robust % after")
+        details = ("change", "base % after", "controls % after", "robust % before", "robust % after")
         tables.append(_without_empty(Table(title, columns, rows, details=details)))
     return tables
 
@@ -148,12 +157,16 @@ def matrix(records: Sequence[RunRecord]) -> Table:
 # --- cells --------------------------------------------------------------------------------------------------
 
 
-def _same(rows: Sequence[TriggerRow], row: TriggerRow) -> TriggerRow | None:
-    same = [other for other in rows if other.trigger == row.trigger]
-    return next((other for other in same if other.target == row.target), same[0] if len(same) == 1 else None)
+def same(rows: Sequence[TriggerRow], row: TriggerRow) -> TriggerRow | None:
+    """Returns the row of the other model that `row` is to be compared with: same trigger, same target."""
+    found = [other for other in rows if other.trigger == row.trigger]
+    return next(
+        (other for other in found if other.target == row.target), found[0] if len(found) == 1 else None
+    )
 
 
-def _rank(row: TriggerRow) -> tuple[int, float, float]:
+def rank(row: TriggerRow) -> tuple[int, float, float]:
+    """Returns what rows are sorted by, the worst first."""
     return ORDER.get(row.outcome, 4), -(row.asr.value or 0.0), -worst_source_rate(row)
 
 
@@ -215,7 +228,7 @@ def change(record: RunRecord, row: TriggerRow | None) -> str:
     """Returns a row's attack success rate, for a cleansing before -> after."""
     if row is None:
         return text.NOTHING
-    old = _same(record.before.triggers, row) if record.before else None
+    old = same(record.before.triggers, row) if record.before else None
     return text.rate(row.asr) if old is None else f"{text.percent(old.asr.value)} -> {text.rate(row.asr)}"
 
 
