@@ -211,11 +211,12 @@ def warn_of_copies(images: ImageSet, record: RunRecord) -> None:
 def warn_of_one_answer(clean: Tensor, record: RunRecord) -> None:
     """A warning where the suspect's answers on the images are nearly all one class: nothing can be sent there."""
     counts = clean.bincount()
-    if float(counts.max()) >= ONE_ANSWER * len(clean):
+    share = float(counts.max()) / len(clean)
+    if share >= ONE_ANSWER:
         warn_once(
             record,
-            f"the network answers class {int(counts.argmax())} on {100 * float(counts.max()) / len(clean):.0f} % of the "
-            "images: a backdoor towards it hardly shows with these; give images of all classes.",
+            f"the network answers class {int(counts.argmax())} on {100 * share:.0f} % of the images: a backdoor "
+            "towards it hardly shows with these; give images of all classes.",
         )
 
 

@@ -8,7 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -62,7 +62,9 @@ def list_tars(where: str, paths: Sequence[Path], inside: str = "") -> Listing:
     labels = [found.labels.get(key) for key in keys]
     names = [found.names[i][cut:] for i in order]
     rows = np.array(order, dtype=np.int64)
-    shards, offsets, sizes = (np.array(c, dtype=np.int64)[rows] for c in (found.shards, found.offsets, found.sizes))
+    shards, offsets, sizes = (
+        np.array(c, dtype=np.int64)[rows] for c in (found.shards, found.offsets, found.sizes)
+    )
 
     def fetch(indices: np.ndarray) -> Iterator[tuple[int, Picture]]:
         for number, path in enumerate(paths):
@@ -78,9 +80,7 @@ def list_tars(where: str, paths: Sequence[Path], inside: str = "") -> Listing:
     )
 
 
-def _note(
-    found: _Found, member: Member, archive: Archive, number: int, stem: str, inside: str
-) -> None:
+def _note(found: _Found, member: Member, archive: Archive, number: int, stem: str, inside: str) -> None:
     parts = [part for part in member.name.split("/") if part not in ("", ".")]
     if ".." in parts:
         found.others["names with '..'"] += 1
@@ -95,14 +95,18 @@ def _note(
     if member.kind == "folder":
         found.folders.add(f"{stem}{name}/")
         return
-    suffix = PurePosixPath(name).suffix.lower()
+    suffix = os.path.splitext(name)[1].lower()
     if member.kind != "file":
         found.others[member.kind] += 1
     elif suffix in SUFFIXES or not suffix:
         if len(found.names) >= MAX_MEMBERS:
             raise Refused(f"{archive.path} and its kin hold more than {MAX_MEMBERS:,} images: give fewer.")
         found.names.append(stem + name)
-        for column, value in ((found.shards, number), (found.offsets, member.offset), (found.sizes, member.size)):
+        for column, value in (
+            (found.shards, number),
+            (found.offsets, member.offset),
+            (found.sizes, member.size),
+        ):
             column.append(value)
     else:
         label = None

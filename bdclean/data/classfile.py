@@ -14,8 +14,30 @@ from bdclean.data.decode import SUFFIXES
 from bdclean.errors import Refused
 
 MAX_BYTES = 512 * 2**20
-FILE_COLUMNS = ("file", "filename", "file_name", "path", "filepath", "image", "img", "image_id", "name", "id", "key")
-LABEL_COLUMNS = ("label", "class", "classid", "class_id", "target", "category", "y", "label_name", "class_name")
+FILE_COLUMNS = (
+    "file",
+    "filename",
+    "file_name",
+    "path",
+    "filepath",
+    "image",
+    "img",
+    "image_id",
+    "name",
+    "id",
+    "key",
+)
+LABEL_COLUMNS = (
+    "label",
+    "class",
+    "classid",
+    "class_id",
+    "target",
+    "category",
+    "y",
+    "label_name",
+    "class_name",
+)
 
 
 @dataclass(frozen=True)
@@ -114,11 +136,14 @@ def _table(path: Path, text: str) -> tuple[str, ...] | FileLabels:
         if not _is_image(rows[:1], 0) and _is_image(rows[1:2], 0):
             rows = rows[1:]
     else:
-        raise Refused(
-            f"{path} has the columns {', '.join(repr(cell[:30]) for cell in header[:6])}: name one 'file' and one 'label'."
-        )
-    return FileLabels(path, {row[file].strip(): row[label].strip() for row in rows if len(row) > max(file, label)})
+        held = ", ".join(repr(cell[:30]) for cell in header[:6])
+        raise Refused(f"{path} has the columns {held}: name one 'file' and one 'label'.")
+    return FileLabels(
+        path, {row[file].strip(): row[label].strip() for row in rows if len(row) > max(file, label)}
+    )
 
 
 def _is_image(rows: list[list[str]], column: int) -> bool:
-    return any(len(row) > column and os.path.splitext(row[column].strip())[1].lower() in SUFFIXES for row in rows)
+    return any(
+        len(row) > column and os.path.splitext(row[column].strip())[1].lower() in SUFFIXES for row in rows
+    )

@@ -50,7 +50,7 @@ class ImageSet:
             indices = indices.nonzero().flatten()
         if self.on_disk:
             images, _ = allocate((len(indices), *self.images.shape[1:]), memory=0)
-            for rows, some in zip(images.split(1024), indices.split(1024), strict=True):
+            for rows, some in zip(images.split(128), indices.split(128), strict=True):
                 rows.copy_(self.images[some])
         else:
             images = self.images[indices]

@@ -84,7 +84,9 @@ def label_listing(
             )
         return Labels(None, kept, None, None, notes)
     index = labelling.index
-    numbers = np.fromiter((index.get(key, -1) if key is not None else -1 for key in keys), np.int64, len(keys))
+    numbers = np.fromiter(
+        (index.get(key, -1) if key is not None else -1 for key in keys), np.int64, len(keys)
+    )
     return Labels(numbers, kept, labelling.classes, labelling.source, notes)
 
 
@@ -174,7 +176,11 @@ def _names(found: object) -> tuple[str, ...] | None:
     if isinstance(found, dict):
         numbered = {str(key): value for key, value in found.items()}
         found = [numbered.get(str(k)) for k in range(len(numbered))]
-    if not isinstance(found, list) or len(found) < 2 or not all(isinstance(name, str) and name for name in found):
+    if (
+        not isinstance(found, list)
+        or len(found) < 2
+        or not all(isinstance(name, str) and name for name in found)
+    ):
         return None
     # Hugging Face's stand-ins say nothing
     return None if all(name == f"LABEL_{k}" for k, name in enumerate(found)) else tuple(found)

@@ -140,7 +140,9 @@ Some = list[tuple[int, Picture]]
 
 
 def _in_parallel(
-    pool: ThreadPoolExecutor, pictures: Iterator[tuple[int, Picture]], work: Callable[[Some], list[str | None]]
+    pool: ThreadPoolExecutor,
+    pictures: Iterator[tuple[int, Picture]],
+    work: Callable[[Some], list[str | None]],
 ) -> Iterator[tuple[Some, list[str | None]]]:
     """What `work` says of each few pictures, in their order; reads ahead no further than memory allows."""
     waiting: deque[tuple[Some, int, Future[list[str | None]]]] = deque()

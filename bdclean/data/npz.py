@@ -157,7 +157,7 @@ def _images(file: zipfile.ZipFile, info: zipfile.ZipInfo, part: str, path: Path)
         return _Array(info.filename, part, shape, dtype, 255.0, place)
     if not (0 <= low and high <= 255):
         raise Refused(
-            f"{path}: {name!r} has values from {low:.4g} to {high:.4g}: give pixels from 0 to 255 or 0 to 1, before "
+            f"{path}: {name!r} has values from {low:g} to {high:g}: give pixels from 0 to 255 or 0 to 1, before "
             "normalisation."
         )
     return found
@@ -171,7 +171,7 @@ def _layout(shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray] | None
         return lambda row: row
     if len(shape) == 4 and shape[1] in (1, 3, 4):
         return lambda row: row.transpose(1, 2, 0)
-    if len(shape) == 3:
+    if len(shape) == 3 and shape[2] > 4:  # else it is one picture alone
         return lambda row: row[:, :, None]
     if len(shape) == 2:
         for channels in (1, 3):

@@ -81,6 +81,8 @@ def _expand(name: str) -> list[str]:
         return [name]
     first, last = int(match[2]), int(match[3])
     if not 0 <= last - first < MAX_SHARDS:
-        raise Refused(f"{name} names no shards: write the lower number first, and at most {MAX_SHARDS:,} of them.")
+        raise Refused(
+            f"{name} names no shards: write the lower number first, and at most {MAX_SHARDS:,} of them."
+        )
     width = max(len(match[2]), len(match[3])) if "0" in (match[2][0], match[3][0]) else 0
     return [f"{match[1]}{number:0{width}}{match[4]}" for number in range(first, last + 1)]

@@ -57,8 +57,7 @@ def list_parquet(where: str, paths: Sequence[Path], names: Sequence[str]) -> Lis
         ordered = np.sort(indices)
         for path, column, start, end in zip(paths, columns, starts[:-1], starts[1:], strict=True):
             mine = ordered[(ordered >= start) & (ordered < end)]
-            for index, picture in zip(mine.tolist(), _pictures(path, column, mine - start), strict=True):
-                yield index, picture
+            yield from zip(mine.tolist(), _pictures(path, column, mine - start), strict=True)
 
     return Listing(where, shown, fetch, labels if labelled and labels else None, classes, stems_only=True)
 
@@ -129,25 +128,29 @@ def _class_names(metadata: dict[bytes, bytes] | None, label: str | None) -> tupl
 def _pictures(path: Path, column: str, rows: np.ndarray) -> Iterator[Picture]:
     """The encoded images at `rows`, which rise; row groups without any are passed over."""
     pyarrow, parquet = _pyarrow()
-    done = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            start = 0
-            for group in range(file.metadata.num_row_groups):
-                end = start + file.metadata.row_group(group).num_rows
-                wanted = rows[(rows >= start) & (rows < end)]
+    with parquet.ParquetFile(path) as file:
+        start = 0
+        for group in range(file.metadata.num_row_groups):
+            end = start + file.metadata.row_group(group).num_rows
+            wanted, done = rows[(rows >= start) & (rows < end)], 0
+            try:
+                batches = (
+                    file.iter_batches(AT_ONCE, [group], [column], use_threads=False) if len(wanted) else ()
+                )
                 position = start
-                batches = file.iter_batches(AT_ONCE, [group], [column], use_threads=False) if len(wanted) else ()
                 for batch in batches:
                     inside = wanted[(wanted >= position) & (wanted < position + len(batch))] - position
                     for row in inside.tolist():
                         yield _bytes(batch.column(0)[row])
                         done += 1
                     position += len(batch)
-                start = end
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        for _ in range(len(rows) - done):
-            yield Unreadable(f"damaged ({_first_line(error)})")
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
+                for _ in range(len(wanted) - done):
+                    yield Unreadable(f"damaged ({_first_line(error)})")
+            else:
+                for _ in range(len(wanted) - done):
+                    yield Unreadable("fewer rows than the file says")
+            start = end
 
 
 def _bytes(value: Any) -> Picture:

@@ -28,7 +28,10 @@ def allocate(shape: Sequence[int], memory: int | None = None) -> tuple[Tensor, b
     """
     count = prod(shape)
     if count <= (available() * SHARE if memory is None else memory):
-        return torch.empty(tuple(shape), dtype=torch.uint8), False
+        try:
+            return torch.empty(tuple(shape), dtype=torch.uint8), False
+        except RuntimeError:
+            pass  # a limit that was not seen: the disk may do
     folder = scratch_folder()
     free = shutil.disk_usage(folder).free
     try:
