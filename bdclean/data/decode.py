@@ -19,6 +19,7 @@ SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .gif .tif .tiff
 MAX_PIXELS = 64 * 2**20  # 192 MiB as RGB: above any camera's usual output, below Pillow's own warning at 89 M
 MAX_BYTES = 256 * 2**20
 LARGE = 16 * 2**20  # pictures of more pixels are decoded one at a time: many at once would fill the memory
+ORIENTATION = 0x0112
 _one_at_a_time = threading.Lock()
 
 
@@ -119,6 +120,8 @@ def _fitted(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        # transposing copies the image even where nothing is to be turned
+        turned = image.getexif().get(ORIENTATION, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
     except Exception:  # damaged metadata of whatever kind: the pixels are fine
         return image

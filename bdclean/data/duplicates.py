@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -97,7 +98,12 @@ def _middle(images: Tensor) -> Tensor:
 
 
 def _fingerprints(images: Tensor) -> list[bytes]:
-    return [hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest() for image in images]
+    # a block at a time: to iterate over a tensor makes a tensor of each image at once
+    return [
+        hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
+        for block in images.split(256)
+        for image in block.numpy()
+    ]
 
 
 def _thumbnails(images: Tensor) -> Tensor:
