@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -619,3 +621,30 @@ def test_cifar10_has_few_copies_and_no_false_ones(cifar10: Path) -> None:
     assert len(images) == 10_000 and images.skipped == ()
     half = torch.arange(len(images)) % 2 == 0
     assert shows_same(images.images[half], images.images[~half]).sum() <= 7
+
+
+@pytest.mark.slow
+def test_a_set_larger_than_the_memory_that_is_allowed_is_read_and_split(tmp_path: Path) -> None:
+    """2,000 images of 224 x 224 (287 MiB), and 150 MiB of memory above what the imports take."""
+    pictures = np.random.default_rng(0).integers(0, 256, (2000, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=pictures)
+    program = """
+import resource, torch
+from bdclean.data import load_images, split
+torch.set_num_threads(1)
+now = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (now + 150 * 2**20,) * 2)
+found = load_images("a.npz", (224, 224), memory=50 * 2**20, threads=1)
+training, held_out, _ = split(found, 0)
+assert found.on_disk and training.on_disk and len(held_out) == 200
+print(found.digest, len(training))
+try:
+    torch.zeros(300 * 2**20, dtype=torch.uint8)
+except RuntimeError:
+    print("limited")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    digest, count, limited = done.stdout.split()
+    assert digest == load_images(tmp_path / "a.npz", (224, 224)).digest and int(count) == 1800
+    assert limited == "limited"  # else the test says nothing on this system

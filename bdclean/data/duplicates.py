@@ -108,22 +108,25 @@ def _fingerprints(images: Tensor) -> list[bytes]:
 
 def _thumbnails(images: Tensor) -> Tensor:
     """Grey SIDE x SIDE thumbnails, zero mean, unit length [n SIDE*SIDE]; nearly flat pictures are zero."""
-    parts = []
-    for block in images.split(256):
-        grey = block.float().mean(1, keepdim=True)
-        parts.append(_unit(functional.adaptive_avg_pool2d(grey, SIDE).flatten(1)))
-    return torch.cat(parts)
+    # Room for all of it first: small results kept between large temporaries would break up the heap until it grows
+    # by a temporary at every block (measured: 330 MB for 10,000 images of 96 x 96).
+    thumbnails = torch.empty(len(images), SIDE * SIDE)
+    for rows, block in zip(thumbnails.split(64), images.split(64), strict=True):
+        rows.copy_(
+            _unit(functional.adaptive_avg_pool2d(block.float().mean(1, keepdim=True), SIDE).flatten(1))
+        )
+    return thumbnails
 
 
 def _normalised(images: Tensor) -> Tensor:
     """Colour pictures at most FULL x FULL, zero mean in each channel, unit length [n values]."""
-    parts = []
-    for block in images.split(256):
+    height, width = images.shape[-2:]
+    size = (height, width) if max(height, width) <= FULL else (FULL, FULL)
+    small = torch.empty(len(images), images.shape[1], *size)
+    for rows, block in zip(small.split(64), images.split(64), strict=True):
         pixels = block.float()
-        if max(pixels.shape[-2:]) > FULL:
-            pixels = functional.adaptive_avg_pool2d(pixels, FULL)
-        parts.append(_unit((pixels - pixels.mean((2, 3), keepdim=True)).flatten(1)))
-    return torch.cat(parts)
+        rows.copy_(functional.adaptive_avg_pool2d(pixels, size) if pixels.shape[-2:] != size else pixels)
+    return _unit((small - small.mean((2, 3), keepdim=True)).flatten(1))
 
 
 def _unit(rows: Tensor) -> Tensor:
