@@ -39,7 +39,7 @@ app = typer.Typer(
 
 Data = Annotated[
     Path | None,
-    typer.Option("--data", metavar="PATH", help="Folder of images: flat, nested, or one folder per class."),
+    typer.Option("--data", metavar="PATH", help="Images: a folder, .tar, .tar.gz, .npz or .parquet."),
 ]
 Test = Annotated[
     Path | None,
@@ -47,11 +47,15 @@ Test = Annotated[
 ]
 Labeled = Annotated[
     Path | None,
-    typer.Option("--labeled", metavar="PATH", help="Images whose folders are their labels."),
+    typer.Option(
+        "--labeled", metavar="PATH", help="Images with labels: one folder per class, or in the file."
+    ),
 ]
 Classes = Annotated[
     Path | None,
-    typer.Option("--classes", metavar="FILE", help="Class names, one a line, in the head's order."),
+    typer.Option(
+        "--classes", metavar="FILE", help="Class names in the head's order, or a CSV of file,label."
+    ),
 ]
 Arch = Annotated[
     str | None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bdclean import registry
 from bdclean.architectures import Arch
 from bdclean.checkpoint import Checkpoint
-from bdclean.data import ImageSet, labels_plausible, load_images
+from bdclean.data import ImageSet, claimed_names, labels_plausible, load_images, repeated
 from bdclean.deciding import layer_distance
 from bdclean.errors import Refused
 from bdclean.measure import Trigger
@@ -48,6 +48,10 @@ class Inputs:
 
 LEAST_IMAGES = 20
 """Under this many images nothing can be said about anything."""
+COMPARED, MANY_COPIES = 20_000, 0.1
+"""So many images are searched for copies of each other, and a warning says so if this share or more are copies."""
+ONE_ANSWER = 0.9
+"""From this share on, a set of images counts as one class's."""
 ARCHITECTURE_RATIO = 1.5
 """Where several architectures fit the same tensors, the second best must suit its weights this much worse."""
 
@@ -95,7 +99,8 @@ def read_images(
     """The images of `path` at the network's input size; `forced`: their folders are labels, or the run is refused."""
     images = load_images(
         path, input_size(checkpoint, inputs), limit=inputs.limit, seed=inputs.seed, strict=inputs.strict,
-        labeled=forced, classes=inputs.classes, head_classes=checkpoint.arch.classes, tell=tell,
+        labeled=forced, classes=inputs.classes, claimed=claimed_names(checkpoint.metadata, checkpoint.config),
+        head_classes=checkpoint.arch.classes, tell=tell,
     )  # fmt: skip
     if len(images) < LEAST_IMAGES:
         raise Refused(
@@ -169,18 +174,55 @@ def misfit(checkpoint: Checkpoint, arch: Arch, choice: Choice, images: Tensor) -
 def keep_plausible_labels(
     images: ImageSet, suspect: Suspect, predict: Predictor, record: RunRecord
 ) -> ImageSet:
-    """`images`, without labels that only the count of folders spoke for and that the suspect's answers contradict."""
-    if images.labels is None or images.labels_source != "count":
+    """`images`, without labels that only a count of classes spoke for and that the suspect's answers contradict.
+
+    Other labels stay and are doubted in a warning.
+    """
+    if images.labels is None:
         return images
     sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:1024]
     if labels_plausible(predict(images.images[sample]), images.labels[sample], suspect.arch.classes):
         return images
-    warning = (
-        "the folders are as many as the network has classes, but it does no better than chance on them as labels: "
+    guessed = images.labels_source == "count"
+    warn_once(
+        record,
+        "there are as many classes of images as the network has, but it does no better than chance on them as labels: "
         "the images are used as unlabeled (--labeled forces)."
+        if guessed
+        else "the network does no better than chance on the labels of these images: they may be another set's, or in "
+        "another order (--classes FILE names the classes in the head's order).",
     )
-    record.warnings.append(warning)
-    return images.unlabeled()
+    return images.unlabeled() if guessed else images
+
+
+def warn_of_copies(images: ImageSet, record: RunRecord) -> None:
+    """A warning where many of the images (of COMPARED at random, if there are more) show a picture that others show."""
+    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:COMPARED].sort().values
+    pixels = images.images if len(some) == len(images) else images.select(some).images
+    share = float(repeated(pixels).float().mean())
+    if share >= MANY_COPIES:
+        warn_once(
+            record,
+            f"{100 * share:.0f} % of the images show the same picture as another one: fewer pictures were measured "
+            "than n says, and the intervals are too narrow.",
+        )
+
+
+def warn_of_one_answer(clean: Tensor, record: RunRecord) -> None:
+    """A warning where the suspect's answers on the images are nearly all one class: nothing can be sent there."""
+    counts = clean.bincount()
+    share = float(counts.max()) / len(clean)
+    if share >= ONE_ANSWER:
+        warn_once(
+            record,
+            f"the network answers class {int(counts.argmax())} on {100 * share:.0f} % of the images: a backdoor "
+            "towards it hardly shows with these; give images of all classes.",
+        )
+
+
+def warn_once(record: RunRecord, warning: str) -> None:
+    if warning not in record.warnings:
+        record.warnings.append(warning)
 
 
 def describe_checkpoint(checkpoint: Checkpoint, path: Path) -> CheckpointEntry:

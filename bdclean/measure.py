@@ -37,6 +37,7 @@ CONTROLS = 19
 CONTROL_IMAGES = 300
 """Controls are measured on at most so many of a row's images: their rates need not be finer than CONTROL_MARGIN."""
 CONTROL_MARGIN = 0.1
+STAMPED_AT_ONCE = 1000
 CERTAIN = 0.9
 LEAST_SCREENED = 200
 """Under this many images there is no screening, and everything is corrected over triggers and classes instead."""
@@ -160,10 +161,6 @@ class _Look:
     """Whether half or more of some source class moves to one other class: such a backdoor hides in the rest."""
 
 
-def _stamped(bench: Bench, trigger: Trigger, chosen: Tensor) -> Tensor:
-    return bench.predict(trigger(bench.images[chosen]))
-
-
 def _look(bench: Bench, chosen: Tensor, stamped: Tensor) -> _Look:
     """What the predictions `stamped` on the stamped images `chosen` say."""
     reference, clean = bench.reference[chosen], bench.clean[chosen]
@@ -181,6 +178,12 @@ def _look(bench: Bench, chosen: Tensor, stamped: Tensor) -> _Look:
     hits = moved.sum(dim=0)
     base = int((hits - gained.sum(dim=0))[target]) / max(1, int(counted[target]))
     return _Look(target, base, hits, counted, one_source)
+
+
+def _stamped(bench: Bench, stamp: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
+    """Predictions, int64 [n], on the images `chosen` under `stamp`: a few at a time, for stamping takes many times
+    the memory of the images, which may be more than fit."""
+    return torch.cat([bench.predict(stamp(bench.images[part])) for part in chosen.split(STAMPED_AT_ONCE)])
 
 
 def _confusion(reference: Tensor, predictions: Tensor, classes: int) -> Tensor:
@@ -239,8 +242,8 @@ def _row(
     bench: Bench, trigger: Trigger, target: Target, chosen: Tensor, source: str, tried: int
 ) -> TriggerRow:
     """One trigger towards one target on the images `chosen`, corrected for `tried` looks, with its controls."""
-    images, reference, clean = bench.images[chosen], bench.reference[chosen], bench.clean[chosen]
-    stamped = bench.predict(trigger(images))
+    reference, clean = bench.reference[chosen], bench.clean[chosen]
+    stamped = _stamped(bench, trigger, chosen)
     hits = attack_success(stamped, reference, target, bench.classes)
     base = attack_success(clean, reference, target, bench.classes)
     if bench.hits is not None:
@@ -251,7 +254,7 @@ def _row(
         family=trigger.family,
         target=target,
         target_source=source,
-        images=len(images),
+        images=len(chosen),
         asr=asr,
         base_rate=None if bench.own_reference else rate(base),
         robust_accuracy=rate(stamped == reference),
@@ -269,7 +272,7 @@ def _row(
     if high < bench.threshold and worst_high < bench.threshold:
         return replace(row, outcome=PASSES)
     # only what could fail is worth its controls
-    rates, worst_rates = _controls(bench, trigger, target, images, reference)
+    rates, worst_rates = _controls(bench, trigger, target, chosen, reference)
     if rates:
         ordered = sorted(rates)
         row.control_rate = {
@@ -314,14 +317,14 @@ def _worst_entry(worst: tuple[int, int, int], tried: int) -> dict[str, Any]:
 
 
 def _controls(
-    bench: Bench, trigger: Trigger, target: Target, images: Tensor, reference: Tensor
+    bench: Bench, trigger: Trigger, target: Target, chosen: Tensor, reference: Tensor
 ) -> tuple[list[float], list[float]]:
     """The rates of at least CONTROLS controls towards the same target, and each control's worst source."""
-    images, reference = images[:CONTROL_IMAGES], reference[:CONTROL_IMAGES]
+    chosen, reference = chosen[:CONTROL_IMAGES], reference[:CONTROL_IMAGES]
     generator = torch.Generator().manual_seed(bench.seed + 1)
     rates, worst = [], []
     for control in trigger.controls(CONTROLS, generator):
-        stamped = bench.predict(control(images))
+        stamped = _stamped(bench, control, chosen)
         hits = attack_success(stamped, reference, target, bench.classes)
         rates.append(float(hits.float().mean()))
         worst.append(

@@ -18,6 +18,8 @@ from bdclean.inputs import (
     make_triggers,
     read_images,
     understand,
+    warn_of_copies,
+    warn_of_one_answer,
 )  # fmt: skip
 from bdclean.measure import Bench
 from bdclean.preprocessing import Choice
@@ -48,6 +50,7 @@ def scan(
             raise UsageError("scan needs images: give --data PATH.")
         images = read_images(path, checkpoint, inputs, tell, forced=path == inputs.labeled)
         record.warnings += images.warnings
+        warn_of_copies(images, record)
         suspect = understand(checkpoint, images.images, inputs, record)
         size = (images.images.shape[2], images.images.shape[3])
         made = make_triggers(triggers, size)
@@ -105,6 +108,7 @@ def open_bench(
     predict = make_predictor(suspect.classifier(choice), suspect.device, inputs)
     kept = keep_plausible_labels(images, suspect, predict, record)
     clean = predict(images.images)
+    warn_of_one_answer(clean, record)
     reference = clean if kept.labels is None else kept.labels
     return Bench(
         predict, images.images, reference, clean, suspect.arch.classes, kept.labels is not None, kept.labels is None,

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bdclean.data.augment import crop, mirror
+from bdclean.data.placing import place, take
 from bdclean.errors import Interrupted, Refused
 from bdclean.memory import keep_freed_memory
 from bdclean.preprocessing import Classifier
@@ -266,7 +267,7 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
         averaged = _restore(state, run.saved.tensors)
     if run.device.type == "cpu":
         keep_freed_memory()
-    images = state.images.to(run.device)
+    images = place(state.images, run.device)
     labels = state.labels.to(run.device) if state.labels is not None else None
     saved_at, started, first = time.monotonic(), time.monotonic(), done
     every = max(1, state.steps // 100)
@@ -278,7 +279,7 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
             seed = seed_for(run.seed, state.stage, "step", done)
             torch.manual_seed(seed)  # dropout draws from the global generator
             batch = Batch(
-                images[chosen],
+                take(images, chosen, run.device),
                 labels[chosen] if labels is not None else None,
                 done,
                 done / state.steps,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -12,8 +14,19 @@ import pytest
 import torch
 from PIL import Image
 
-from bdclean.data import ImageSet, labels_plausible, load_images, split, without_duplicates
+from bdclean.data import (
+    ImageSet,
+    claimed_names,
+    labels_plausible,
+    load_images,
+    repeated,
+    split,
+    without_duplicates,
+)  # fmt: skip
 from bdclean.data.duplicates import shows_same
+from bdclean.data.labels import imagenet_folders
+from bdclean.data.loading import _rise
+from bdclean.data.scratch import allocate
 from bdclean.errors import Refused
 
 SIZE = (16, 16)
@@ -162,6 +175,41 @@ def test_another_size_is_stretched(tmp_path: Path) -> None:
     assert abs(found.images[1].int() - found.images[0].int()).float().mean() < 4
 
 
+def test_odd_pictures_of_cameras_and_programs_are_read(tmp_path: Path) -> None:
+    colour = Image.fromarray(scene(0))
+    grey = np.asarray(colour.convert("L"))
+    other = Image.fromarray(scene(1))
+    for ending in ("gif", "webp", "png"):
+        colour.save(tmp_path / f"moving.{ending}", save_all=True, append_images=[other], lossless=True)
+    colour.convert("LA").save(tmp_path / "grey-alpha.png")
+    colour.convert("1").save(tmp_path / "bilevel.png")
+    colour.convert("P").save(tmp_path / "palette-alpha.png", transparency=bytes(range(200)))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.tiff")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.pgm")
+    colour.save(tmp_path / "progressive.jpg", progressive=True, quality=99)
+    colour.convert("YCbCr").save(tmp_path / "ycbcr.jpg", quality=99)
+    colour.convert("LAB").save(tmp_path / "lab.tiff")
+    colour.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[other], quality=99)
+    colour.save(tmp_path / "wrong-ending.png", "JPEG", quality=99)
+    Image.fromarray(np.full((1, 1, 3), 7, np.uint8)).save(tmp_path / "tiny.png")
+    Image.fromarray(np.full((1, 20_000, 3), 7, np.uint8)).save(tmp_path / "long.png")
+    found = load_images(tmp_path, SIZE)
+    assert found.skipped == () and len(found) == 15
+    pixels = dict(zip(found.paths, found.images.permute(0, 2, 3, 1).numpy(), strict=True))
+    assert np.array_equal(pixels["moving.png"], scene(0)) and np.array_equal(pixels["moving.webp"], scene(0))
+    assert (pixels["tiny.png"] == 7).all() and (pixels["long.png"] == 7).all()
+    for name in ("grey16.tiff", "grey16.pgm", "grey-alpha.png"):
+        assert np.array_equal(pixels[name], np.repeat(grey[:, :, None], 3, axis=2)), name
+    for name in ("phone.jpg", "wrong-ending.png", "progressive.jpg"):
+        assert abs(pixels[name].astype(int) - scene(0)).mean() < 12, name
+
+
+def test_float_pictures_have_no_range_and_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.png")
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tiff")
+    assert dict(load_images(tmp_path, SIZE).skipped) == {"float.tiff": "F pixels have no fixed range"}
+
+
 def test_links_are_followed_once(tmp_path: Path) -> None:
     root = folders(tmp_path / "root", ["a", "b"], each=1)
     elsewhere = folders(tmp_path / "elsewhere", ["x"], each=2)
@@ -182,7 +230,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     [
         (lambda p: None, "does not exist"),
         (lambda p: p.mkdir(), "holds no images, it is empty"),
-        (lambda p: write(p), "is a file, not a folder"),
+        (lambda p: write(p), "is a file, not a set of images: give a folder"),
         (lambda p: (p.mkdir(), (p / "notes.txt").write_text("x")), r"holds no images \(but 1 .txt files\)"),
         (lambda p: (p.mkdir(), (p / "a.png").write_text("x")), "none of the 1 images .* a.png: not an image"),
         (lambda p: (p.mkdir(), (p / ".hidden.png").write_text("x")), "holds no images"),
@@ -194,12 +242,6 @@ def test_what_is_no_folder_of_images_is_refused(tmp_path: Path, make, sentence: 
     with pytest.raises(Refused, match=sentence) as caught:
         load_images(path, SIZE)
     assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
-
-
-def test_an_archive_is_refused_with_advice(tmp_path: Path) -> None:
-    (tmp_path / "images.tar.gz").write_bytes(b"x")
-    with pytest.raises(Refused, match="unpack it"):
-        load_images(tmp_path / "images.tar.gz", SIZE)
 
 
 def test_more_than_memory_is_refused_before_decoding(tmp_path: Path) -> None:
@@ -313,8 +355,12 @@ def test_class_names_that_do_not_fit_are_said(tmp_path: Path) -> None:
     root = folders(tmp_path / "images", ["ant", "bee"], each=1)
     names = tmp_path / "classes.txt"
     names.write_text("ant\nbee\ncat\n")
-    found = load_images(root, SIZE, classes=names, head_classes=4)
-    assert "3 class names were given and the network has 4 classes" in found.warnings[0]
+    with pytest.raises(
+        Refused, match="has 3 class names and the network has 4 classes: give a name for each"
+    ):
+        load_images(root, SIZE, classes=names, head_classes=4)
+    # those of a checkpoint are only a claim
+    assert load_images(root, SIZE, claimed=("ant", "bee", "cat"), head_classes=4).labels is None
     names.write_text("ant\ncow\ncat\n")
     assert (
         "'bee' is not one of the 3 class names"
@@ -326,6 +372,9 @@ def test_class_names_that_do_not_fit_are_said(tmp_path: Path) -> None:
             load_images(root, SIZE, classes=names)
     with pytest.raises(Refused, match="class names cannot be read"):
         load_images(root, SIZE, classes=tmp_path / "none.txt")
+    names.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(Refused, match="is not text"):
+        load_images(root, SIZE, classes=names)
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(Refused, match="is not a list of class names"):
         load_images(root, SIZE, classes=tmp_path / "bad.json")
@@ -357,6 +406,138 @@ def test_false_alarms_of_the_label_rule_are_rare() -> None:
     draws = torch.randint(10, (2, 2000, 200), generator=generator)
     alarms = sum(labels_plausible(a, b, 10) for a, b in zip(*draws, strict=True))
     assert alarms <= 6  # about one in a thousand
+
+
+def test_the_folders_of_imagenet_are_in_the_heads_order(tmp_path: Path) -> None:
+    root = folders(tmp_path, ["n01443537", "n15075141", "n02979186"], each=1)
+    found = load_images(root, SIZE, head_classes=1000)
+    assert found.labels_source == "names"
+    assert labels_by_folder(found) == {"n01443537": 1, "n15075141": 999, "n02979186": 482}
+    assert load_images(root, SIZE, head_classes=10).labels is None
+    claimed = tuple("tench, Tinca tinca|goldfish, Carassius auratus|great white shark".split("|"))
+    named = folders(tmp_path / "b", ["goldfish", "great_white_shark"], each=1)
+    assert labels_by_folder(load_images(named, SIZE, head_classes=3, claimed=claimed)) == {
+        "goldfish": 1,
+        "great_white_shark": 2,
+    }
+
+
+def test_the_shipped_list_of_imagenets_folders_is_sorted_and_whole() -> None:
+    names = imagenet_folders()
+    assert len(set(names)) == 1000 and list(names) == sorted(names)
+    assert all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "config", "names"),
+    [
+        ({"bdclean.classes": '["a", "b"]'}, None, ("a", "b")),
+        ({"classes": "stop, go,yield"}, {"id2label": {"0": "x", "1": "y"}}, ("stop", "go", "yield")),
+        ({}, {"id2label": {"1": "b", "0": "a"}}, ("a", "b")),
+        ({}, {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, None),
+        ({}, {"label_names": ["a", "b", "c"]}, ("a", "b", "c")),
+        ({}, {"pretrained_cfg": {"label_names": ["a", "b"]}}, ("a", "b")),
+        ({"classes": "10"}, {"id2label": {"0": "a", "2": "b"}}, None),
+        ({"classes": "[" * 100_000}, [1], None),
+        ({}, None, None),
+    ],
+)
+def test_class_names_that_a_checkpoint_claims(metadata: dict, config: object, names: tuple | None) -> None:
+    assert claimed_names(metadata, config) == names
+
+
+CSVS = [
+    "file,label\na/0.png,bee\na/1.png,ant\n0/2.png,ant\n",
+    "\ufefffilename;width;class_id\nimages/a/0.png;3;bee\nimages/a/1.png;3;ant\nimages/0/2.png;3;ant\n",
+    "a/0.png,bee\na/1.png,ant\n0/2.png,ant\n",
+    "id,target\n0,bee\n1,ant\n2,ant\n",
+]
+
+
+@pytest.mark.parametrize("text", CSVS)
+def test_a_csv_says_which_image_is_of_which_class(tmp_path: Path, text: str) -> None:
+    root = tmp_path / "images"
+    for name in ("a/0.png", "a/1.png", "0/2.png", "3.png"):
+        write(root / name)
+    (tmp_path / "labels.csv").write_text(text)
+    found = load_images(
+        root, SIZE, classes=tmp_path / "labels.csv", claimed=("ant", "cow", "bee"), head_classes=3
+    )
+    assert found.labels is not None and found.labels_source == "names"
+    assert dict(zip(found.paths, found.labels.tolist(), strict=True)) == {
+        "a/0.png": 2,
+        "a/1.png": 0,
+        "0/2.png": 0,
+    }
+    assert "1 images that" in found.warnings[0] and "left out" in found.warnings[0]
+    with pytest.raises(
+        Refused, match="cannot serve as labeled images: there are 2 labels and the network has 7"
+    ):
+        load_images(root, SIZE, classes=tmp_path / "labels.csv", head_classes=7)
+
+
+def test_numbers_in_a_csv_are_classes(tmp_path: Path) -> None:
+    for k in range(4):
+        write(tmp_path / "images" / f"{k}.png")
+    (tmp_path / "labels.csv").write_text("Path,ClassId\n" + "".join(f"{k}.png,{9 - k}\n" for k in range(4)))
+    found = load_images(tmp_path / "images", SIZE, classes=tmp_path / "labels.csv", head_classes=10)
+    assert found.labels is not None and found.labels.tolist() == [9, 8, 7, 6]
+    assert found.labels_source == "integers"
+
+
+def test_a_csv_of_other_images_or_of_names_only(tmp_path: Path) -> None:
+    root = folders(tmp_path / "images", ["ant", "bee"], each=1)
+    (tmp_path / "other.csv").write_text("file,label\nx.png,1\ny.png,2\n")
+    with pytest.raises(Refused, match="names no image of .* its first is 'x.png'"):
+        load_images(root, SIZE, classes=tmp_path / "other.csv", head_classes=2)
+    for text in ("bee\nant\n", "index,name\n0,bee\n1,ant\n", "0;bee\n1;ant"):
+        (tmp_path / "names.csv").write_text(text)
+        found = load_images(root, SIZE, classes=tmp_path / "names.csv", head_classes=2)
+        assert labels_by_folder(found) == {"ant": 1, "bee": 0}
+    (tmp_path / "bad.csv").write_text("width,height,depth\n1,2,3\n")
+    with pytest.raises(Refused, match="name one 'file' and one 'label'"):
+        load_images(root, SIZE, classes=tmp_path / "bad.csv", head_classes=2)
+
+
+# --- large sets ---------------------------------------------------------------------------------------------
+
+
+def test_a_set_on_disk_is_the_same_set(tmp_path: Path) -> None:
+    for i in range(40):
+        write(tmp_path / f"{i:02}.png", i)
+    (tmp_path / "05.png").write_bytes(b"x")
+    (tmp_path / "31.png").write_bytes(b"x")
+    memory, disk = (load_images(tmp_path, SIZE, limit=36, memory=most) for most in (2**30, 1000))
+    assert not memory.on_disk and disk.on_disk
+    assert memory.digest == disk.digest and memory.paths == disk.paths == tuple(sorted(disk.paths))
+    for some in (torch.arange(36) % 3 == 0, torch.tensor([5, 2, 9])):
+        assert disk.select(some).on_disk
+        assert disk.select(some).digest == memory.select(some).digest
+    assert [part.digest for part in split(disk, 0)[:2]] == [part.digest for part in split(memory, 0)[:2]]
+
+
+def test_the_scratch_file_has_no_name_and_a_small_disk_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    images, on_disk = allocate((10, 3, 4, 4), memory=0)
+    assert on_disk and list(tmp_path.iterdir()) == []
+    images[:] = 7
+    assert int(images.sum()) == 10 * 48 * 7
+    with pytest.raises(Refused, match="GiB free for them: lower --limit, or set TMPDIR"):
+        allocate((10**9, 3, 1000, 1000), memory=0)
+
+
+@pytest.mark.parametrize("missing", [[], [0], [3, 4], [9], [0, 1, 2, 8, 9]])
+def test_rows_rise_in_place_whatever_is_missing(missing: list[int]) -> None:
+    generator = np.random.default_rng(len(missing))
+    owner = generator.permutation(np.arange(100, 110))
+    owner[missing] = -1
+    pixels = np.repeat(owner[:, None, None, None], 3, axis=1)
+    expected = sorted(owner[owner >= 0].tolist())
+    assert _rise(owner, pixels).tolist() == expected
+    assert pixels[: len(expected), 0, 0, 0].tolist() == expected
 
 
 # --- split and duplicates -----------------------------------------------------------------------------------
@@ -412,6 +593,15 @@ def test_near_copies_are_found_and_other_pictures_are_not() -> None:
     assert not shows_same(altered(lambda picture: picture[:, ::-1]), originals).any()
 
 
+def test_copies_within_a_set_count_all_but_the_first() -> None:
+    pictures = torch.from_numpy(np.stack([scene(i, 32).transpose(2, 0, 1) for i in range(30)]))
+    darker = (pictures[:5].float() * 0.8).to(torch.uint8)
+    found = repeated(torch.cat([pictures, pictures[:10], darker]))
+    assert found.tolist() == [False] * 30 + [True] * 15
+    # one picture alone, thousands of times: every pair is alike, and only as many are looked at as are needed
+    assert repeated(darker[:1].expand(6000, -1, -1, -1)).sum() == 5999
+
+
 def test_flat_pictures_are_copies_only_if_equal() -> None:
     flat = as_set(torch.full((1, 3, 32, 32), 90, dtype=torch.uint8))
     other = as_set(torch.full((1, 3, 32, 32), 91, dtype=torch.uint8))
@@ -431,3 +621,30 @@ def test_cifar10_has_few_copies_and_no_false_ones(cifar10: Path) -> None:
     assert len(images) == 10_000 and images.skipped == ()
     half = torch.arange(len(images)) % 2 == 0
     assert shows_same(images.images[half], images.images[~half]).sum() <= 7
+
+
+@pytest.mark.slow
+def test_a_set_larger_than_the_memory_that_is_allowed_is_read_and_split(tmp_path: Path) -> None:
+    """2,000 images of 224 x 224 (287 MiB), and 150 MiB of memory above what the imports take."""
+    pictures = np.random.default_rng(0).integers(0, 256, (2000, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=pictures)
+    program = """
+import resource, torch
+from bdclean.data import load_images, split
+torch.set_num_threads(1)
+now = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (now + 150 * 2**20,) * 2)
+found = load_images("a.npz", (224, 224), memory=50 * 2**20, threads=1)
+training, held_out, _ = split(found, 0)
+assert found.on_disk and training.on_disk and len(held_out) == 200
+print(found.digest, len(training))
+try:
+    torch.zeros(300 * 2**20, dtype=torch.uint8)
+except RuntimeError:
+    print("limited")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    digest, count, limited = done.stdout.split()
+    assert digest == load_images(tmp_path / "a.npz", (224, 224)).digest and int(count) == 1800
+    assert limited == "limited"  # else the test says nothing on this system

@@ -1,16 +1,31 @@
 """How a suspect is understood where its tensors alone do not say."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from bdclean.architectures.residual import ResidualNetwork
 from bdclean.checkpoint import Checkpoint
-from bdclean.inputs import ARCHITECTURE_RATIO, Inputs, misfit, understand
+from bdclean.data import ImageSet
+from bdclean.data.placing import place, take
+from bdclean.inputs import (
+    ARCHITECTURE_RATIO,
+    Inputs,
+    keep_plausible_labels,
+    misfit,
+    read_images,
+    understand,
+    warn_of_copies,
+    warn_of_one_answer,
+)  # fmt: skip
 from bdclean.normalisation import parse_preprocess
 from bdclean.preprocessing import Choice, Classifier
 from bdclean.record import RunRecord
-from bdclean.training import set_batch_statistics
+from bdclean.training import quiet, set_batch_statistics
 
 
 @pytest.mark.parametrize("shortcut", ["a", "a-end"])
@@ -30,3 +45,75 @@ def test_statistics_part_architectures_that_fit_the_same_tensors(tmp_path, short
     suspect = understand(checkpoint, images, Inputs(preprocess="cifar10", device="cpu"), record)
     assert suspect.arch.name == best == record.checkpoint.architecture
     assert [other["name"] for other in record.checkpoint.alternatives] == [second]
+
+
+class Answers:
+    """A predictor that is right on the images it is given in order, or always says the same."""
+
+    def __init__(self, answers: torch.Tensor) -> None:
+        self.answers = answers
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return self.answers[images[:, 0, 0, 0].long()]
+
+
+@pytest.mark.parametrize("source", ["count", "names", "integers"])
+def test_labels_that_the_suspect_contradicts_are_dropped_or_doubted(source):
+    images = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
+    labels = torch.arange(200) % 4
+    found = ImageSet(images, labels, ("a", "b", "c", "d"), labels_source=source)
+    suspect = SimpleNamespace(arch=SimpleNamespace(classes=4))
+    record = RunRecord("scan")
+    assert keep_plausible_labels(found, suspect, Answers(labels), record).labels is labels
+    assert record.warnings == []
+    for _ in range(2):  # held-out images and others are both looked at: one warning is enough
+        kept = keep_plausible_labels(found, suspect, Answers((labels + 1) % 4), record)
+    assert len(record.warnings) == 1 and "no better than chance" in record.warnings[0]
+    assert (kept.labels is None) == (source == "count")
+
+
+def test_many_copies_and_one_answer_are_said():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (100, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    record = RunRecord("scan")
+    warn_of_copies(ImageSet(images), record)
+    warn_of_one_answer(torch.arange(100) % 4, record)
+    assert record.warnings == []
+    warn_of_copies(ImageSet(torch.cat([images[:80], images[:20]])), record)
+    warn_of_one_answer(torch.full((100,), 3), record)
+    assert "20 % of the images show the same picture" in record.warnings[0]
+    assert "answers class 3 on 100 % of the images" in record.warnings[1]
+
+
+def test_a_checkpoints_own_class_names_order_the_folders(tmp_path):
+    torch.manual_seed(0)
+    network = ResidualNetwork((3, 3, 3), (16, 32, 64), 16, 10, shortcut="a")
+    names = [f"kind {k}" for k in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
+    save_file(network.state_dict(), tmp_path / "m.safetensors", {"bdclean.classes": json.dumps(names)})
+    for k in range(3):
+        (tmp_path / "images" / f"Kind_{k}").mkdir(parents=True)
+        for i in range(8):
+            pixels = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / "images" / f"Kind_{k}" / f"{i}.png")
+    checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
+    found = read_images(tmp_path / "images", checkpoint, Inputs(preprocess="cifar10"), quiet)
+    assert found.labels_source == "names"
+    assert found.labels.tolist() == [3] * 8 + [1] * 8 + [6] * 8
+
+
+def test_images_taken_to_a_device_are_those_chosen():
+    images = torch.arange(40, dtype=torch.uint8).view(10, 1, 2, 2)
+    device = torch.device("cpu")
+    assert torch.equal(take(place(images, device), torch.tensor([3, 0]), device), images[[3, 0]])
+
+
+@pytest.mark.gpu
+def test_images_stay_on_the_host_where_the_device_is_small(monkeypatch):
+    device = torch.device("cuda")
+    images = torch.arange(4000, dtype=torch.int64).to(torch.uint8).view(1000, 1, 2, 2)
+    assert place(images, device).device.type == "cuda"
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (10_000, 20_000))
+    kept = place(images, device)
+    assert kept.device.type == "cpu"
+    chosen = torch.tensor([7, 999], device=device)
+    assert torch.equal(take(kept, chosen, device).cpu(), images[[7, 999]])

@@ -263,3 +263,19 @@ def test_before_and_after_are_compared_on_the_same_images():
     assert 0.85 < found["balanced_score"].value < 1
     same = {m.name: m for m in compare(after, after, rows[1], rows[1])}
     assert same["balanced_score"].value is None  # nothing to remove
+
+
+def test_images_are_stamped_a_few_at_a_time_with_the_same_rows(monkeypatch):
+    sizes = []
+
+    @dataclass(frozen=True)
+    class Counting(Patch):
+        def __call__(self, images):
+            sizes.append(len(images))
+            return super().__call__(images)
+
+    whole = assess(bench(Network(to(2))), [Counting()])
+    monkeypatch.setattr(measure, "STAMPED_AT_ONCE", 70)
+    most, sizes[:] = max(sizes), []
+    assert assess(bench(Network(to(2))), [Counting()]) == whole
+    assert max(sizes) <= 70 < most

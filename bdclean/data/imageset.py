@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from bdclean.data.scratch import allocate
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -16,6 +18,7 @@ class ImageSet:
 
     `labels_source` says how labels were found: 'names', 'integers', 'count' (folder count equals the head's:
     to be dropped unless `labels_plausible`), 'forced', or None. `classes` may name classes without any image.
+    `on_disk`: the images lie in a scratch file that the system pages in and out, and so do selections of them.
     """
 
     images: Tensor
@@ -25,6 +28,7 @@ class ImageSet:
     skipped: tuple[tuple[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
     labels_source: str | None = None
+    on_disk: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
@@ -44,9 +48,15 @@ class ImageSet:
         """The images at `indices` (or where a boolean mask is true), in that order."""
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
+        if self.on_disk:
+            images, _ = allocate((len(indices), *self.images.shape[1:]), memory=0)
+            for rows, some in zip(images.split(128), indices.split(128), strict=True):
+                rows.copy_(self.images[some])
+        else:
+            images = self.images[indices]
         return replace(
             self,
-            images=self.images[indices],
+            images=images,
             labels=None if self.labels is None else self.labels[indices],
             paths=tuple(self.paths[i] for i in indices.tolist()) if self.paths else (),
         )

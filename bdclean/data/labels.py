@@ -1,19 +1,18 @@
-"""When folders are labels, and which class each one is."""
+"""When folders, or what a file says of its images, are labels, and which class each one is."""
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from math import sqrt
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bdclean.errors import Refused
-
-MAX_NAMES_BYTES = 4 * 2**20
+IMAGENET = 1000
 
 
 @dataclass(frozen=True)
@@ -26,28 +25,6 @@ class Labelling:
     why: str = ""
 
 
-def read_class_names(path: Path) -> tuple[str, ...]:
-    """Class names in the order of the head: one a line, a JSON list, or a JSON object from index to name."""
-    try:
-        if path.stat().st_size > MAX_NAMES_BYTES:
-            raise Refused(f"{path} is too large for a list of class names.")
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() != ".json":
-            names = tuple(line.strip() for line in text.splitlines() if line.strip())
-        else:
-            found = json.loads(text)
-            if isinstance(found, dict):
-                found = [found[str(i)] for i in range(len(found))]
-            names = tuple(str(name) for name in found)
-    except OSError as error:
-        raise Refused(f"class names cannot be read from {path}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError):
-        raise Refused(f"{path} is not a list of class names: give one name a line, or a JSON list.") from None
-    if len(names) < 2:
-        raise Refused(f"{path} names {len(names)} classes, at least 2 are needed.")
-    return names
-
-
 def label_folders(
     folders: Sequence[str],
     *,
@@ -55,26 +32,26 @@ def label_folders(
     names: tuple[str, ...] | None,
     head_classes: int | None,
     forced: bool = False,
+    names_only: bool = False,
+    what: str = "folder",
 ) -> Labelling:
     """Which class each of `folders` (those that hold images) is.
 
-    They are labels if all match `names`, or all are integers (sorted as numbers), or their count equals the
-    head's ('count', to be confirmed with `labels_plausible`); `forced` takes that order without confirmation.
-    `empty` folders hold no image but keep their place in the order. Never raises: `why` says what is wrong.
+    They are labels if all match `names` (or are ImageNet's, as `n01440764`, for a head of 1,000), or all are integers
+    (sorted as numbers), or their count equals the head's ('count', to be confirmed with `labels_plausible`); `forced`
+    takes that order without confirmation. `empty` folders hold no image but keep their place in the order.
+    `names_only`: numbers and counts mean nothing. `what` they are called. Never raises: `why` says what is wrong.
     """
     found = sorted(folders)
-    if names is not None and head_classes is not None and len(names) != head_classes:
-        return Labelling(
-            None, why=f"{len(names)} class names were given and the network has {head_classes} classes"
-        )
     if len(found) == 1:
-        return Labelling(
-            None, why=f"all images are in one folder, {found[0]!r}: labels need at least two classes"
-        )
-    if names is not None:
-        index = _by_name(found, names)
+        of = "all images are in one folder" if what == "folder" else f"all images have one {what}"
+        return Labelling(None, why=f"{of}, {found[0]!r}: labels need at least two classes")
+    for known in (names, imagenet_folders() if head_classes == IMAGENET else None):
+        index = match_names(found, known) if known is not None else None
         if index is not None:
-            return Labelling(index, names, "names")
+            return Labelling(index, known, "names")
+    if names_only:
+        return Labelling(None, why="the archives' names are no class names")
     by_number = _by_number(found, head_classes)
     if by_number is not None:
         return by_number
@@ -88,11 +65,11 @@ def label_folders(
     if names is not None:
         unknown = [name for name in found if _plain(name) not in {_plain(known) for known in names}]
         return Labelling(
-            None, why=f"folder {(unknown or found)[0]!r} is not one of the {len(names)} class names"
+            None, why=f"{what} {(unknown or found)[0]!r} is not one of the {len(names)} class names"
         )
     head = "" if head_classes is None else f" and the network has {head_classes} classes"
     return Labelling(
-        None, why=f"there are {len(found)} folders{head}, and their names say nothing about classes"
+        None, why=f"there are {len(found)} {what}s{head}, and their names say nothing about classes"
     )
 
 
@@ -114,18 +91,31 @@ def labels_plausible(predictions: Tensor, labels: Tensor, classes: int) -> bool:
     return right - 0.5 / n > chance + 3.1 * sqrt(chance * (1 - chance) / n)
 
 
+@cache
+def imagenet_folders() -> tuple[str, ...]:
+    """The folder names of ImageNet's 1,000 classes (WordNet's numbers) in the order of the heads trained on them."""
+    return tuple(files("bdclean.data").joinpath("imagenet.txt").read_text().split())
+
+
+def match_names(folders: Sequence[str], names: tuple[str, ...]) -> dict[str, int] | None:
+    """Each folder's place among `names`, if all of them are there and no two are the same one."""
+    # Exact first; then names may differ in case or hyphens alone; then a name's first synonym is enough.
+    for form in (str, _plain, _first):
+        counted = Counter(form(name) for name in names)
+        known = {form(name): i for i, name in enumerate(names) if counted[form(name)] == 1}
+        index = {folder: known.get(form(folder)) for folder in folders}
+        values = [value for value in index.values() if value is not None]
+        if len(values) == len(set(values)) == len(folders):
+            return {folder: value for folder, value in index.items() if value is not None}
+    return None
+
+
 def _plain(name: str) -> str:
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
-def _by_name(folders: Sequence[str], names: tuple[str, ...]) -> dict[str, int] | None:
-    for form in (str, _plain):  # exact first: names may differ in case or hyphens alone
-        known = {form(name): i for i, name in enumerate(names)}
-        index = {folder: known.get(form(folder)) for folder in folders}
-        values = [value for value in index.values() if value is not None]
-        if len(known) == len(names) and len(values) == len(set(values)) == len(folders):
-            return {folder: value for folder, value in index.items() if value is not None}
-    return None
+def _first(name: str) -> str:
+    return _plain(name.split(",", 1)[0])
 
 
 def _by_number(folders: Sequence[str], head_classes: int | None) -> Labelling | None:
@@ -138,8 +128,8 @@ def _by_number(folders: Sequence[str], head_classes: int | None) -> Labelling | 
     if head_classes is None or len(order) == head_classes:
         return Labelling({name: i for i, name in enumerate(order)}, tuple(order), "integers")
     if len(order) > head_classes or values[-1] >= head_classes:
-        numbered = f"there are {len(order)} numbered folders, the highest {order[-1]},"
-        return Labelling(None, why=f"{numbered} and the network has {head_classes} classes")
+        numbered = f"there are {len(order)} numbered classes, the highest {order[-1]},"
+        return Labelling(None, why=f"{numbered} and the network has {head_classes}")
     # Some classes are absent: only the number itself can say which.
     present = dict(zip(values, order, strict=True))
     classes = tuple(present.get(i, str(i)) for i in range(head_classes))

@@ -1,0 +1,207 @@
+"""A path -> ImageSet: listed in one order, labeled, drawn by seed, then decoded in parallel."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bdclean.data.decode import Picture, Slice, Unreadable, decode
+from bdclean.data.imageset import ImageSet
+from bdclean.data.labelling import label_listing
+from bdclean.data.listing import Listing, printable
+from bdclean.data.opening import open_images
+from bdclean.data.scratch import allocate
+from bdclean.errors import Refused
+
+Tell = Callable[..., None]
+TOGETHER = 32
+"""Pictures that one task decodes, fewer where they are large."""
+TASK_BYTES = 8 * 2**20
+WAITING_BYTES = 256 * 2**20
+"""Encoded pictures that may wait for a thread."""
+
+
+def load_images(
+    path: str | Path,
+    size: tuple[int, int],
+    *,
+    limit: int = 0,
+    seed: int = 0,
+    strict: bool = False,
+    labeled: bool = False,
+    classes: Path | Sequence[str] | None = None,
+    claimed: tuple[str, ...] | None = None,
+    head_classes: int | None = None,
+    tell: Tell | None = None,
+    threads: int | None = None,
+    memory: int | None = None,
+) -> ImageSet:
+    """The images of a folder or archive (see `open_images`) at `size` (height, width).
+
+    `limit` images (0: all) are drawn by seed before anything is decoded; an unreadable one is replaced by the
+    next of the draw, named in `skipped`, or refuses the run with `strict`. The result depends on the images' names
+    and content, `size`, `limit` and `seed` alone, not on `threads` or on whether an archive holds them. `labeled`
+    refuses where there are no labels; `classes` is a file of class names or labels, or the names, `claimed` the
+    names that the checkpoint gives. More than `memory` bytes of pixels go to a scratch file (default: a share of
+    what is free). Raises Refused for what holds no images.
+    """
+    listing = open_images(Path(path))
+    labels = label_listing(listing, classes, claimed, head_classes, labeled)
+    notes = labels.notes
+    order = np.random.default_rng(seed).permutation(len(listing.names))
+    if labels.kept is not None:
+        order = order[labels.kept[order]]
+    wanted = min(limit, len(order)) if limit else len(order)
+    room, on_disk = allocate((wanted, 3, *size), memory)
+    chosen, skipped = _decode_drawn(listing, order, room.numpy(), strict, tell, threads)
+    where = printable(listing.where)
+    if not len(chosen):
+        name, reason = skipped[0]
+        raise Refused(
+            f"none of the {len(skipped)} images in {where} can be read, the first is {name}: {reason}."
+        )
+    if len(chosen) < wanted:
+        notes.append(f"{len(chosen)} images of the {wanted} wanted could be read from {where}.")
+    return ImageSet(
+        images=room[: len(chosen)],
+        labels=None if labels.values is None else torch.from_numpy(labels.values[chosen]),
+        classes=labels.classes,
+        paths=tuple(printable(listing.names[i]) for i in chosen.tolist()),
+        skipped=tuple(skipped),
+        warnings=tuple(notes),
+        labels_source=labels.source,
+        on_disk=on_disk,
+    )
+
+
+def _decode_drawn(
+    listing: Listing,
+    order: np.ndarray,
+    pixels: np.ndarray,
+    strict: bool,
+    tell: Tell | None,
+    threads: int | None,
+) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """(indices into the listing in rising order, what was skipped and why); fills `pixels` in that order.
+
+    Decodes the first of `order`, then as many more as failed, until there are enough or none is left.
+    """
+    wanted, size = len(pixels), (pixels.shape[2], pixels.shape[3])
+    owner = np.full(wanted, -1, dtype=np.int64)  # which image of the listing lies in each row
+    failed: dict[int, str] = {}
+    drawn = done = 0
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads or _threads()) as pool:
+        warnings.simplefilter("ignore")  # Pillow's: about odd metadata of files that it reads well enough
+        try:
+            while drawn < len(order) and len(free := np.flatnonzero(owner < 0)):
+                batch = np.sort(order[drawn : drawn + len(free)])
+                drawn += len(batch)
+                rows = dict(zip(batch.tolist(), free.tolist(), strict=False))
+
+                def work(some: list[tuple[int, Picture]], rows: dict[int, int] = rows) -> list[str | None]:
+                    return [_decode_into(pixels[rows[index]], picture, size) for index, picture in some]
+
+                for some, reasons in _in_parallel(pool, listing.fetch(batch), work):
+                    for (index, _), reason in zip(some, reasons, strict=True):
+                        if reason is None:
+                            owner[rows[index]] = index
+                            done += 1
+                            continue
+                        failed[index] = reason
+                        if strict:
+                            name, where = printable(listing.names[index]), printable(listing.where)
+                            raise Refused(f"{name} in {where} cannot be read ({reason}) and --strict is set.")
+                    if tell is not None:
+                        tell("images", done, wanted)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    chosen = _rise(owner, pixels)
+    return chosen, [(printable(listing.names[i]), failed[i]) for i in sorted(failed)]
+
+
+def _decode_into(row: np.ndarray, picture: Picture, size: tuple[int, int]) -> str | None:
+    """Why the picture gave no pixels, None where they are in `row` now."""
+    try:
+        row[:] = decode(picture, size)
+    except Unreadable as error:
+        return str(error)
+    return None
+
+
+Some = list[tuple[int, Picture]]
+
+
+def _in_parallel(
+    pool: ThreadPoolExecutor,
+    pictures: Iterator[tuple[int, Picture]],
+    work: Callable[[Some], list[str | None]],
+) -> Iterator[tuple[Some, list[str | None]]]:
+    """What `work` says of each few pictures, in their order; reads ahead no further than memory allows."""
+    waiting: deque[tuple[Some, int, Future[list[str | None]]]] = deque()
+    most, held = 3 * pool._max_workers, 0
+    some: Some = []
+    count = 0
+
+    def take() -> tuple[Some, list[str | None]]:
+        nonlocal held
+        first, size, task = waiting.popleft()
+        held -= size
+        return first, task.result()
+
+    for index, picture in pictures:
+        some.append((index, picture))
+        count += _bytes(picture)
+        if len(some) == TOGETHER or count >= TASK_BYTES:
+            waiting.append((some, count, pool.submit(work, some)))
+            held += count
+            some, count = [], 0
+        while len(waiting) > most or (waiting and held > WAITING_BYTES):
+            yield take()
+    if some:
+        waiting.append((some, count, pool.submit(work, some)))
+    while waiting:
+        yield take()
+
+
+def _bytes(picture: Picture) -> int:
+    if isinstance(picture, bytes):
+        return len(picture)
+    if isinstance(picture, np.ndarray):
+        return picture.nbytes
+    return picture.size if isinstance(picture, Slice) else 0
+
+
+def _rise(owner: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Moves the rows that are filled to the front, in the order of their images; returns those images.
+
+    In place, along the cycles of the permutation: the pixels may be larger than the memory.
+    """
+    filled = np.flatnonzero(owner >= 0)
+    source = filled[np.argsort(owner[filled], kind="stable")]  # row k is to come from row source[k]
+    chosen = owner[source]
+    # the rows that nothing comes into take what is left over, so that all of it is a permutation
+    rest = np.setdiff1d(np.arange(len(owner)), source)
+    source = np.concatenate([source, rest])
+    for start in np.flatnonzero(source != np.arange(len(source))).tolist():
+        if source[start] == start:
+            continue  # done in an earlier cycle
+        kept, row = pixels[start].copy(), start
+        while source[row] != start:
+            pixels[row] = pixels[source[row]]
+            source[row], row = row, source[row]
+        pixels[row] = kept
+        source[row] = row
+    return chosen
+
+
+def _threads() -> int:
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, available)
