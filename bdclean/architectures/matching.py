@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bdclean.architectures.arch import Arch, Shape
 from bdclean.architectures.dialects import COUNTER
@@ -13,12 +13,24 @@ LONGEST_NAME = 300
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where a file's tensor lies in a network's that is made of several: at row `begin`, and there it has `shape`."""
+
+    begin: int
+    shape: Shape
+
+
+@dataclass(frozen=True)
 class Match:
-    """A network that has a file's tensors. `names`: file name -> the network's name; `unread`: the rest."""
+    """A network that has a file's tensors. `names`: file name -> the network's name; `unread`: the rest.
+
+    `parts`: the file names whose tensors are only some rows of the network's, or have another shape there.
+    """
 
     arch: Arch
     names: dict[str, str]
     unread: tuple[str, ...]
+    parts: dict[str, Part] = field(default_factory=dict)
 
 
 def differences(own: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
