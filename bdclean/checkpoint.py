@@ -96,7 +96,9 @@ class Checkpoint:
         """What `write` made at `path`, read back as the same network; the file must have the same tensors."""
         source = open_source(Path(path), allow_pickle=False)
         if source.entries != self.entries:
-            raise Refused(f"{shown(path)} does not hold the tensors that were written: something else writes to it.")
+            raise Refused(
+                f"{shown(path)} does not hold the tensors that were written: something else writes to it."
+            )
         tensors, digest = source.load()
         _check_finite(tensors, Match(self.arch, self.names, self.unread), shown(path))
         return replace(
@@ -164,9 +166,7 @@ class Checkpoint:
             rows = part.shape[0] if part.shape else len(tensor)
             tensor = tensor[part.begin : part.begin + rows]
         if tuple(tensor.shape) != (entry.shape if part is None else part.shape):
-            raise Refused(
-                f"{shown(entry.name)} is {list(tensor.shape)}, the file's is {list(entry.shape)}."
-            )
+            raise Refused(f"{shown(entry.name)} is {list(tensor.shape)}, the file's is {list(entry.shape)}.")
         tensor, before = tensor.reshape(entry.shape), self.tensors[entry.name]
         cast = tensor.to(DTYPES[entry.dtype])
         if cast.is_floating_point() and not bool(torch.isfinite(cast).all()):

@@ -46,7 +46,9 @@ def copies(
             tied |= whole
     warnings = []
     if tied:
-        warnings.append(f"{len(tied)} tensors are copies of others ({shown(min(tied))}, ...): they stay equal.")
+        warnings.append(
+            f"{len(tied)} tensors are copies of others ({shown(min(tied))}, ...): they stay equal."
+        )
     return tied, warnings + averages(tensors, match, tied)
 
 
@@ -60,7 +62,9 @@ def averages(tensors: Mapping[str, Tensor], match: Match, tied: Mapping[str, str
     ]  # fmt: skip
     if len(again) * 2 <= sum(tensors[k].ndim > 1 for k in match.names):
         return []
-    kind = "an average of the weights" if AVERAGE.match(again[0][:LONGEST]) else "a second copy of the network"
+    kind = (
+        "an average of the weights" if AVERAGE.match(again[0][:LONGEST]) else "a second copy of the network"
+    )
     wrapper = again[0].removesuffix(unwrapped(again[0])) or again[0]
     return [
         f"{shown(wrapper)} holds {kind} ({len(again)} matrices), which was neither measured nor cleansed: "
@@ -83,7 +87,9 @@ def same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same shape and bits."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)) if one.numel() else (one, other)
+    a, b = (
+        (t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)) if one.numel() else (one, other)
+    )
     return torch.equal(a, b)
 
 

@@ -57,7 +57,9 @@ def claimed_by_timm(
 ) -> tuple[list[Match], list[str]]:
     """timm's network if it fits, then those known here that fit as well and compute something else."""
     if claim.get("num_classes") == 0:
-        raise Refused("config.json says num_classes 0, an encoder: only classifiers can be worked on by this version.")
+        raise Refused(
+            "config.json says num_classes 0, an encoder: only classifiers can be worked on by this version."
+        )
     refusal: Refused | None = None
     first: Match | None = None
     if timm_models.registered(name):
@@ -136,11 +138,15 @@ def known(there: Translation, arch: str | None) -> list[Match]:
         return recognition.identify(there.shapes, arch)
     proposal = timm_models.convnextv2(there.shapes)
     if proposal is None:
-        raise Refused("this is not a whole ConvNeXt V2 classifier: some of its stages or its head are missing.")
+        raise Refused(
+            "this is not a whole ConvNeXt V2 classifier: some of its stages or its head are missing."
+        )
     network, expected = timm_models.on_meta(proposal.build)
     differing = differences(there.shapes, expected)
     if differing:
-        raise Refused(f"{proposal.name} does not have these {len(there.shapes)} tensors ({listed(differing)}).")
+        raise Refused(
+            f"{proposal.name} does not have these {len(there.shapes)} tensors ({listed(differing)})."
+        )
     made = describe(proposal.name, proposal.build, proposal.input, (), network)
     return [Match(made, {name: name for name in there.shapes}, ())]
 
@@ -157,7 +163,9 @@ def settle(found: list[Match], kind: str, claim: Mapping[str, Any]) -> list[Matc
     if kind == "vit" and isinstance(heads, int) and len(found) > 1:
         kept = [m for m in found if attention_heads(m.arch) == heads]
         if not kept:
-            raise Refused(f"config.json says {heads} attention heads, which these tensors do not allow: correct it.")
+            raise Refused(
+                f"config.json says {heads} attention heads, which these tensors do not allow: correct it."
+            )
         found = kept
     first_convolution = claim.get("downsample_in_bottleneck")
     if kind == "resnet" and isinstance(first_convolution, bool) and len(found) > 1:
@@ -205,5 +213,3 @@ def back(match: Match, short: dict[str, str], unread: tuple[str, ...], there: Tr
         if inner in there.parts:
             parts[name] = there.parts[inner]
     return Match(match.arch, names, tuple(left), parts)
-
-

@@ -10,7 +10,9 @@ ANYWHERE = re.compile(
     r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
 # Names under which training code holds its network: Lightning, saved tables written flat, averages, feature wrappers.
-AVERAGES = r"(?:ema|model_ema|ema_model|ema_net|net_ema|averaged_model|swa_model|state_dict_ema|ema_state_dict)"
+AVERAGES = (
+    r"(?:ema|model_ema|ema_model|ema_net|net_ema|averaged_model|swa_model|state_dict_ema|ema_state_dict)"
+)
 HOLDERS = re.compile(
     rf"^(?:(?:{AVERAGES}|state_dict|model_state_dict|model_state|model|net|network|classifier_model|backbone"
     r"|base_model|timm_model|shadow|online|student)\.)+"
@@ -81,9 +83,7 @@ def views(
                 yield view, unread
 
 
-def groups(
-    names: list[str], strip: Callable[[str], str]
-) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
+def groups(names: list[str], strip: Callable[[str], str]) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
     """All of `names`, then without what lies beside a network, then each wrapper's own."""
     short = {name: strip(name) for name in names}
     yield short, ()

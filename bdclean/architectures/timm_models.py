@@ -7,7 +7,6 @@ other name than that of a registered builder is looked up. timm is an optional e
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -48,11 +47,12 @@ WORDS = {
 
 def load() -> ModuleType | None:
     """timm, or None where it is not installed."""
-    if importlib.util.find_spec("timm") is None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("timm")
+    except ImportError:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return importlib.import_module("timm")
 
 
 def registered(name: str) -> bool:
@@ -67,7 +67,9 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in table.items() if isinstance(table, Mapping) else ():
         pair = isinstance(value, list) and len(value) == 2
-        if key in WHOLE and (_whole(value, WHOLE[key]) or (pair and all(_whole(v, WHOLE[key]) for v in value))):
+        if key in WHOLE and (
+            _whole(value, WHOLE[key]) or (pair and all(_whole(v, WHOLE[key]) for v in value))
+        ):
             found[key] = tuple(value) if isinstance(value, list) else value
         elif key in LISTS and isinstance(value, list) and 0 < len(value) <= 16:
             if all(_whole(v, LISTS[key]) for v in value):

@@ -104,12 +104,8 @@ TABLES: dict[str, list[Rule]] = {
         rule(r"^resnet\.embedder\.embedder\.normalization\.", "bn1."),
         rule(LAYER + r"shortcut\.convolution\.", lambda m: f"layer{more(m, 1)}.{m[2]}.downsample.0."),
         rule(LAYER + r"shortcut\.normalization\.", lambda m: f"layer{more(m, 1)}.{m[2]}.downsample.1."),
-        rule(
-            LAYER + r"layer\.(\d)\.convolution\.", lambda m: f"layer{more(m, 1)}.{m[2]}.conv{more(m, 3)}."
-        ),
-        rule(
-            LAYER + r"layer\.(\d)\.normalization\.", lambda m: f"layer{more(m, 1)}.{m[2]}.bn{more(m, 3)}."
-        ),
+        rule(LAYER + r"layer\.(\d)\.convolution\.", lambda m: f"layer{more(m, 1)}.{m[2]}.conv{more(m, 3)}."),
+        rule(LAYER + r"layer\.(\d)\.normalization\.", lambda m: f"layer{more(m, 1)}.{m[2]}.bn{more(m, 3)}."),
         rule(r"^classifier\.1\.", "fc."),
     ],
     "regnet": [
