@@ -97,13 +97,9 @@ def _load(path: Path) -> object:
         raise Refused(f"{where} does not fit into memory.") from None
     except Exception as error:  # whatever a hostile pickle makes the unpickler raise
         found = re.search(r"GLOBAL ([\w.]{1,200})", str(error))
-        if found is None:
-            raise Refused(
-                f"{where} is damaged or no torch file: fetch it again, or convert it where you trust it."
-            ) from None
+        what = f"holds more than plain tensors (a pickled {found.group(1)})" if found else "is damaged"
         raise Refused(
-            f"{where} holds a pickled {found.group(1)}, not plain tensors: "
-            "save its state_dict() with safetensors where you trust it."
+            f"{where} {what}: save the network's state_dict() with safetensors where you trust it."
         ) from None
 
 

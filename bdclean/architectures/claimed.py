@@ -18,8 +18,8 @@ from bdclean.architectures import recognition, timm_models
 from bdclean.architectures.arch import Arch, Shape
 from bdclean.architectures.dialects import views
 from bdclean.architectures.matching import Match, Part, differences, listed, shown
-from bdclean.architectures.staging import describe
-from bdclean.architectures.transformers_names import Translation, translate
+from bdclean.architectures.staging import describe, watch
+from bdclean.architectures.transformers_names import TABLES, Translation, translate
 from bdclean.errors import Refused
 
 # The only activation that the networks read from transformers' names have here.
@@ -43,7 +43,17 @@ def identify(
     name = timm_name(claim)
     if arch is None and name is not None:
         return claimed_by_timm(name, shapes, claim)
-    return recognition.identify(shapes, arch), []
+    try:
+        return recognition.identify(shapes, arch), []
+    except Refused as error:
+        kind = claim.get("model_type")
+        if arch is None and isinstance(kind, str) and kind not in (*TABLES, "timm_wrapper"):
+            known_kinds = ", ".join(TABLES)
+            raise Refused(
+                f"config.json says model_type {shown(kind)}; of transformers' networks {known_kinds} are known: "
+                "give the network's own code with --arch FILE.py:NAME."
+            ) from None
+        raise error
 
 
 def timm_name(claim: Mapping[str, Any]) -> str | None:
@@ -86,11 +96,23 @@ def claimed_by_timm(
                 f"{timm_models.INSTALL}, or pass --arch."
             )
         return others, [f"config.json says {name}, which does not have these tensors: it was not believed."]
-    kin = [m for m in others if m.names == first.names and not same_function(m.arch, first.arch)]
+    # The other readings of what is known here differ in ways that a config which names its builder does not leave open.
+    kin = [m for m in others[:1] if m.names == first.names and not same_function(m.arch, first.arch)]
     if kin:
         rest = tuple((m.arch.name, "fits the same tensors; config.json says another") for m in kin)
         first = replace(first, arch=replace(first.arch, alternatives=rest))
     return [first, *kin], []
+
+
+def accepts(arch: Arch, size: tuple[int, int]) -> bool:
+    """Whether the network runs on images of this height and width."""
+    if size == arch.input[1:]:
+        return True
+    try:
+        watch(arch.build, (3, *size))
+    except Exception:  # a network may refuse a size in any way
+        return False
+    return True
 
 
 def same_function(one: Arch, other: Arch) -> bool:
@@ -127,7 +149,8 @@ def translated(
         notes = []
         if own is not claim:
             notes.append(f"config.json says {shown(claim['model_type'])}, the names are {there.kind}'s.")
-        found = settle(found, there.kind, own)
+        # What the user says is above any claim.
+        found = settle(found, there.kind, own if arch is None else {})
         return [back(m, short, unread, there) for m in found], notes
     return None
 
@@ -155,21 +178,17 @@ def settle(found: list[Match], kind: str, claim: Mapping[str, Any]) -> list[Matc
     """The candidates that the claim allows, with its epsilon; raises Refused for what is not built here."""
     activation = claim.get("hidden_act", ACTIVATIONS.get(kind, "gelu"))
     if activation != ACTIVATIONS.get(kind, "gelu"):
+        usual_one = ACTIVATIONS.get(kind, "gelu")
         raise Refused(
-            f"config.json says hidden_act {shown(activation)}; only {ACTIVATIONS.get(kind, 'gelu')} is known for {kind}: "
+            f"config.json says hidden_act {shown(activation)}; only {usual_one} is known for {kind}: "
             "give the network's own code with --arch FILE.py:NAME."
         )
-    heads = claim.get("num_attention_heads")
-    if kind == "vit" and isinstance(heads, int) and len(found) > 1:
-        kept = [m for m in found if attention_heads(m.arch) == heads]
-        if not kept:
-            raise Refused(
-                f"config.json says {heads} attention heads, which these tensors do not allow: correct it."
-            )
-        found = kept
-    first_convolution = claim.get("downsample_in_bottleneck")
-    if kind == "resnet" and isinstance(first_convolution, bool) and len(found) > 1:
-        found = sorted(found, key=lambda m: ("stride1x1" in m.arch.name) != first_convolution)[:1]
+    if claim.get("model_type") == kind:
+        found = [chosen(found, kind, claim)]
+    side = claim.get("image_size")
+    if kind != "vit" and isinstance(side, int) and 32 <= side <= 2048:
+        # A transformer's position embedding shows it; for the others it is what the network was trained at.
+        found = [replace(m, arch=replace(m.arch, input=(3, side, side))) for m in found]
     if kind not in EPSILON:
         return found
     usual, last = EPSILON[kind]
@@ -177,6 +196,20 @@ def settle(found: list[Match], kind: str, claim: Mapping[str, Any]) -> list[Matc
     if not isinstance(value, float) or not 0 < value < 0.1:
         value = usual
     return [replace(m, arch=replace(m.arch, build=with_epsilon(m.arch.build, value, last))) for m in found]
+
+
+def chosen(found: list[Match], kind: str, claim: Mapping[str, Any]) -> Match:
+    """The candidate that the claim names; the others stay among its alternatives."""
+    if kind == "resnet":
+        first_convolution = claim.get("downsample_in_bottleneck") is True
+        return next((m for m in found if ("stride1x1" in m.arch.name) == first_convolution), found[0])
+    heads = claim.get("num_attention_heads")
+    if kind == "vit" and isinstance(heads, int):
+        for match in found:
+            if attention_heads(match.arch) == heads:
+                return match
+        raise Refused(f"config.json says {heads} attention heads, which these tensors do not allow: correct it.")
+    return found[0]
 
 
 def attention_heads(arch: Arch) -> int | None:

@@ -36,7 +36,8 @@ NUMBERS = ("mlp_ratio", "init_values", "ls_init_value", "expand_ratio", "width_m
            "channel_multiplier", "norm_eps")  # fmt: skip
 FLAGS = ("qkv_bias", "qk_norm", "class_token", "no_embed_class", "pre_norm", "dynamic_img_size", "use_grn", "conv_mlp",
          "head_norm_first", "fc_norm", "final_norm", "strict_img_size", "always_partition", "avg_down",
-         "pos_embed_rope", "use_rot_pos_emb", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias")  # fmt: skip
+         "pos_embed_rope", "use_rot_pos_emb", "use_abs_pos_emb", "use_rel_pos_bias",
+         "use_shared_rel_pos_bias")  # fmt: skip
 WORDS = {
     "global_pool": ("avg", "max", "token", "map", "catavgmax", "avgmax", "fast", ""),
     "pos_embed": ("learn", "none", ""), "stem_type": ("", "deep", "deep_tiered", "patch", "overlap"),
