@@ -55,6 +55,7 @@ class Checkpoint:
     entries: tuple[Entry, ...] = field(default=(), repr=False)
     parts: dict[str, Part] = field(default_factory=dict, repr=False)
     tied: dict[str, str] = field(default_factory=dict, repr=False)
+    paths: tuple[Path, ...] = ()
 
     @staticmethod
     def read(path: Path | str, arch: str | None = None, allow_pickle: bool = False) -> Checkpoint:
@@ -90,6 +91,7 @@ class Checkpoint:
             entries=source.entries,
             parts=match.parts,
             tied=tied,
+            paths=source.paths,
         )
 
     def again(self, path: Path | str) -> Checkpoint:
@@ -214,10 +216,7 @@ class Checkpoint:
             )
 
     def _is_input(self, out: Path) -> bool:
-        inputs = [self.source] if self.source.is_file() else list(self.source.glob("*.safetensors"))
-        if self.source.name.endswith(".index.json"):
-            inputs += list(self.source.parent.glob("*.safetensors"))
-        return any(os.path.samefile(out, p) for p in inputs if p.exists())
+        return any(os.path.samefile(out, path) for path in self.paths if path.exists())
 
 
 def _own_config(metadata: Mapping[str, str]) -> dict | None:

@@ -31,7 +31,10 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 @dataclass(frozen=True)
 class Source:
-    """Headers read and checked, weights not yet: `load` gives all tensors and the sha256 of what was read."""
+    """Headers read and checked, weights not yet: `load` gives all tensors and the sha256 of what was read.
+
+    `paths`: the files that they lie in.
+    """
 
     entries: tuple[Entry, ...]
     metadata: dict[str, str]
@@ -40,6 +43,7 @@ class Source:
     config: dict | None
     preprocessor: dict | None
     warnings: tuple[str, ...]
+    paths: tuple[Path, ...]
 
 
 def open_source(path: Path, allow_pickle: bool) -> Source:
@@ -53,10 +57,11 @@ def open_source(path: Path, allow_pickle: bool) -> Source:
         elif not path.is_file():
             raise Refused(f"{where} is not a regular file.")
         notes: list[str] = []
+        paths: tuple[Path, ...] = (path,)
         config = _description(path.parent / "config.json", notes)
         preprocessor = _description(path.parent / "preprocessor_config.json", notes)
         if path.name.endswith(".index.json"):
-            entries, metadata, load = _shards(path)
+            entries, metadata, load, paths = _shards(path)
             kind = "safetensors-sharded"
         elif (known := sentence(path, where)) is not None:
             raise Refused(known)
@@ -75,7 +80,7 @@ def open_source(path: Path, allow_pickle: bool) -> Source:
             load = _loader(path, header)
     except OSError as error:
         raise Refused(f"{where} cannot be read: {reason(error)}.") from None
-    return Source(entries, metadata, kind, load, config, preprocessor, tuple(notes))
+    return Source(entries, metadata, kind, load, config, preprocessor, tuple(notes), paths)
 
 
 def _loader(path: Path, header: Header) -> Callable[[], tuple[dict[str, Tensor], str]]:
@@ -132,7 +137,7 @@ def _json(path: Path) -> object:
 
 def _shards(
     index: Path,
-) -> tuple[tuple[Entry, ...], dict[str, str], Callable[[], tuple[dict[str, Tensor], str]]]:
+) -> tuple[tuple[Entry, ...], dict[str, str], Callable[[], tuple[dict[str, Tensor], str]], tuple[Path, ...]]:
     where = shown(index)
     try:
         table = _json(index)
@@ -175,4 +180,4 @@ def _shards(
             digest.update(own.encode())
         return tensors, digest.hexdigest()
 
-    return tuple(entries), metadata, load
+    return tuple(entries), metadata, load, (index, *headers)

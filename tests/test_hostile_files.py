@@ -188,7 +188,10 @@ class TestPickles:
             ({}, "holds no table of tensors"),
             ({"a": 1}, "holds no table of tensors"),
             ({3: torch.ones(2)}, "no known architecture has this 1 tensor"),
-            ({"a": torch.ones(2, dtype=torch.complex128)}, "a is complex128, which a safetensors file cannot hold"),
+            (
+                {"a": torch.ones(2, dtype=torch.complex128)},
+                "a is complex128, which a safetensors file cannot hold",
+            ),
         ],
     )
     def test_code_is_never_run(self, tmp_path, content, said):

@@ -54,7 +54,9 @@ def test_logits_are_transformers_and_the_file_keeps_its_form(case, tmp_path):
         pytest.importorskip("timm", reason="ConvNeXt V2 is built by timm, an extra")
     state = make(tmp_path, case)
     checkpoint = Checkpoint.read(tmp_path)
-    assert checkpoint.unread == () and checkpoint.names.keys() == state.keys() and checkpoint.arch.classes == 7
+    assert (
+        checkpoint.unread == () and checkpoint.names.keys() == state.keys() and checkpoint.arch.classes == 7
+    )
     network = checkpoint.build()
     assert same_logits(network, case)
     checkpoint.write(network, tmp_path / "out.safetensors", {})

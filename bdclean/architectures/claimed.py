@@ -208,7 +208,9 @@ def chosen(found: list[Match], kind: str, claim: Mapping[str, Any]) -> Match:
         for match in found:
             if attention_heads(match.arch) == heads:
                 return match
-        raise Refused(f"config.json says {heads} attention heads, which these tensors do not allow: correct it.")
+        raise Refused(
+            f"config.json says {heads} attention heads, which these tensors do not allow: correct it."
+        )
     return found[0]
 
 
