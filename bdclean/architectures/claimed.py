@@ -22,6 +22,7 @@ from bdclean.architectures.staging import describe, watch
 from bdclean.architectures.transformers_names import TABLES, Translation, translate
 from bdclean.errors import Refused
 
+CODE = "give the network's own code with --arch FILE.py:NAME"
 # The only activation that the networks read from transformers' names have here.
 ACTIVATIONS = {"resnet": "relu", "regnet": "relu"}
 # transformers' epsilon of layer norms, of all of them or of the last alone, where a config does not say.
@@ -51,7 +52,7 @@ def identify(
             known_kinds = ", ".join(TABLES)
             raise Refused(
                 f"config.json says model_type {shown(kind)}; of transformers' networks {known_kinds} are known: "
-                "give the network's own code with --arch FILE.py:NAME."
+                f"{CODE}."
             ) from None
         raise error
 
@@ -158,20 +159,22 @@ def translated(
 def known(there: Translation, arch: str | None) -> list[Match]:
     """The networks for names that were translated."""
     if there.kind != "convnextv2":
-        return recognition.identify(there.shapes, arch)
+        found = recognition.identify(there.shapes, arch)
+        if found[0].unread:
+            raise Refused(f"{shown(found[0].unread[0])} is not part of a {there.kind} that is known: {CODE}.")
+        return found
     proposal = timm_models.convnextv2(there.shapes)
-    if proposal is None:
-        raise Refused(
-            "this is not a whole ConvNeXt V2 classifier: some of its stages or its head are missing."
-        )
-    network, expected = timm_models.on_meta(proposal.build)
-    differing = differences(there.shapes, expected)
-    if differing:
-        raise Refused(
-            f"{proposal.name} does not have these {len(there.shapes)} tensors ({listed(differing)})."
-        )
-    made = describe(proposal.name, proposal.build, proposal.input, (), network)
-    return [Match(made, {name: name for name in there.shapes}, ())]
+    differing = ["its stages or its head are not whole"]
+    if proposal is not None:
+        try:
+            network, expected = timm_models.on_meta(proposal.build)
+        except Exception as error:  # a builder may refuse numbers in any way
+            raise Refused(f"no ConvNeXt V2 has these numbers ({shown(error)}): {CODE}.") from None
+        differing = differences(there.shapes, expected)
+        if not differing:
+            made = describe(proposal.name, proposal.build, proposal.input, (), network)
+            return [Match(made, {name: name for name in there.shapes}, ())]
+    raise Refused(f"these {len(there.shapes)} tensors are no ConvNeXt V2 ({listed(differing)}): {CODE}.")
 
 
 def settle(found: list[Match], kind: str, claim: Mapping[str, Any]) -> list[Match]:
@@ -180,8 +183,7 @@ def settle(found: list[Match], kind: str, claim: Mapping[str, Any]) -> list[Matc
     if activation != ACTIVATIONS.get(kind, "gelu"):
         usual_one = ACTIVATIONS.get(kind, "gelu")
         raise Refused(
-            f"config.json says hidden_act {shown(activation)}; only {usual_one} is known for {kind}: "
-            "give the network's own code with --arch FILE.py:NAME."
+            f"config.json says hidden_act {shown(activation)}; only {usual_one} is known for {kind}: {CODE}."
         )
     if claim.get("model_type") == kind:
         found = [chosen(found, kind, claim)]

@@ -87,20 +87,28 @@ def groups(names: list[str], strip: Callable[[str], str]) -> Iterator[tuple[dict
     """All of `names`, then without what lies beside a network, then each wrapper's own."""
     short = {name: strip(name) for name in names}
     yield short, ()
-    beside = tuple(n for n in names if BESIDE.match(short[n][:LONGEST]) or BESIDE.match(n[:LONGEST]))
+    beside = {n: None for n in names if BESIDE.match(short[n][:LONGEST]) or BESIDE.match(n[:LONGEST])}
     if beside:
-        yield {n: s for n, s in short.items() if n not in set(beside)}, beside
-    wrapped: dict[str, dict[str, str]] = {}
-    for name, inner in short.items():
-        prefix = name[: len(name) - len(inner)] if name.endswith(inner) else bare(name).removesuffix(inner)
-        wrapped.setdefault(prefix, {})[name] = inner
-    if len(wrapped) > 1:
+        yield {n: s for n, s in short.items() if n not in beside}, tuple(beside)
+    for depth in ("outermost", "all"):
+        wrapped: dict[str, dict[str, str]] = {}
+        for name, inner in short.items():
+            prefix = bare(name).removesuffix(inner) if bare(name).endswith(inner) else ""
+            if depth == "outermost":
+                prefix = prefix.partition(".")[0] + "." if prefix else ""
+            wrapped.setdefault(prefix, {})[name] = inner
+        if len(wrapped) == 1:
+            return
         order = sorted(wrapped, key=lambda p: (bool(AVERAGE.match(p[:LONGEST])), -len(wrapped[p])))
         for prefix in order[:MOST_WRAPPERS]:
             own = wrapped[prefix]
-            yield own, tuple(n for n in names if n not in own)
+            others = tuple(n for n in names if n not in own)
+            # What stands beside a wrapper is another thing; what stands beside a bare network may be a part of it.
+            if not prefix and not all(AVERAGE.match(n[:LONGEST]) or n in beside for n in others):
+                continue
+            yield own, others
             if any(n in own for n in beside):
-                less = {n: s for n, s in own.items() if n not in set(beside)}
+                less = {n: s for n, s in own.items() if n not in beside}
                 yield less, tuple(n for n in names if n not in less)
 
 
