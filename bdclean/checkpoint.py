@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from bdclean.architectures.arch import Arch
 from bdclean.architectures.claimed import identify
 from bdclean.architectures.dialects import COUNTER
-from bdclean.architectures.matching import Match, Part, shown
-from bdclean.copies import copies, twins
+from bdclean.architectures.matching import Match, Part, shown, twins
+from bdclean.copies import copies
 from bdclean.errors import Refused
 from bdclean.sources import open_source
 from bdclean.tensorfile import DTYPES, FLOATS, Entry, read_header, reason, write_file
@@ -65,12 +65,13 @@ class Checkpoint:
         recognition come first, the weights last. Raises Refused, a sentence for each way in which a file can be bad.
         """
         source = open_source(Path(path), allow_pickle)
-        shapes = {e.name: e.shape for e in source.entries}
+        beside = set(source.beside)
+        shapes = {e.name: e.shape for e in source.entries if e.name not in beside}
         if not shapes:
             raise Refused(f"{shown(path)} holds no tensors.")
         config = _own_config(source.metadata) or source.config
         found, notes = identify(shapes, arch, config)
-        match = found[0]
+        match = replace(found[0], unread=found[0].unread + source.beside)
         _check_types(source.entries, match, shown(path))
         tensors, digest = source.load()
         _check_finite(tensors, match, shown(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bdclean.architectures.dialects import AVERAGE, LONGEST, inmost, unwrapped
 from bdclean.architectures.matching import Match, shown
@@ -100,15 +100,3 @@ def common_ending(one: str, other: str) -> str:
     while count < min(len(a), len(b)) and a[-1 - count] == b[-1 - count]:
         count += 1
     return ".".join(a[len(a) - count :]) if count else ""
-
-
-def twins(network: nn.Module) -> dict[str, str]:
-    """Names of parameters that are one tensor with another, each with the other names' first, in both directions."""
-    seen: dict[int, str] = {}
-    found: dict[str, str] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        first = seen.setdefault(id(parameter), name)
-        if first != name:
-            found[name] = first
-            found.setdefault(first, name)
-    return found

@@ -36,8 +36,11 @@ LARGEST = 8
 
 def read_pickle(
     path: Path,
-) -> tuple[tuple[Entry, ...], Callable[[], tuple[dict[str, Tensor], str]], list[str]]:
-    """Entries as they will be written, the tensors with the file's sha256, and what was left out."""
+) -> tuple[tuple[Entry, ...], Callable[[], tuple[dict[str, Tensor], str]], list[str], tuple[str, ...]]:
+    """Entries as they will be written, the tensors with the file's sha256, what was left out, and what lies beside.
+
+    The last are names of tensors that are not in the weights' own table.
+    """
     where = shown(path)
     size = path.stat().st_size
     _check_archive(path, size)
@@ -47,15 +50,19 @@ def read_pickle(
     prefix, table = _weights(loaded)
     tensors: dict[str, Tensor] = {}
     left: list[str] = []
+    beside: list[str] = []
     for name, value in _walk(loaded, "", left, where):
         short = name.removeprefix(prefix)
+        if not name.startswith(prefix):
+            beside.append(short)
         if short in tensors:
             raise Refused(f"{where} holds two tensors that would both be called {shown(short)}.")
         tensors[short] = value
     if not any(isinstance(v, Tensor) for v in table.values()):
         raise Refused(f"{where} holds no table of tensors: save the network's state_dict().")
     # The network's own come first.
-    order = sorted(tensors, key=lambda n: n not in table)
+    apart = set(beside)
+    order = sorted(tensors, key=lambda n: n in apart)
     entries, held, at = [], {}, 0
     for name in order:
         entry, held[name] = _plain(name, tensors[name], at, size, where)
@@ -69,7 +76,7 @@ def read_pickle(
     if left:
         some = ", ".join(shown(n) for n in left[:6]) + (", ..." if len(left) > 6 else "")
         notes.append(f"not tensors, so not in a safetensors file: {some}.")
-    return tuple(entries), lambda: (held, _digest(path)), notes
+    return tuple(entries), lambda: (held, _digest(path)), notes, tuple(beside)
 
 
 def _check_archive(path: Path, size: int) -> None:

@@ -33,7 +33,7 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 class Source:
     """Headers read and checked, weights not yet: `load` gives all tensors and the sha256 of what was read.
 
-    `paths`: the files that they lie in.
+    `paths`: the files that they lie in; `beside`: tensors that are kept apart from the network's in a torch file.
     """
 
     entries: tuple[Entry, ...]
@@ -44,6 +44,7 @@ class Source:
     preprocessor: dict | None
     warnings: tuple[str, ...]
     paths: tuple[Path, ...]
+    beside: tuple[str, ...] = ()
 
 
 def open_source(path: Path, allow_pickle: bool) -> Source:
@@ -52,12 +53,14 @@ def open_source(path: Path, allow_pickle: bool) -> Source:
     try:
         if path.is_dir():
             path = _in_folder(path)
+            where = shown(path)
         elif not path.exists():
             raise Refused(f"{where} does not exist.")
         elif not path.is_file():
             raise Refused(f"{where} is not a regular file.")
         notes: list[str] = []
         paths: tuple[Path, ...] = (path,)
+        beside: tuple[str, ...] = ()
         config = _description(path.parent / "config.json", notes)
         preprocessor = _description(path.parent / "preprocessor_config.json", notes)
         if path.name.endswith(".index.json"):
@@ -71,7 +74,7 @@ def open_source(path: Path, allow_pickle: bool) -> Source:
                     f"{where} is a pickle and can run code when loaded: "
                     "convert it where you trust it, or pass --allow-pickle to read plain tensors only."
                 )
-            entries, load, more = read_pickle(path)
+            entries, load, more, beside = read_pickle(path)
             metadata, kind = {}, "pickle"
             notes += more
         else:
@@ -80,7 +83,7 @@ def open_source(path: Path, allow_pickle: bool) -> Source:
             load = _loader(path, header)
     except OSError as error:
         raise Refused(f"{where} cannot be read: {reason(error)}.") from None
-    return Source(entries, metadata, kind, load, config, preprocessor, tuple(notes), paths)
+    return Source(entries, metadata, kind, load, config, preprocessor, tuple(notes), paths, beside)
 
 
 def _loader(path: Path, header: Header) -> Callable[[], tuple[dict[str, Tensor], str]]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from bdclean.architectures.arch import Arch, Shape
 from bdclean.architectures.dialects import COUNTER
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # A stranger's names are shown in terminals and records: cut and stripped of control characters.
 LONGEST_NAME = 300
@@ -44,6 +48,18 @@ def differences(own: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list
                 found.append(f"{name} is missing")
         elif tuple(own[name]) != tuple(expected[name]):
             found.append(f"{shown(name)} is {list(own[name])}, expected {list(expected[name])}")
+    return found
+
+
+def twins(network: nn.Module) -> dict[str, str]:
+    """Names of parameters that are one tensor: each with the first of the others' names, and that with the second."""
+    seen: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        first = seen.setdefault(id(parameter), name)
+        if first != name:
+            found[name] = first
+            found.setdefault(first, name)
     return found
 
 
