@@ -1,4 +1,4 @@
-"""timm's folders: the network that the config names, if it has exactly the file's tensors; nothing else of a config acts."""
+"""timm's folders: the network that the config names if it has exactly the file's tensors; nothing else in it acts."""
 
 import json
 import sys
@@ -117,8 +117,8 @@ def test_only_harmless_settings_are_passed_on():
         "pretrained": True, "checkpoint_path": "/etc/passwd", "pretrained_cfg": {"file": "/etc/passwd"},
         "pretrained_cfg_overlay": {"url": "http://x"}, "features_only": True, "cache_dir": "/", "scriptable": True,
         "img_size": 10**9, "depth": 10**9, "patch_size": True, "embed_dim": "64", "depths": [10**9], "dims": [8] * 99,
-        "mlp_ratio": float("nan"), "act_layer": "os.system", "global_pool": "__class__", "norm_layer": "x", "block": "y",
-        "qkv_bias": 1, "num_heads": -1, "window_size": [7, 10**6],
+        "mlp_ratio": float("nan"), "act_layer": "os.system", "global_pool": "__class__",
+        "norm_layer": "x", "block": "y", "qkv_bias": 1, "num_heads": -1, "window_size": [7, 10**6],
     }  # fmt: skip
     assert timm_models.settings({"model_args": given}) == {}
     good = {
