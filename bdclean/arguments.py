@@ -96,5 +96,9 @@ def default_output(model: Path, out: Path | None) -> Path:
     model = model if model.name not in ("", "..") else model.resolve()
     if not model.name:
         raise Refused(f"{model} is not a model: name a safetensors file, or a folder with one.")
-    name = model.name.removesuffix(".index.json").removesuffix(".safetensors")
+    name = model.name.removesuffix(".index.json")
+    for ending in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
+        if name != ending and name.endswith(ending):
+            name = name.removesuffix(ending)
+            break
     return model.with_name(f"{name}.clean.safetensors")

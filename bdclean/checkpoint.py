@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from bdclean.architectures.arch import Arch
+from bdclean.architectures.claimed import identify
 from bdclean.architectures.dialects import COUNTER
-from bdclean.architectures.matching import Match, shown
-from bdclean.architectures.recognition import identify
+from bdclean.architectures.matching import Match, Part, shown, twins
+from bdclean.copies import copies
 from bdclean.errors import Refused
 from bdclean.sources import open_source
 from bdclean.tensorfile import DTYPES, FLOATS, Entry, read_header, reason, write_file
 
 SOURCE_KEY = "bdclean.source_sha256"
-# The claims about preprocessing that an output keeps from its input.
-CLAIM_KEYS = ("bdclean.preprocess",)
+# What an output says of its network, as the config.json beside its input did: it must stand alone.
+CONFIG_KEY = "bdclean.config"
+# The claims that an output keeps from its input.
+CLAIM_KEYS = ("bdclean.preprocess", CONFIG_KEY)
+# The parts of a config that say which network it is.
+CONFIG_PARTS = ("architecture", "num_classes", "model_args", "global_pool", "model_type", "num_attention_heads",
+                "layer_norm_eps", "hidden_act", "downsample_in_bottleneck")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A file's tensors, and the network that they belong to.
 
-    `names`: the file's name for each tensor -> the network's; `unread`: tensors that the network does not have, carried
-    over as they are; `candidates`: networks whose tensors have the same names and shapes, `arch` first.
+    `names`: the file's name for each tensor -> the network's, several to one where `parts` says which rows each is;
+    `tied`: names of tensors that are copies of read ones, and stay so; `unread`: tensors that the network does not
+    have, carried over as they are; `candidates`: networks whose tensors have the same names and shapes, `arch` first.
     """
 
     source: Path
@@ -45,6 +53,9 @@ class Checkpoint:
     preprocessor: dict | None = None
     warnings: tuple[str, ...] = ()
     entries: tuple[Entry, ...] = field(default=(), repr=False)
+    parts: dict[str, Part] = field(default_factory=dict, repr=False)
+    tied: dict[str, str] = field(default_factory=dict, repr=False)
+    paths: tuple[Path, ...] = ()
 
     @staticmethod
     def read(path: Path | str, arch: str | None = None, allow_pickle: bool = False) -> Checkpoint:
@@ -54,19 +65,17 @@ class Checkpoint:
         recognition come first, the weights last. Raises Refused, a sentence for each way in which a file can be bad.
         """
         source = open_source(Path(path), allow_pickle)
-        shapes = {e.name: e.shape for e in source.entries}
+        beside = set(source.beside)
+        shapes = {e.name: e.shape for e in source.entries if e.name not in beside}
         if not shapes:
             raise Refused(f"{shown(path)} holds no tensors.")
-        found = identify(shapes, arch)
-        match = found[0]
-        for entry in source.entries:
-            if entry.name in match.names and not entry.name.endswith(COUNTER) and entry.dtype not in FLOATS:
-                raise Refused(
-                    f"{shown(path)}: {shown(entry.name)} is {entry.dtype}; quantised weights are not supported, "
-                    "give the float32, float16 or bfloat16 file."
-                )
+        config = _own_config(source.metadata) or source.config
+        found, notes = identify(shapes, arch, config)
+        match = replace(found[0], unread=found[0].unread + source.beside)
+        _check_types(source.entries, match, shown(path))
         tensors, digest = source.load()
         _check_finite(tensors, match, shown(path))
+        tied, more = copies(tensors, {e.name: e.dtype for e in source.entries}, match)
         return Checkpoint(
             source=Path(path),
             sha256=digest,
@@ -74,13 +83,29 @@ class Checkpoint:
             metadata=source.metadata,
             arch=match.arch,
             names=match.names,
-            unread=match.unread,
+            unread=tuple(name for name in match.unread if name not in tied),
             format=source.format,
             candidates=tuple(m.arch for m in found),
-            config=source.config,
+            config=config,
             preprocessor=source.preprocessor,
-            warnings=source.warnings,
+            warnings=(*source.warnings, *notes, *more),
             entries=source.entries,
+            parts=match.parts,
+            tied=tied,
+            paths=source.paths,
+        )
+
+    def again(self, path: Path | str) -> Checkpoint:
+        """What `write` made at `path`, read back as the same network; the file must have the same tensors."""
+        source = open_source(Path(path), allow_pickle=False)
+        if source.entries != self.entries:
+            raise Refused(
+                f"{shown(path)} does not hold the tensors that were written: something else writes to it."
+            )
+        tensors, digest = source.load()
+        _check_finite(tensors, Match(self.arch, self.names, self.unread), shown(path))
+        return replace(
+            self, source=Path(path), sha256=digest, tensors=tensors, metadata=source.metadata, warnings=()
         )
 
     def build(self, device: str | torch.device = "cpu", arch: Arch | None = None) -> nn.Module:
@@ -88,21 +113,36 @@ class Checkpoint:
 
         `arch`: one of `candidates` instead of the first.
         """
-        state = {
-            name: self.tensors[key] if name.endswith(COUNTER) else self.tensors[key].to(torch.float32)
-            for key, name in self.names.items()
-        }
+        state = self._state()
         # The network starts with random weights: drawn aside, so that a seeded run is the same with or without it.
         with torch.random.fork_rng(devices=[]):
             network = (arch or self.arch).build()
         own = network.state_dict()
+        twin = twins(network)
         for name in own.keys() - state.keys():
-            if not name.endswith(COUNTER):
+            if twin.get(name, name) in state:
+                state[name] = state[twin[name]]
+            elif name.endswith(COUNTER) or not own[name].is_floating_point():
+                state[name] = own[name]
+            else:
                 raise Refused(f"{shown(self.source)} lacks {shown(name)}.")
-            state[name] = own[name]
         _check_tied(own, state, shown(self.source))
         network.load_state_dict(state, strict=True)
         return network.float().eval().to(device)
+
+    def _state(self) -> dict[str, Tensor]:
+        """The network's tensors in float32, of one or several of the file's each; whole numbers as they are."""
+        pieces: dict[str, list[tuple[int, Tensor]]] = {}
+        for key, name in self.names.items():
+            tensor, part = self.tensors[key], self.parts.get(key)
+            if tensor.is_floating_point():
+                tensor = tensor.to(torch.float32)
+            at = 0 if part is None else part.begin
+            pieces.setdefault(name, []).append((at, tensor if part is None else tensor.reshape(part.shape)))
+        return {
+            name: own[0][1] if len(own) == 1 else torch.cat([t for _, t in sorted(own, key=lambda p: p[0])])
+            for name, own in pieces.items()
+        }
 
     def write(
         self, model: nn.Module, path: Path | str, provenance: Mapping[str, str], force: bool = False
@@ -115,29 +155,39 @@ class Checkpoint:
         self.check_writable(path, force)
         network = getattr(model, "network", model)
         state = (network if isinstance(network, nn.Module) else model).state_dict()
-        out: dict[str, Tensor] = {}
+        out = {e.name: self.tensors[e.name] for e in self.entries if e.name not in self.names}
         for entry in self.entries:
-            name = self.names.get(entry.name)
-            if name is None:
-                out[entry.name] = self.tensors[entry.name]
-                continue
-            tensor = state[name].detach().cpu()
-            if tuple(tensor.shape) != entry.shape:
-                raise Refused(
-                    f"{shown(entry.name)} is {list(tensor.shape)}, the file's is {list(entry.shape)}."
-                )
-            cast = tensor.to(DTYPES[entry.dtype])
-            if cast.is_floating_point() and not bool(torch.isfinite(cast).all()):
-                raise Refused(
-                    f"{shown(entry.name)} has values that {entry.dtype} cannot hold: nothing was written."
-                )
-            out[entry.name] = cast
+            if entry.name in self.names:
+                out[entry.name] = self._written(entry, state[self.names[entry.name]].detach().cpu())
+        out |= {name: out[read] for name, read in self.tied.items()}
         return write_file(path, self.entries, self._metadata(provenance), out)
+
+    def _written(self, entry: Entry, tensor: Tensor) -> Tensor:
+        """The network's tensor, or the rows of it that `entry` is, in the file's shape and type."""
+        part = self.parts.get(entry.name)
+        if part is not None and tensor.ndim:
+            rows = part.shape[0] if part.shape else len(tensor)
+            tensor = tensor[part.begin : part.begin + rows]
+        if tuple(tensor.shape) != (entry.shape if part is None else part.shape):
+            raise Refused(f"{shown(entry.name)} is {list(tensor.shape)}, the file's is {list(entry.shape)}.")
+        tensor, before = tensor.reshape(entry.shape), self.tensors[entry.name]
+        cast = tensor.to(DTYPES[entry.dtype])
+        if cast.is_floating_point() and not bool(torch.isfinite(cast).all()):
+            raise Refused(
+                f"{shown(entry.name)} has values that {entry.dtype} cannot hold: nothing was written."
+            )
+        # A number that training left alone keeps its bits, also those that float32 cannot hold.
+        return torch.where(before.to(tensor.dtype) == tensor, before, cast)
 
     def _metadata(self, provenance: Mapping[str, str]) -> dict[str, str]:
         """The file's own metadata in its order, then provenance; that of an earlier cleansing is replaced."""
         kept = {k: v for k, v in self.metadata.items() if not k.startswith("bdclean.") or k in CLAIM_KEYS}
         given = {k if k.startswith("bdclean.") else f"bdclean.{k}": str(v) for k, v in provenance.items()}
+        if self.config is not None and CONFIG_KEY not in kept:
+            said = {k: self.config[k] for k in CONFIG_PARTS if k in self.config}
+            shape = [3, *self.arch.input[1:]]
+            if "architecture" in said or "model_type" in said:
+                kept |= {CONFIG_KEY: json.dumps(said | {"input_size": shape}, sort_keys=True)}
         return kept | {SOURCE_KEY: self.sha256} | dict(sorted(given.items())) | {SOURCE_KEY: self.sha256}
 
     def check_writable(self, out: Path | str, force: bool = False) -> None:
@@ -167,10 +217,17 @@ class Checkpoint:
             )
 
     def _is_input(self, out: Path) -> bool:
-        inputs = [self.source] if self.source.is_file() else list(self.source.glob("*.safetensors"))
-        if self.source.name.endswith(".index.json"):
-            inputs += list(self.source.parent.glob("*.safetensors"))
-        return any(os.path.samefile(out, p) for p in inputs if p.exists())
+        return any(os.path.samefile(out, path) for path in self.paths if path.exists())
+
+
+def _own_config(metadata: Mapping[str, str]) -> dict | None:
+    """The config that an earlier output carries with it."""
+    text = metadata.get(CONFIG_KEY)
+    try:
+        table = json.loads(text) if text is not None else None
+    except (ValueError, RecursionError):
+        return None
+    return table if isinstance(table, dict) else None
 
 
 def made_from(path: Path) -> str | None:
@@ -179,6 +236,23 @@ def made_from(path: Path) -> str | None:
         return read_header(path).metadata.get(SOURCE_KEY)
     except (Refused, OSError):
         return None
+
+
+def _check_types(entries: tuple[Entry, ...], match: Match, where: str) -> None:
+    """Weights must be of a type that can be trained; whole numbers may only be where the network has such."""
+    odd = [e for e in entries if e.name in match.names and e.dtype not in FLOATS]
+    indices: set[str] = set()
+    if any(e.dtype in DTYPES and not e.name.endswith(COUNTER) for e in odd):
+        with torch.device("meta"):
+            own = match.arch.build().state_dict()
+        indices = {name for name, tensor in own.items() if not tensor.is_floating_point()}
+    for entry in odd:
+        name = match.names[entry.name]
+        if entry.dtype not in DTYPES or not (name.endswith(COUNTER) or name in indices):
+            raise Refused(
+                f"{where}: {shown(entry.name)} is {entry.dtype}; quantised weights are not supported, "
+                "give the float32, float16 or bfloat16 file."
+            )
 
 
 def _check_finite(tensors: Mapping[str, Tensor], match: Match, where: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bdclean import registry
 from bdclean.architectures import Arch
+from bdclean.architectures.claimed import accepts
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet, claimed_names, labels_plausible, load_images, repeated
 from bdclean.deciding import layer_distance
@@ -84,12 +85,22 @@ class Suspect:
 
 
 def input_size(checkpoint: Checkpoint, inputs: Inputs) -> tuple[int, int]:
-    """Height and width: what `--preprocess` says, else what the file claims, else the architecture's own."""
+    """Height and width: what `--preprocess` says, else what the file claims, else the architecture's own.
+
+    Raises Refused where the network cannot be run on what the user says; such a claim is passed over.
+    """
     if inputs.preprocess != "auto":
         size = parse_preprocess(inputs.preprocess).size
+        if size is not None and not accepts(checkpoint.arch, size):
+            own = "x".join(map(str, checkpoint.arch.input[1:]))
+            raise Refused(
+                f"{checkpoint.arch.name} cannot be run on images of {size[0]}x{size[1]}: leave size out, it is {own}."
+            )
     else:
         said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
         size = said[0].size if said else None
+        if size is not None and not accepts(checkpoint.arch, size):
+            size = None
     return size or (checkpoint.arch.input[1], checkpoint.arch.input[2])
 
 

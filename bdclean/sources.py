@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from bdclean.architectures.matching import shown
 from bdclean.errors import Refused
+from bdclean.foreign_formats import sentence
+from bdclean.pickles import read_pickle
 from bdclean.tensorfile import (
-    NAMES,
     Entry,
     Header,
-    lay_out,
     looks_like_pickle,
     read_header,
     read_tensors,
@@ -28,13 +26,15 @@ from bdclean.tensorfile import (
 INDEX = "model.safetensors.index.json"
 # A model's own description is a few kB; an index of the largest models a few MB.
 LARGEST_JSON = 20_000_000
-# Where training scripts keep the weights inside a saved table.
-WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net", "weights", "params")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Headers read and checked, weights not yet: `load` gives all tensors and the sha256 of what was read."""
+    """Headers read and checked, weights not yet: `load` gives all tensors and the sha256 of what was read.
+
+    `paths`: the files that they lie in; `beside`: tensors that are kept apart from the network's in a torch file.
+    """
 
     entries: tuple[Entry, ...]
     metadata: dict[str, str]
@@ -43,6 +43,8 @@ class Source:
     config: dict | None
     preprocessor: dict | None
     warnings: tuple[str, ...]
+    paths: tuple[Path, ...]
+    beside: tuple[str, ...] = ()
 
 
 def open_source(path: Path, allow_pickle: bool) -> Source:
@@ -51,31 +53,37 @@ def open_source(path: Path, allow_pickle: bool) -> Source:
     try:
         if path.is_dir():
             path = _in_folder(path)
+            where = shown(path)
         elif not path.exists():
             raise Refused(f"{where} does not exist.")
         elif not path.is_file():
             raise Refused(f"{where} is not a regular file.")
         notes: list[str] = []
+        paths: tuple[Path, ...] = (path,)
+        beside: tuple[str, ...] = ()
         config = _description(path.parent / "config.json", notes)
         preprocessor = _description(path.parent / "preprocessor_config.json", notes)
         if path.name.endswith(".index.json"):
-            entries, metadata, load = _shards(path)
+            entries, metadata, load, paths = _shards(path)
             kind = "safetensors-sharded"
+        elif (known := sentence(path, where)) is not None:
+            raise Refused(known)
         elif looks_like_pickle(path):
             if not allow_pickle:
                 raise Refused(
                     f"{where} is a pickle and can run code when loaded: "
                     "convert it where you trust it, or pass --allow-pickle to read plain tensors only."
                 )
-            entries, metadata, load = _pickle(path)
-            kind = "pickle"
+            entries, load, more, beside = read_pickle(path)
+            metadata, kind = {}, "pickle"
+            notes += more
         else:
             header = read_header(path)
             entries, metadata, kind = header.entries, header.metadata, "safetensors"
             load = _loader(path, header)
     except OSError as error:
         raise Refused(f"{where} cannot be read: {reason(error)}.") from None
-    return Source(entries, metadata, kind, load, config, preprocessor, tuple(notes))
+    return Source(entries, metadata, kind, load, config, preprocessor, tuple(notes), paths, beside)
 
 
 def _loader(path: Path, header: Header) -> Callable[[], tuple[dict[str, Tensor], str]]:
@@ -89,6 +97,7 @@ def _loader(path: Path, header: Header) -> Callable[[], tuple[dict[str, Tensor],
 
 
 def _in_folder(folder: Path) -> Path:
+    """The file to read: safetensors, sharded or whole; a torch file only where no other is there."""
     if (folder / INDEX).is_file():
         return folder / INDEX
     found = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
@@ -96,7 +105,16 @@ def _in_folder(folder: Path) -> Path:
         return found[0]
     if folder / "model.safetensors" in found:
         return folder / "model.safetensors"
+    pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES and p.is_file())
+    if not found and len(pickles) == 1:
+        return pickles[0]
+    if not found and (folder / "saved_model.pb").is_file():
+        raise Refused(
+            f"{shown(folder)} is a TensorFlow model: convert it to a PyTorch network's safetensors file."
+        )
     count = f"{len(found)} safetensors files" if found else "no safetensors file"
+    if pickles and not found:
+        count += f" and {len(pickles)} pickles"
     raise Refused(f"{shown(folder)} holds {count}: name the one to read.")
 
 
@@ -122,7 +140,7 @@ def _json(path: Path) -> object:
 
 def _shards(
     index: Path,
-) -> tuple[tuple[Entry, ...], dict[str, str], Callable[[], tuple[dict[str, Tensor], str]]]:
+) -> tuple[tuple[Entry, ...], dict[str, str], Callable[[], tuple[dict[str, Tensor], str]], tuple[Path, ...]]:
     where = shown(index)
     try:
         table = _json(index)
@@ -165,35 +183,4 @@ def _shards(
             digest.update(own.encode())
         return tensors, digest.hexdigest()
 
-    return tuple(entries), metadata, load
-
-
-def _pickle(
-    path: Path,
-) -> tuple[tuple[Entry, ...], dict[str, str], Callable[[], tuple[dict[str, Tensor], str]]]:
-    """Plain tensors of a torch file, read with the unpickler that builds nothing else."""
-    where = shown(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever a hostile pickle makes the unpickler raise
-        raise Refused(
-            f"{where} holds more than plain tensors, or is damaged: convert it where you trust it."
-        ) from None
-    table = loaded
-    for key in WEIGHT_KEYS:
-        if isinstance(table, Mapping) and isinstance(table.get(key), Mapping):
-            table = table[key]
-            break
-    if not isinstance(table, Mapping) or not table:
-        raise Refused(f"{where} holds no table of tensors: save the network's state_dict.")
-    for name, value in table.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or value.dtype not in NAMES:
-            raise Refused(f"{where}: {shown(name)} is not a plain tensor: save the network's state_dict.")
-    tensors = {name: value.detach().contiguous().clone() for name, value in table.items()}
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        for piece in iter(lambda: stream.read(1 << 24), b""):
-            digest.update(piece)
-    return lay_out(tensors), {}, lambda: (tensors, digest.hexdigest())
+    return tuple(entries), metadata, load, (index, *headers)

@@ -163,7 +163,7 @@ def _check_cover(entries: Iterable[Entry], size: int, where: str) -> None:
 def read_tensors(path: Path, header: Header) -> tuple[dict[str, Tensor], str]:
     """All tensors, in the header's order and the file's own types, and the file's sha256.
 
-    A tensor of a type that torch has no name for here comes as its bytes.
+    Booleans and types that torch has no name for here come as their bytes: other bytes than 0 and 1 are no booleans.
     """
     digest = hashlib.sha256()
     with path.open("rb") as stream:
@@ -184,16 +184,14 @@ def read_tensors(path: Path, header: Header) -> tuple[dict[str, Tensor], str]:
 
 
 def _tensor(data: bytearray, offset: int, entry: Entry) -> Tensor:
-    dtype = DTYPES.get(entry.dtype, torch.uint8)
-    shape = entry.shape if entry.dtype in DTYPES else (entry.end - entry.begin,)
+    known = entry.dtype in DTYPES and entry.dtype != "BOOL"
+    dtype = DTYPES[entry.dtype] if known else torch.uint8
+    shape = entry.shape if known or entry.dtype == "BOOL" else (entry.end - entry.begin,)
     if entry.end == entry.begin:
         return torch.empty(shape, dtype=dtype)
     if offset % SIZES[entry.dtype]:
         data, offset = data[offset : offset + entry.end - entry.begin], 0
     count = math.prod(shape)
-    # Booleans other than 0 and 1 are undefined in torch: normalised by comparing bytes.
-    if entry.dtype == "BOOL":
-        return (torch.frombuffer(data, dtype=torch.uint8, count=count, offset=offset) != 0).reshape(shape)
     return torch.frombuffer(data, dtype=dtype, count=count, offset=offset).reshape(shape)
 
 

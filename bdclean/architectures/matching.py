@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from bdclean.architectures.arch import Arch, Shape
 from bdclean.architectures.dialects import COUNTER
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # A stranger's names are shown in terminals and records: cut and stripped of control characters.
 LONGEST_NAME = 300
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where a file's tensor lies in a network's that is made of several: at row `begin`, and there it has `shape`."""
+
+    begin: int
+    shape: Shape
+
+
+@dataclass(frozen=True)
 class Match:
-    """A network that has a file's tensors. `names`: file name -> the network's name; `unread`: the rest."""
+    """A network that has a file's tensors. `names`: file name -> the network's name; `unread`: the rest.
+
+    `parts`: the file names whose tensors are only some rows of the network's, or have another shape there.
+    """
 
     arch: Arch
     names: dict[str, str]
     unread: tuple[str, ...]
+    parts: dict[str, Part] = field(default_factory=dict)
 
 
 def differences(own: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
@@ -32,6 +48,18 @@ def differences(own: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list
                 found.append(f"{name} is missing")
         elif tuple(own[name]) != tuple(expected[name]):
             found.append(f"{shown(name)} is {list(own[name])}, expected {list(expected[name])}")
+    return found
+
+
+def twins(network: nn.Module) -> dict[str, str]:
+    """Names of parameters that are one tensor: each with the first of the others' names, and that with the second."""
+    seen: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        first = seen.setdefault(id(parameter), name)
+        if first != name:
+            found[name] = first
+            found.setdefault(first, name)
     return found
 
 
