@@ -1,14 +1,16 @@
 """Stages and taps of any network, found by watching one forward pass.
 
 Key prefixes say nothing for foreign code (a VGG has one `features`), so depth is read off what runs: weight modules in
-the order of execution, cut where the resolution of their outputs changes.
+the order of execution, cut where the resolution of their outputs falls; where it never does, by blocks.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -18,6 +20,8 @@ from bdclean.architectures.arch import Arch, Stage
 # A network whose resolution never changes (a transformer, a plain perceptron) is cut into this many equal parts, as
 # many as a ResNet has between stem and head.
 PARTS = 4
+# Convolutions without padding trim a map (149 to 147 pixels a side): only a clearly smaller one opens a stage.
+TRIMMED = 0.75
 
 
 @dataclass
@@ -29,15 +33,19 @@ class Event:
     end: int = -1
     shape: tuple[int, ...] = ()
     calls: int = 1
-    # A linear layer keeps channels last.
-    linear: bool = False
 
     @property
     def pixels(self) -> int:
-        """Height times width of the output; 0 for anything but a 4-D output."""
+        """Height times width of a square map [1 c s s] or [1 s s c]; 0 for anything else."""
         if len(self.shape) != 4:
             return 0
-        return self.shape[1] * self.shape[2] if self.linear else self.shape[2] * self.shape[3]
+        _, a, b, c = self.shape
+        return b * c if b == c else a * b if a == b else 0
+
+    @property
+    def places(self) -> int:
+        """Pixels of a map, or the number of tokens [1 t c]."""
+        return self.shape[1] if len(self.shape) == 3 else self.pixels
 
 
 def describe(
@@ -101,12 +109,11 @@ def _watch(
         return hook
 
     def leave(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, _inputs: object, output: object) -> None:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
             nonlocal clock
             clock += 1
             if events[name].end < 0:
                 events[name].end = clock
-                events[name].linear = isinstance(module, nn.Linear)
                 if isinstance(output, torch.Tensor):
                     events[name].shape = tuple(output.shape)
 
@@ -160,23 +167,63 @@ def cut(weighted: list[str], events: dict[str, Event]) -> tuple[Stage, ...]:
     inner = weighted[1:-1]
     groups = _by_resolution(inner, events)
     if len(groups) == 1 and len(inner) >= PARTS:
-        step = len(inner) / PARTS
-        groups = [inner[round(step * k) : round(step * (k + 1))] for k in range(PARTS)]
+        groups = _by_blocks(inner)
     stages = [Stage("stem", (weighted[0],))]
     stages += [Stage(_stage_name(g, weighted, k + 1), tuple(g)) for k, g in enumerate(groups)]
     return (*stages, Stage("head", (weighted[-1],)))
 
 
+def _by_blocks(names: list[str]) -> list[list[str]]:
+    """PARTS groups of about as many modules each, cut between a transformer's blocks."""
+    units, prefix = _units(names, ""), ""
+    while (largest := max(units, key=len)) != names and len(largest) * 2 > len(names):
+        prefix = _ancestor(largest)
+        finer = _units(names, prefix)
+        if len(finer) == len(units):
+            break
+        units = finer
+    if len(units) == 1:
+        prefix = _ancestor(names)
+        units = _units(names, prefix)
+    if len(units) < PARTS:
+        units = [[name] for name in names]
+    groups: list[list[str]] = [[] for _ in range(PARTS)]
+    done = 0
+    for unit in units:
+        # The part that the unit's middle falls into.
+        groups[min(PARTS - 1, int((done + len(unit) / 2) * PARTS / len(names)))] += unit
+        done += len(unit)
+    return [group for group in groups if group]
+
+
+def _units(names: list[str], prefix: str) -> list[list[str]]:
+    """Runs of neighbours that lie in the same child of `prefix`, or outside it together."""
+    depth = len(prefix.split(".")) if prefix else 0
+    units: list[list[str]] = []
+    last = None
+    for name in names:
+        inside = not prefix or name.startswith(prefix + ".")
+        key = ".".join(name.split(".")[: depth + 1]) if inside else ""
+        if key != last or not units:
+            units.append([])
+        units[-1].append(name)
+        last = key
+    return units
+
+
 def _by_resolution(names: list[str], events: dict[str, Event]) -> list[list[str]]:
     pixels = [events[name].pixels if name in events else 0 for name in names]
+    ends = sorted((e.end, e.pixels) for e in events.values())
+    at = [end for end, _ in ends]
+    largest = [*accumulate((p for _, p in reversed(ends)), max)][::-1]
     groups: list[list[str]] = []
     last = -1
     for k, name in enumerate(names):
-        # A dip, after which something larger ends, is a side branch on pooled features (squeeze-and-excitation): it
-        # belongs to what it sits in.
-        at = events[name].end if name in events else 0
-        later = max((e.pixels for e in events.values() if e.end > at), default=0)
-        if groups and (pixels[k] < later or pixels[k] == last):
+        # A dip, after which something larger ends, is a side branch on pooled features (squeeze-and-excitation) or on
+        # windows of tokens: it belongs to what it sits in. So does what has no map, until the last map has ended.
+        here = bisect_right(at, events[name].end) if name in events else 0
+        later = largest[here] if here < len(largest) else 0
+        if groups and (pixels[k] < later or pixels[k] > TRIMMED * last or pixels[k] == last):
             groups[-1].append(name)
         else:
             groups.append([name])
@@ -219,30 +266,29 @@ def _stage_name(group: list[str], weighted: list[str], number: int) -> str:
 
 
 def find_taps(stages: tuple[Stage, ...], events: dict[str, Event]) -> tuple[str, ...]:
-    """For each stage with 4-D outputs: the module that ends last before the next stage begins, at its resolution.
+    """For each stage with maps or tokens: the module that ends last before the next stage begins, as large as they are.
 
     That is the outermost block (`layer2` rather than `layer2.1.bn2`); in a plain sequence, what follows the last
     convolution: its norm and activation.
     """
     taps = []
     for stage, following in zip(stages[1:-1], stages[2:], strict=True):
-        called = [events[n] for n in stage.modules if n in events and len(events[n].shape) == 4]
-        if not called or called[-1].linear:
+        ran = [events[n] for n in stage.modules if n in events]
+        called = [e for e in ran if e.places > 1]
+        if not called:
             continue
         # The stage's own resolution is the most frequent: a bottleneck's first layer has the one before, a side branch
         # on pooled features a smaller one.
-        counts = Counter(e.pixels for e in called)
-        last = max(called, key=lambda e: (counts[e.pixels], e.pixels, e.end))
-        begin = max(e.end for e in called)
+        counts = Counter(e.places for e in called)
+        last = max(called, key=lambda e: (counts[e.places], e.places, e.end))
+        begin = max(e.end for e in ran)
         end = min((events[n].begin for n in following.modules if n in events), default=begin)
         ended = [
             e
             for e in events.values()
             if e.calls == 1
             and begin <= e.end < end
-            and len(e.shape) == 4
-            and not e.linear
-            and e.shape[2:] == last.shape[2:]
+            and e.places == last.places
             and not _opens_next(e, events, begin, end)
         ]
         # A block that holds some of the stage comes before a norm or activation that follows it.
