@@ -16,7 +16,18 @@ from bdclean.architectures import fingerprint
 from bdclean.architectures.arch import Proposal, Shapes
 
 # What other modules here build from the shapes alone.
-ELSEWHERE = ("convnext_", "densenet", "maxvit_", "regnet_", "resnet", "resnext", "swin_", "vgg", "vit_", "wide_resnet")
+ELSEWHERE = (
+    "convnext_",
+    "densenet",
+    "maxvit_",
+    "regnet_",
+    "resnet",
+    "resnext",
+    "swin_",
+    "vgg",
+    "vit_",
+    "wide_resnet",
+)
 # Heads that only help training: they never run on an image that is to be judged.
 IDLE = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 

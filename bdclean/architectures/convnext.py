@@ -12,7 +12,7 @@ from bdclean.architectures.arch import Proposal, Shapes
 from bdclean.architectures.counting import numbered
 
 # (blocks, widths) -> torchvision's name.
-KNOWN = {
+KNOWN: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {
     ((3, 3, 9, 3), (96, 192, 384, 768)): "convnext_tiny",
     ((3, 3, 27, 3), (96, 192, 384, 768)): "convnext_small",
     ((3, 3, 27, 3), (128, 256, 512, 1024)): "convnext_base",

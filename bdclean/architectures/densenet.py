@@ -12,7 +12,7 @@ from bdclean.architectures.arch import Proposal, Shapes
 from bdclean.architectures.counting import numbered
 
 # (growth, layers of each block, channels of the stem) -> torchvision's name.
-KNOWN = {
+KNOWN: dict[tuple[int, tuple[int, ...], int], str] = {
     (32, (6, 12, 24, 16), 64): "densenet121",
     (48, (6, 12, 36, 24), 96): "densenet161",
     (32, (6, 12, 32, 32), 64): "densenet169",

@@ -30,8 +30,8 @@ KEPT = 48
 class Known:
     """A known network. `head`: its tensors whose first dimension is the class count; `parameters`: without those.
 
-    `idle`: beginnings of the names of auxiliary heads, which a file may have. `digest`: of all names and shapes, auxiliary heads and batch counters left out. `sketch`: the least hashes of name
-    and shape of single tensors, 8 hexadecimal digits each.
+    `idle`: beginnings of the names of auxiliary heads, which a file may have. `digest`: of all names and shapes
+    but those and batch counters. `sketch`: the least hashes of name and shape of single tensors, in 8 digits each.
     """
 
     name: str
@@ -109,8 +109,9 @@ def nearest(shapes: Mapping[str, Shape], count: int = 3) -> list[Known]:
 
 def generate() -> list[dict]:
     """All rows anew, from what is installed; imports torch and builds every network on the meta device."""
-    from bdclean.architectures.recognition import build_shapes, well_known
     from torchvision import models
+
+    from bdclean.architectures.recognition import build_shapes, well_known
 
     theirs = set(models.list_models(module=models))
     rows = []
@@ -143,7 +144,9 @@ def written(rows: list[dict]) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bdclean.architectures.fingerprint", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the file is stale")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 where the file is stale"
+    )
     text = written(generate()) if parser.parse_args(arguments).check else None
     if text is None:
         FILE.write_text(written(generate()), encoding="utf-8")

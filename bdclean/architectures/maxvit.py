@@ -16,7 +16,9 @@ from bdclean.architectures.arch import Proposal, Shapes
 from bdclean.architectures.counting import numbered
 
 # (channels of the stem, of the blocks, layers of the blocks, width of a head, partition) -> torchvision's name.
-KNOWN = {(64, (64, 128, 256, 512), (2, 2, 5, 2), 32, 7): "maxvit_t"}
+KNOWN: dict[tuple[int, tuple[int, ...], tuple[int, ...], int, int], str] = {
+    (64, (64, 128, 256, 512), (2, 2, 5, 2), 32, 7): "maxvit_t"
+}
 
 
 def rename(name: str) -> str:
@@ -43,26 +45,29 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
     if name is None:
         name = f"maxvit-{'-'.join(map(str, layers))}-w{'-'.join(map(str, channels))}-partition{partition}"
     make = partial(make_network, stem[0], tuple(channels), tuple(layers), head_width, partition, head[0])
-    yield Proposal(name, make, (3, *[side(partition, len(layers))] * 2))
+    yield Proposal(name, make, size(partition, len(layers)))
 
 
-def side(partition: int, blocks: int) -> int:
+def size(partition: int, blocks: int) -> tuple[int, int, int]:
     """The least image whose last feature map is one partition wide: the stem and each block halve it."""
-    return partition << (blocks + 1)
+    return 3, partition << (blocks + 1), partition << (blocks + 1)
 
 
 def make_network(
-    stem: int, channels: tuple[int, ...], layers: tuple[int, ...], head_width: int, partition: int, classes: int
+    stem: int,
+    channels: tuple[int, ...],
+    layers: tuple[int, ...],
+    head_width: int,
+    partition: int,
+    classes: int,
 ) -> nn.Module:
     """torchvision's MaxViT with these numbers."""
-    size = side(partition, len(layers))
-    return MaxVit(
-        (size, size), stem, partition, list(channels), list(layers), head_width, 0.0, num_classes=classes
-    )
+    image = size(partition, len(layers))[1:]
+    return MaxVit(image, stem, partition, list(channels), list(layers), head_width, 0.0, num_classes=classes)
 
 
 def named_proposals(classes: int) -> Iterator[Proposal]:
     """Every MaxViT that torchvision names."""
     for (stem, channels, layers, head_width, partition), name in KNOWN.items():
         make = partial(make_network, stem, channels, layers, head_width, partition, classes)
-        yield Proposal(name, make, (3, *[side(partition, len(layers))] * 2))
+        yield Proposal(name, make, size(partition, len(layers)))

@@ -6,6 +6,7 @@ the order of execution, cut where the resolution of their outputs falls; where i
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +23,11 @@ from bdclean.architectures.arch import Arch, Stage
 PARTS = 4
 # Convolutions without padding trim a map (149 to 147 pixels a side): only a clearly smaller one opens a stage.
 TRIMMED = 0.75
+# Several images pass at once: what a module gives for each of them can then be told from its tables and windows.
+IMAGES = 2
+UNKNOWN = -1
+# Parameters with two or more dimensions that are no layer's weights: tables, tokens and scales.
+NO_WEIGHTS = re.compile(r"bias|scale|gamma|token|embed|(?:^|_)pos(?:_|ition|$)")
 
 
 @dataclass
@@ -33,19 +39,13 @@ class Event:
     end: int = -1
     shape: tuple[int, ...] = ()
     calls: int = 1
-
-    @property
-    def pixels(self) -> int:
-        """Height times width of a square map [1 c s s] or [1 s s c]; 0 for anything else."""
-        if len(self.shape) != 4:
-            return 0
-        _, a, b, c = self.shape
-        return b * c if b == c else a * b if a == b else 0
+    # Height times width of square maps [n c s s] or [n s s c]; 0 for anything else.
+    pixels: int = 0
 
     @property
     def places(self) -> int:
-        """Pixels of a map, or the number of tokens [1 t c]."""
-        return self.shape[1] if len(self.shape) == 3 else self.pixels
+        """Pixels of a map, or the number of tokens [n t c]."""
+        return self.shape[1] if len(self.shape) == 3 and self.shape[0] == IMAGES else self.pixels
 
 
 def describe(
@@ -55,14 +55,16 @@ def describe(
     alternatives: tuple[tuple[str, str], ...] = (),
     network: nn.Module | None = None,
 ) -> Arch:
-    """The Arch of what `build` returns, from one pass over an image of `size` on the meta device.
+    """The Arch of what `build` returns, from one pass over images of `size` on the meta device.
 
     `network`: one already built, to save building again. Code that cannot run on the meta device runs on the CPU.
     Raises ValueError when the network has no weights, or gives anything but one row of logits an image.
     """
     events, weighted, logits = watch(build, size, network)
-    if len(logits) != 2 or not weighted:
-        raise ValueError(f"gives an output of shape {list(logits)} for one image, not one row of logits")
+    if len(logits) != 2 or logits[0] != IMAGES or not weighted:
+        raise ValueError(
+            f"gives an output of shape {list(logits)} for {IMAGES} images, not one row of logits for each"
+        )
     head = weighted[-1]
     stages = cut(weighted, events)
     return Arch(
@@ -96,6 +98,7 @@ def _watch(
 ) -> tuple[dict[str, Event], list[str], tuple[int, ...]]:
     events: dict[str, Event] = {}
     clock = 0
+    previous: tuple[object, int] = (None, 0)
 
     def enter(name: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
@@ -109,11 +112,19 @@ def _watch(
         return hook
 
     def leave(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            nonlocal clock
+        def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            nonlocal clock, previous
             clock += 1
+            if not isinstance(output, torch.Tensor):
+                pixels = 0
+            elif output is previous[0] and previous[1] != UNKNOWN:
+                # What a container hands on is what its last layer gave.
+                pixels = previous[1]
+            else:
+                pixels = pixels_of(module, inputs[0] if inputs else None, output, previous)
+            previous = (output, pixels)
             if events[name].end < 0:
-                events[name].end = clock
+                events[name].end, events[name].pixels = clock, max(0, pixels)
                 if isinstance(output, torch.Tensor):
                     events[name].shape = tuple(output.shape)
 
@@ -128,13 +139,35 @@ def _watch(
     network.eval()
     try:
         with torch.no_grad():
-            output = network(torch.zeros(1, *size, device=device))
+            output = network(torch.zeros(IMAGES, *size, device=device))
     finally:
         for handle in handles:
             handle.remove()
         network.train(was_training)
     logits = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
     return events, _weighted(network, events), logits
+
+
+def pixels_of(module: nn.Module, given: object, output: torch.Tensor, previous: tuple[object, int]) -> int:
+    """Height times width of the maps that `module` gives; 0 for other outputs, UNKNOWN where a container must tell.
+
+    Windows of tokens [n windows tokens c] can look like maps: so layers say where their channels are, and what only
+    moves things about says nothing. `previous`: the output before this one, and its pixels.
+    """
+    if output.ndim != 4 or output.shape[0] != IMAGES:
+        return 0
+    _, a, b, c = output.shape
+    first, last = b * c if b == c else 0, a * b if a == b else 0
+    if isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)):
+        return first
+    if type(module) in (nn.Linear, nn.LayerNorm):
+        return last
+    if next(module.children(), None) is None and next(module.parameters(), None) is None:
+        if not isinstance(given, torch.Tensor) or given.shape != output.shape:
+            return UNKNOWN
+        if given is previous[0]:
+            return previous[1]
+    return first or last
 
 
 def _weighted(network: nn.Module, events: dict[str, Event]) -> list[str]:
@@ -147,7 +180,7 @@ def _weighted(network: nn.Module, events: dict[str, Event]) -> list[str]:
     late: list[tuple[str, str | None]] = []
     previous = None
     for name, module in network.named_modules():
-        if not name or not any(p.ndim >= 2 for p in module.parameters(recurse=False)):
+        if not name or not holds_weights(module):
             continue
         if name in events:
             order.append(name)
@@ -160,6 +193,11 @@ def _weighted(network: nn.Module, events: dict[str, Event]) -> list[str]:
     return order
 
 
+def holds_weights(module: nn.Module) -> bool:
+    """Whether `module` itself has a weight: a matrix or a kernel, and no table, token or scale."""
+    return any(p.ndim >= 2 and not NO_WEIGHTS.search(n) for n, p in module.named_parameters(recurse=False))
+
+
 def cut(weighted: list[str], events: dict[str, Event]) -> tuple[Stage, ...]:
     """Stem (the first weight module), one stage a resolution, head (the last weight module)."""
     if len(weighted) == 1:
@@ -169,7 +207,11 @@ def cut(weighted: list[str], events: dict[str, Event]) -> tuple[Stage, ...]:
     if len(groups) == 1 and len(inner) >= PARTS:
         groups = _by_blocks(inner)
     stages = [Stage("stem", (weighted[0],))]
-    stages += [Stage(_stage_name(g, weighted, k + 1), tuple(g)) for k, g in enumerate(groups)]
+    for k, group in enumerate(groups):
+        name = _stage_name(group, weighted, k + 1)
+        # A module of the network may be called like the number of another stage.
+        taken = any(stage.name == name for stage in stages)
+        stages.append(Stage(f"{name}-{k + 1}" if taken else name, tuple(group)))
     return (*stages, Stage("head", (weighted[-1],)))
 
 
@@ -228,13 +270,14 @@ def _by_resolution(names: list[str], events: dict[str, Event]) -> list[list[str]
         else:
             groups.append([name])
             last = max(pixels[k], later)
-    return _whole_blocks(groups)
+    return _whole_blocks(groups, dict(zip(names, pixels, strict=True)))
 
 
-def _whole_blocks(groups: list[list[str]]) -> list[list[str]]:
+def _whole_blocks(groups: list[list[str]], pixels: dict[str, int]) -> list[list[str]]:
     """Move the layers of a block that lowers the resolution in its middle into the stage that it opens.
 
-    A bottleneck's first 1x1 convolution still has the old resolution; without this it would count one stage too early.
+    A bottleneck's first 1x1 convolution still has the old resolution, and its shortcut may run before it; without this
+    they would count one stage too early.
     """
     for k in range(len(groups) - 1):
         early, later = groups[k], groups[k + 1]
@@ -242,10 +285,19 @@ def _whole_blocks(groups: list[list[str]]) -> list[list[str]]:
         if not block or len(early) == 1:
             continue
         inside = [n for n in early if n.startswith(block + ".")]
-        elsewhere = any(n.startswith(block + ".") for g in groups[k + 2 :] for n in g)
-        if len(inside) < len(early) and not elsewhere and inside == early[-len(inside) :]:
+        grown = False
+        while "." in block:
+            block = block.rpartition(".")[0]
+            wider = [n for n in early if n.startswith(block + ".")]
+            if any(pixels[n] != pixels[later[0]] for n in wider if n not in inside):
+                break
+            grown |= len(wider) > len(inside)
+            inside = wider
+        holder = _ancestor([*inside, later[0]])
+        elsewhere = any(n.startswith(holder + ".") for g in groups[k + 2 :] for n in g)
+        if (len(inside) < len(early) or grown) and not elsewhere and inside == early[-len(inside) :]:
             groups[k], groups[k + 1] = early[: -len(inside)], inside + later
-    return groups
+    return [group for group in groups if group]
 
 
 def _ancestor(names: list[str]) -> str:
@@ -280,7 +332,7 @@ def find_taps(stages: tuple[Stage, ...], events: dict[str, Event]) -> tuple[str,
         # The stage's own resolution is the most frequent: a bottleneck's first layer has the one before, a side branch
         # on pooled features a smaller one.
         counts = Counter(e.places for e in called)
-        last = max(called, key=lambda e: (counts[e.places], e.places, e.end))
+        last = max(called, key=lambda e: (counts[e.places], e.end))
         begin = max(e.end for e in ran)
         end = min((events[n].begin for n in following.modules if n in events), default=begin)
         ended = [

@@ -17,7 +17,7 @@ from bdclean.architectures.arch import Proposal, Shapes
 from bdclean.architectures.counting import numbered
 
 # (second version, width, depths, window) -> torchvision's name.
-KNOWN = {
+KNOWN: dict[tuple[bool, int, tuple[int, ...], int], str] = {
     (False, 96, (2, 2, 6, 2), 7): "swin_t",
     (False, 96, (2, 2, 18, 2), 7): "swin_s",
     (False, 128, (2, 2, 18, 2), 7): "swin_b",
@@ -38,7 +38,9 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
     stem = shapes.get("features.0.0.weight", ())
     head = shapes.get("head.weight", ())
     inner = shapes.get("features.1.0.mlp.0.weight", ())
-    depths, heads, window = [], [], 0
+    depths: list[int] = []
+    heads: list[int] = []
+    window = 0
     second = "features.1.0.attn.logit_scale" in shapes
     while depth := numbered(shapes, rf"features\.{2 * len(depths) + 1}\.(\d{{1,4}})\.attn\."):
         at = f"features.{2 * len(depths) + 1}.0.attn"
@@ -57,9 +59,18 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
     if name is None or HEADS[stem[0]] != tuple(heads):
         name = f"swin{'_v2' if second else ''}-{'-'.join(map(str, depths))}-w{stem[0]}-window{window}"
     make = partial(
-        make_network, second, stem[2], stem[0], tuple(depths), tuple(heads), window, inner[0] / inner[1], head[0]
+        make_network,
+        second,
+        stem[2],
+        stem[0],
+        tuple(depths),
+        tuple(heads),
+        window,
+        inner[0] / inner[1],
+        head[0],
     )
-    yield Proposal(name, make, (3, *[stem[2] * window << (len(depths) - 1)] * 2))
+    side = stem[2] * window << (len(depths) - 1)
+    yield Proposal(name, make, (3, side, side))
 
 
 def make_network(
