@@ -28,6 +28,7 @@ from bdclean.architectures.dialects import views
 from bdclean.architectures.matching import Match, differences, listed, shown
 from bdclean.architectures.staging import describe
 from bdclean.architectures.user_code import fit_user_code
+from bdclean.architectures.variants import variants
 from bdclean.errors import Refused, UsageError
 
 FAMILIES: tuple[Family, ...] = (
@@ -181,12 +182,13 @@ def matches(
     proposal: Proposal, network: torch.nn.Module, names: dict[str, str], unread: tuple[str, ...]
 ) -> list[Match]:
     """The proposal and the other readings of the same tensors, which differ in no module that holds weights."""
-    others = tuple((p.name, reason) for p, reason in proposal.others)
+    readings = (*proposal.others, *variants(proposal, network))
+    others = tuple((p.name, reason) for p, reason in readings)
     first = describe(proposal.name, proposal.build, proposal.input, others, network)
     found = [Match(first, names, unread)]
     kin = (proposal.name, f"the usual reading of the same tensors ({proposal.name})")
-    for other, _ in proposal.others:
-        rest = tuple((p.name, r) for p, r in proposal.others if p is not other)
+    for other, _ in readings:
+        rest = tuple((p.name, r) for p, r in readings if p is not other)
         reading = replace(
             first, name=other.name, build=other.build, input=other.input, alternatives=(kin, *rest)
         )
