@@ -37,6 +37,8 @@ class Arch:
     taps: tuple[str, ...]
     # (name, reason) of others whose tensors have the same names and shapes: shapes do not show strides or activations.
     alternatives: tuple[tuple[str, str], ...] = ()
+    # A reading that nobody names: it counts only where it fits clearly better than the usual one.
+    unusual: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Proposal:
     idle: tuple[str, ...] = ()
     # Builds the network with those heads, to check their shapes.
     whole: Callable[[], nn.Module] | None = None
+    unusual: bool = False
 
 
 class Family(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from bdclean.architectures.dialects import views
 from bdclean.architectures.matching import Match, differences, listed, shown
 from bdclean.architectures.staging import describe
 from bdclean.architectures.user_code import fit_user_code
-from bdclean.architectures.variants import variants
+from bdclean.architectures.variants import at_size, variants
 from bdclean.errors import Refused, UsageError
 
 FAMILIES: tuple[Family, ...] = (
@@ -130,6 +131,8 @@ def identify(shapes: Mapping[str, Shape], arch: str | None = None) -> list[Match
     if arch is None:
         return recognise(shapes)
     wanted = arch.removeprefix("torchvision:").lower()
+    if sized := re.fullmatch(r"(.+)\+(\d{1,4})px", wanted):
+        return [replace(m, arch=at_size(m.arch, int(sized[2]))) for m in identify(shapes, sized[1])]
     names = [row.name for row in fingerprint.table()]
     try:
         found = recognise(shapes)
@@ -183,14 +186,19 @@ def matches(
 ) -> list[Match]:
     """The proposal and the other readings of the same tensors, which differ in no module that holds weights."""
     readings = (*proposal.others, *variants(proposal, network))
-    others = tuple((p.name, reason) for p, reason in readings)
+    others = tuple((p.name, reason) for p, reason in readings if not p.unusual)
     first = describe(proposal.name, proposal.build, proposal.input, others, network)
     found = [Match(first, names, unread)]
     kin = (proposal.name, f"the usual reading of the same tensors ({proposal.name})")
     for other, _ in readings:
-        rest = tuple((p.name, r) for p, r in readings if p is not other)
+        rest = tuple((p.name, r) for p, r in readings if p is not other and not p.unusual)
         reading = replace(
-            first, name=other.name, build=other.build, input=other.input, alternatives=(kin, *rest)
+            first,
+            name=other.name,
+            build=other.build,
+            input=other.input,
+            alternatives=(kin, *rest),
+            unusual=other.unusual,
         )
         found.append(Match(reading, names, unread))
     return found

@@ -124,7 +124,13 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
     blocks, widths, stem, bottleneck = read.blocks, read.widths, read.stem, read.bottleneck
     plain = not any(".downsample." in name for name in shapes)
     make = partial(
-        ResidualNetwork, blocks, widths, stem[0], read.classes, bottleneck=bottleneck, bias="fc.bias" in shapes
+        ResidualNetwork,
+        blocks,
+        widths,
+        stem[0],
+        read.classes,
+        bottleneck=bottleneck,
+        bias="fc.bias" in shapes,
     )
     three = len(blocks) == 3
     name = partial(name_of, blocks, widths, stem[0], bottleneck)

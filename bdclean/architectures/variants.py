@@ -5,13 +5,15 @@ Each is the usual network with modules exchanged, so that names and shapes stay.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
-from bdclean.architectures.arch import Proposal
+from bdclean.architectures.arch import Arch, Proposal
 
 # What networks of the same shapes are trained with. ReLU6 and a leak of 0.01 answer like ReLU, GELU's approximations
 # like GELU: no reading of their own.
@@ -40,7 +42,9 @@ def variants(proposal: Proposal, network: nn.Module) -> tuple[tuple[Proposal, st
     usual = activation(network)
     for name in ACTIVATIONS if usual else ():
         if name != usual:
-            found.append(reading(proposal, name, partial(exchange, usual, name), f"{name} instead of {usual}"))
+            found.append(
+                reading(proposal, name, partial(exchange, usual, name), f"{name} instead of {usual}")
+            )
     stem = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     pool = pool_behind_stem(network)
     if pool:
@@ -58,9 +62,14 @@ def reading(
     proposal: Proposal, suffix: str, change: Callable[[nn.Module], nn.Module], reason: str
 ) -> tuple[Proposal, str]:
     """`resnet18+silu`: the proposal's network after `change`."""
-    return Proposal(
-        f"{proposal.name}+{suffix}", partial(changed, proposal.build, change), proposal.input
-    ), reason
+    build = partial(changed, proposal.build, change)
+    return Proposal(f"{proposal.name}+{suffix}", build, proposal.input, unusual=True), reason
+
+
+def at_size(arch: Arch, side: int) -> Arch:
+    """`resnet18+32px`: the same network for images of another side."""
+    name = re.sub(r"\+\d+px$", "", arch.name)
+    return replace(arch, name=f"{name}+{side}px", input=(3, side, side))
 
 
 def changed(build: Callable[[], nn.Module], change: Callable[[nn.Module], nn.Module]) -> nn.Module:

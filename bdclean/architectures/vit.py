@@ -63,7 +63,9 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
             VisionTransformer, side * patch, patch, layers, count, width, inner[0],
             num_classes=head[0], representation_size=between[0] if between else None,
         )  # fmt: skip
-        made.append(Proposal(name, build, (3, side * patch, side * patch)))
+        made.append(
+            Proposal(name, build, (3, side * patch, side * patch), unusual=bool(known) and count != heads)
+        )
     if made:
         first_made, *rest = made
         reasons = ((p, f"{counts[k + 1]} attention heads instead of {counts[0]}") for k, p in enumerate(rest))
