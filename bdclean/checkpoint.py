@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bdclean.architectures.arch import Arch
+from bdclean.architectures.building import Undrawn
 from bdclean.architectures.dialects import COUNTER
 from bdclean.architectures.matching import Match, shown
 from bdclean.architectures.recognition import identify
@@ -92,9 +94,14 @@ class Checkpoint:
             name: self.tensors[key] if name.endswith(COUNTER) else self.tensors[key].to(torch.float32)
             for key, name in self.names.items()
         }
-        # The network starts with random weights: drawn aside, so that a seeded run is the same with or without it.
-        with torch.random.fork_rng(devices=[]):
-            network = (arch or self.arch).build()
+        # All weights come from the file. A user's code may draw in ways of its own: aside, so that a seeded run is the
+        # same with or without it.
+        wanted = arch or self.arch
+        with (
+            torch.random.fork_rng(devices=[]),
+            nullcontext() if wanted.name.startswith("user:") else Undrawn(),
+        ):
+            network = wanted.build()
         own = network.state_dict()
         for name in own.keys() - state.keys():
             if not name.endswith(COUNTER):

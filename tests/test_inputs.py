@@ -6,9 +6,10 @@ from safetensors.torch import save_file
 
 from bdclean.architectures.residual import ResidualNetwork
 from bdclean.checkpoint import Checkpoint
-from bdclean.inputs import ARCHITECTURE_RATIO, Inputs, misfit, understand
+from bdclean.inputs import Inputs, understand
 from bdclean.normalisation import parse_preprocess
 from bdclean.preprocessing import Choice, Classifier
+from bdclean.readings import RATIO, fit
 from bdclean.record import RunRecord
 from bdclean.training import set_batch_statistics
 
@@ -23,10 +24,11 @@ def test_statistics_part_architectures_that_fit_the_same_tensors(tmp_path, short
     save_file(network.state_dict(), tmp_path / "m.safetensors")
     checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
     choice = Choice(parse_preprocess("cifar10"), float("nan"), "given")
-    scores = {arch.name: misfit(checkpoint, arch, choice, images) for arch in checkpoint.candidates}
+    scores = {a.name: fit(checkpoint, a, choice, images, None).distance for a in checkpoint.candidates}
     best, second = sorted(scores, key=scores.__getitem__)[:2]
-    assert best.endswith(f"-{shortcut}") and scores[second] > ARCHITECTURE_RATIO * scores[best]
+    assert best.endswith(f"-{shortcut}") and scores[second] > RATIO * scores[best]
     record = RunRecord("scan")
     suspect = understand(checkpoint, images, Inputs(preprocess="cifar10", device="cpu"), record)
     assert suspect.arch.name == best == record.checkpoint.architecture
-    assert [other["name"] for other in record.checkpoint.alternatives] == [second]
+    assert record.checkpoint.alternatives[0]["name"] == second
+    assert record.checkpoint.architecture_margin == pytest.approx(scores[second] / scores[best])

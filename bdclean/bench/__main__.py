@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from bdclean.bench import cifar10, rule
+from bdclean.bench import cifar10, readings, rule
 
-DRIVERS = {"cifar10": cifar10.main, "rule": rule.main}
+DRIVERS = {"cifar10": cifar10.main, "rule": rule.main, "readings": readings.main}
 
 
 def main() -> int:
