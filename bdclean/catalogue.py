@@ -9,18 +9,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bdclean.architectures.fingerprint import table
 from bdclean.errors import UsageError
 from bdclean.registry import DETECTORS, RECIPES, TABLES, TRIGGERS, closest, describe
 from bdclean.report import text
 
-ARCHITECTURES = {
-    "torchvision:NAME": "torchvision's resnet18 ... 152, resnext, wide_resnet, vgg11 ... 19 with and without _bn",
-    "resnet18-cifar": "ResNet-18/34/50/101/152 for small images: 3x3 stem, no pooling",
-    "resnet20-cifar-a": "ResNet-20/32/44/56/110 for CIFAR, zero-padded shortcuts (option A)",
-    "resnet20-cifar-b": "the same with 1x1 convolutions as shortcuts (option B)",
-    "preactresnet18": "pre-activation ResNet-18 for small images",
-    "wrn-16-1": "WideResNet of any depth and width",
-    "vgg16-bn-cifar": "VGG-11/13/16/19 with batch norm for small images",
+# Kinds whose depth, width and class count are read off the shapes, beside the named ones.
+KINDS = {
+    "ResNet, ResNeXt": "any number of blocks and classes; torchvision's, and with a 3x3 stem for small images",
+    "pre-activation ResNet, WideResNet": "any depth and width",
+    "VGG": "any plan, with and without batch norm",
+    "ViT": "any depth, width, patch and image size, torchvision's names",
+    "Swin, Swin v2, ConvNeXt, MaxViT": "any depth and width, torchvision's names",
+    "RegNet, DenseNet": "any depth and width, torchvision's names, DenseNet's old ones too",
     "FILE.py:NAME": "your own code, only when given with --arch; also package.module:NAME",
 }
 LISTS = ("recipes", "triggers", "detectors", "architectures", "schema")
@@ -43,13 +44,23 @@ def listing(what: str, name: str | None = None) -> str:
 
         return json.dumps(schema(), indent=1) + "\n"
     if what == "architectures":
-        return _columns(ARCHITECTURES.items())
+        return _architectures()
     if what not in LISTS:
         raise UsageError(f"nothing is listed as {what!r}: {closest(what, [*LISTS, *SINGULAR])}")
     table = {"recipes": RECIPES, "triggers": TRIGGERS, "detectors": DETECTORS}[what]
     if not table:
         return f"no {what} in this version; the recipe inoculate reports the triggers that it inverts as findings\n"
     return _columns((key, entry.line) for key, entry in table.items())
+
+
+def _architectures() -> str:
+    """Returns the named networks of the shipped fingerprint, a line each, then the kinds that are read off shapes."""
+    rows = [("NAME", "SOURCE", "PARAMETERS", "INPUT", "TENSORS")]
+    for known in table():
+        parameters = f"{known.parameters / 1e6:.2f} M"
+        rows.append((known.name, known.source, parameters, str(known.input), str(known.tensors)))
+    head = "Recognised by names and shapes, with any class count (parameters are without the head):\n\n"
+    return f"{head}{_columns(rows)}\nRead off the shapes:\n\n{_columns(KINDS.items())}"
 
 
 def _entry(what: str, name: str) -> str:

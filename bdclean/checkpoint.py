@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bdclean.architectures.arch import Arch
+from bdclean.architectures.building import Undrawn
 from bdclean.architectures.claimed import identify
 from bdclean.architectures.dialects import COUNTER
 from bdclean.architectures.matching import Match, Part, shown, twins
@@ -114,9 +116,14 @@ class Checkpoint:
         `arch`: one of `candidates` instead of the first.
         """
         state = self._state()
-        # The network starts with random weights: drawn aside, so that a seeded run is the same with or without it.
-        with torch.random.fork_rng(devices=[]):
-            network = (arch or self.arch).build()
+        # All weights come from the file. A user's code may draw in ways of its own: aside, so that a seeded run is the
+        # same with or without it.
+        wanted = arch or self.arch
+        with (
+            torch.random.fork_rng(devices=[]),
+            nullcontext() if wanted.name.startswith("user:") else Undrawn(),
+        ):
+            network = wanted.build()
         own = network.state_dict()
         twin = twins(network)
         for name in own.keys() - state.keys():

@@ -16,6 +16,7 @@ from bdclean.errors import BdcleanError, Refused, UsageError
 from bdclean.inputs import (
     Inputs,
     Suspect,
+    at_own_size,
     describe_checkpoint,
     describe_images,
     keep_plausible_labels,
@@ -59,8 +60,10 @@ def cleanse(
         record.warnings += checkpoint.warnings
         out = default_output(model, out)
         checkpoint.check_writable(out, force)
+        if (path := inputs.data or inputs.labeled) is not None:
+            checkpoint = at_own_size(checkpoint, path, inputs)
         images = _images(checkpoint, inputs, record, tell)
-        suspect = understand(checkpoint, images.unlabeled.images, inputs, record)
+        suspect = understand(checkpoint, images.unlabeled.images, inputs, record, images.unlabeled.labels)
         if len(suspect.choices) > 1:
             names = " or ".join(c.preprocess.name or c.preprocess.spec() for c in suspect.choices)
             raise Refused(f"the normalisation is unclear between {names}: say which with --preprocess.")

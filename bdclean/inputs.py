@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bdclean import registry
 from bdclean.architectures import Arch
 from bdclean.architectures.claimed import accepts
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet, claimed_names, labels_plausible, load_images, repeated
-from bdclean.deciding import layer_distance
 from bdclean.errors import Refused
 from bdclean.measure import Trigger
 from bdclean.metrics import Predictor
 from bdclean.preprocessing import Choice, Classifier, choose, claim, parse_preprocess
+from bdclean.readings import own_size, read_off
 from bdclean.record import CheckpointEntry, DataEntry, RunRecord
-from bdclean.training import Tell
+from bdclean.training import Tell, quiet
 from bdclean.triggers.bank import bank
 
 
@@ -53,8 +53,6 @@ COMPARED, MANY_COPIES = 20_000, 0.1
 """So many images are searched for copies of each other, and a warning says so if this share or more are copies."""
 ONE_ANSWER = 0.9
 """From this share on, a set of images counts as one class's."""
-ARCHITECTURE_RATIO = 1.5
-"""Where several architectures fit the same tensors, the second best must suit its weights this much worse."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -120,31 +118,43 @@ def read_images(
     return images
 
 
-def understand(checkpoint: Checkpoint, images: Tensor, inputs: Inputs, record: RunRecord) -> Suspect:
-    """Choose the architecture where several fit, then the normalisation, and note both in the record."""
+def at_own_size(checkpoint: Checkpoint, path: Path, inputs: Inputs) -> Checkpoint:
+    """`checkpoint` with the image size that it was trained at, by some of the images of `path`; see `own_size`."""
+    said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
+    settled = (
+        inputs.arch is not None
+        or inputs.preprocess != "auto"
+        or (said is not None and said[0].size is not None)
+    )
+    few = replace(inputs, limit=min(64, inputs.limit or 64), labeled=None)
+
+    def load(arch: Arch) -> Tensor:
+        return read_images(path, replace(checkpoint, arch=arch), few, quiet).images
+
+    return own_size(checkpoint, load, settled)
+
+
+def understand(
+    checkpoint: Checkpoint,
+    images: Tensor,
+    inputs: Inputs,
+    record: RunRecord,
+    labels: Tensor | None = None,
+) -> Suspect:
+    """Choose the normalisation, then the architecture where several fit, and note both in the record.
+
+    Raises Refused where it is unclear which architecture it is; what was compared is in the record then, too.
+    """
     device = resolve_device(inputs.device)
     record.device = str(device)
     choices = choose(checkpoint, images, inputs.preprocess)
-    arch, others = checkpoint.arch, []
-    if len(checkpoint.candidates) > 1:
-        scored = sorted(
-            (misfit(checkpoint, a, choices[0], images), k) for k, a in enumerate(checkpoint.candidates)
-        )
-        arch = checkpoint.candidates[scored[0][1]]
-        ratio = scored[1][0] / max(scored[0][0], 1e-9)
-        for score, index in scored[1:]:
-            reason = (
-                f"fits as well; its statistics are off by {score:.3g}, the chosen one's by {scored[0][0]:.3g}"
-            )
-            others.append({"name": checkpoint.candidates[index].name, "reason": reason})
-        if ratio < ARCHITECTURE_RATIO and inputs.arch is None:
-            record.checkpoint.alternatives = others
-            raise Refused(
-                f"{arch.name} and {others[0]['name']} fit these tensors alike, and the images do not part them "
-                f"(ratio {ratio:.2f}): pass --arch to say which it is."
-            )
-    known = {arch.name, *(other["name"] for other in others)}
-    others += [{"name": name, "reason": reason} for name, reason in arch.alternatives if name not in known]
+    reading = read_off(checkpoint, choices[0], images, labels, inputs.arch is not None)
+    arch, others = reading.arch, reading.others
+    record.checkpoint.alternatives, record.checkpoint.architecture_margin = others, reading.margin
+    if reading.doubt:
+        raise Refused(reading.doubt)
+    if reading.warning:
+        record.warnings.append(reading.warning)
     others += [
         {"name": c.preprocess.name or c.preprocess.spec(), "reason": f"plausible normalisation ({c.source})"}
         for c in choices[1:]
@@ -158,28 +168,6 @@ def understand(checkpoint: Checkpoint, images: Tensor, inputs: Inputs, record: R
     entry.input_size = [3, *images.shape[2:]]
     entry.alternatives = others
     return Suspect(checkpoint, arch, choices, device)
-
-
-def misfit(checkpoint: Checkpoint, arch: Arch, choice: Choice, images: Tensor) -> float:
-    """How badly `arch` suits its own weights on up to 256 real images, >= 0; 0 where all statistics are as in training.
-
-    The mean over batch norm layers of `layer_distance`: a wrong stride, shortcut or pooling shifts what reaches the
-    layers behind it. Without such layers, the inverse of the network's mean confidence.
-    """
-    model = Classifier(checkpoint.build("cpu", arch), choice.preprocess).eval()
-    found: list[float] = []
-
-    def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        x, axes = arguments[0].float(), [k for k in range(arguments[0].ndim) if k != 1]
-        found.append(layer_distance(x.mean(axes), x.var(axes, unbiased=False), layer))
-
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-            module.register_forward_pre_hook(hook)
-    with torch.inference_mode():
-        probabilities = model(images[:256]).softmax(1)
-    return sum(found) / len(found) if found else 1 / float(probabilities.amax(1).mean())
 
 
 def keep_plausible_labels(

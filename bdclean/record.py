@@ -138,6 +138,7 @@ class CheckpointEntry:
     preprocess_source: str | None = None  # given, metadata, config.json, first normalisation layer, ...
     preprocess_margin: float | None = None
     alternatives: list[dict[str, Any]] = field(default_factory=list)  # other readings: name, reason
+    architecture_margin: float | None = None  # how many times worse the next reading's statistics are
 
 
 @dataclass

@@ -11,6 +11,7 @@ from bdclean.errors import BdcleanError, UsageError
 from bdclean.inputs import (
     Inputs,
     Suspect,
+    at_own_size,
     describe_checkpoint,
     describe_images,
     keep_plausible_labels,
@@ -48,10 +49,11 @@ def scan(
         path = inputs.test or inputs.data or inputs.labeled
         if path is None:
             raise UsageError("scan needs images: give --data PATH.")
+        checkpoint = at_own_size(checkpoint, path, inputs)
         images = read_images(path, checkpoint, inputs, tell, forced=path == inputs.labeled)
         record.warnings += images.warnings
         warn_of_copies(images, record)
-        suspect = understand(checkpoint, images.images, inputs, record)
+        suspect = understand(checkpoint, images.images, inputs, record, images.labels)
         size = (images.images.shape[2], images.images.shape[3])
         made = make_triggers(triggers, size)
         aim = check_target(target, suspect)

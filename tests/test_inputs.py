@@ -13,10 +13,8 @@ from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet
 from bdclean.data.placing import place, take
 from bdclean.inputs import (
-    ARCHITECTURE_RATIO,
     Inputs,
     keep_plausible_labels,
-    misfit,
     read_images,
     understand,
     warn_of_copies,
@@ -24,6 +22,7 @@ from bdclean.inputs import (
 )  # fmt: skip
 from bdclean.normalisation import parse_preprocess
 from bdclean.preprocessing import Choice, Classifier
+from bdclean.readings import RATIO, fit
 from bdclean.record import RunRecord
 from bdclean.training import quiet, set_batch_statistics
 
@@ -38,13 +37,14 @@ def test_statistics_part_architectures_that_fit_the_same_tensors(tmp_path, short
     save_file(network.state_dict(), tmp_path / "m.safetensors")
     checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
     choice = Choice(parse_preprocess("cifar10"), float("nan"), "given")
-    scores = {arch.name: misfit(checkpoint, arch, choice, images) for arch in checkpoint.candidates}
+    scores = {a.name: fit(checkpoint, a, choice, images, None).distance for a in checkpoint.candidates}
     best, second = sorted(scores, key=scores.__getitem__)[:2]
-    assert best.endswith(f"-{shortcut}") and scores[second] > ARCHITECTURE_RATIO * scores[best]
+    assert best.endswith(f"-{shortcut}") and scores[second] > RATIO * scores[best]
     record = RunRecord("scan")
     suspect = understand(checkpoint, images, Inputs(preprocess="cifar10", device="cpu"), record)
     assert suspect.arch.name == best == record.checkpoint.architecture
-    assert [other["name"] for other in record.checkpoint.alternatives] == [second]
+    assert record.checkpoint.alternatives[0]["name"] == second
+    assert record.checkpoint.architecture_margin == pytest.approx(scores[second] / scores[best])
 
 
 class Answers:

@@ -106,7 +106,7 @@ def test_user_code_from_a_package(code, monkeypatch):
         ("missing.py:Small", UsageError, "missing.py does not exist"),
         ("no.such.package:Small", UsageError, "No module named 'no'"),
         ("own.py:number", UsageError, "not a class or function"),
-        ("own.py:text", UsageError, "gives a str, not a torch.nn.Module"),
+        ("own.py:text", UsageError, "does not give a network but an object of type str: name a class"),
         ("own.py:broken", Refused, "cannot be built: ValueError: no weights here"),
         ("own.py:Maps", Refused, "does not have these"),
         (":x", UsageError, "is not FILE.py:NAME"),

@@ -22,7 +22,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Arch:
-    """A network's structure. `taps` name the modules whose 4-D outputs end the stages between stem and head."""
+    """A network's structure.
+
+    `taps` name the modules whose outputs end the stages between stem and head: maps [n c h w] or [n h w c], or tokens
+    [n t c]. What goes into the module `head` are the features; `seeing` reads both in one pass.
+    """
 
     name: str
     build: Callable[[], nn.Module] = field(compare=False, repr=False)
@@ -33,6 +37,8 @@ class Arch:
     taps: tuple[str, ...]
     # (name, reason) of others whose tensors have the same names and shapes: shapes do not show strides or activations.
     alternatives: tuple[tuple[str, str], ...] = ()
+    # A reading that nobody names: it counts only where it fits clearly better than the usual one.
+    unusual: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,11 @@ class Proposal:
     input: tuple[int, int, int]
     # Other readings of the same tensors; each is built only if asked for.
     others: tuple[tuple[Proposal, str], ...] = ()
+    # Auxiliary heads, by the beginnings of their names: they may be in a file, and never run on an image to be judged.
+    idle: tuple[str, ...] = ()
+    # Builds the network with those heads, to check their shapes.
+    whole: Callable[[], nn.Module] | None = None
+    unusual: bool = False
 
 
 class Family(Protocol):

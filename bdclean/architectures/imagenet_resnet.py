@@ -9,7 +9,8 @@ from torch import nn
 from torchvision.models import resnet
 
 from bdclean.architectures.arch import Proposal, Shapes
-from bdclean.architectures.dialects import depths, residual
+from bdclean.architectures.counting import layers
+from bdclean.architectures.dialects import residual
 
 # (bottleneck, blocks, groups, width per group) -> torchvision's name.
 KNOWN = {
@@ -34,19 +35,17 @@ def rename(name: str) -> str:
 
 def propose(shapes: Shapes) -> Iterator[Proposal]:
     """The ResNet with a 7x7 stem that these shapes suggest; bottlenecks also with the older place of their stride."""
-    blocks = depths(shapes)
-    stem = shapes.get("conv1.weight", ())
-    head = shapes.get("fc.weight", ())
-    if len(blocks) != 4 or len(head) != 2 or len(stem) != 4 or stem[2:] == (3, 3):
+    read = layers(shapes)
+    if read is None or len(read.blocks) != 4 or read.stem[2:] == (3, 3):
         return
-    bottleneck = "layer1.0.conv3.weight" in shapes
+    blocks, bottleneck = read.blocks, read.bottleneck
     groups, width = 1, 64
     inner = shapes.get("layer1.0.conv2.weight", ())
     if bottleneck and len(inner) == 4 and inner[1] and inner[0] % inner[1] == 0:
         groups = inner[0] // inner[1]
         width = inner[1]
     kind = resnet.Bottleneck if bottleneck else resnet.BasicBlock
-    make = partial(make_network, kind, blocks, head[0], groups, width)
+    make = partial(make_network, kind, blocks, read.classes, groups, width)
     name = KNOWN.get((bottleneck, blocks, groups, width))
     if name is None:
         name = f"resnet{'-'.join(map(str, blocks))}" + (f"_{groups}x{width}d" if bottleneck else "")

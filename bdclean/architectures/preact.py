@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bdclean.architectures.arch import Proposal, Shapes
-from bdclean.architectures.dialects import depths, residual
+from bdclean.architectures.counting import layers
+from bdclean.architectures.dialects import residual
 from bdclean.architectures.residual import DEPTHS
 
 
@@ -28,6 +29,7 @@ class Block(nn.Module):
         super().__init__()
         outside = width * 4 if bottleneck else width
         self.bottleneck, self.raw = bottleneck, raw
+        self.act: nn.Module = nn.ReLU()
         self.bn1 = nn.BatchNorm2d(inside)
         if bottleneck:
             self.conv1 = nn.Conv2d(inside, width, 1, bias=bias)
@@ -45,10 +47,10 @@ class Block(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.bn1(x))
-        out = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        active = self.act(self.bn1(x))
+        out = self.conv2(self.act(self.bn2(self.conv1(active))))
         if self.bottleneck:
-            out = self.conv3(F.relu(self.bn3(out)))
+            out = self.conv3(self.act(self.bn3(out)))
         if self.projects:
             x = self.downsample(x if self.raw else active)
         return out + x
@@ -80,6 +82,7 @@ class PreActNetwork(nn.Module):
                 inside = width * 4 if bottleneck else width
             setattr(self, name, nn.Sequential(*stage))
         self.last_norm = last_norm
+        self.act: nn.Module = nn.ReLU()
         if last_norm:
             self.bn1 = nn.BatchNorm2d(inside)
         self.fc = nn.Linear(inside, classes)
@@ -89,7 +92,7 @@ class PreActNetwork(nn.Module):
         for name in self.stage_names:
             x = getattr(self, name)(x)
         if self.last_norm:
-            x = F.relu(self.bn1(x))
+            x = self.act(self.bn1(x))
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
@@ -100,22 +103,18 @@ def rename(name: str) -> str:
 
 def propose(shapes: Shapes) -> Iterator[Proposal]:
     """The pre-activation network that these shapes suggest, with both readings of its shortcut where both occur."""
-    blocks = depths(shapes)
-    stem = shapes.get("conv1.weight", ())
-    head = shapes.get("fc.weight", ())
-    first = [shapes.get(f"layer{k + 1}.0.conv1.weight", ()) for k in range(len(blocks))]
-    if len(blocks) not in (3, 4) or len(stem) != 4 or len(head) != 2 or any(len(f) != 4 for f in first):
+    read = layers(shapes)
+    if read is None:
         return
-    bottleneck = "layer1.0.conv3.weight" in shapes
+    blocks, widths, stem, bottleneck = read.blocks, read.widths, read.stem, read.bottleneck
     biased = "layer1.0.conv1.bias" in shapes
     last_norm = "bn1.weight" in shapes
-    widths = tuple(f[0] for f in first)
     make = partial(
         PreActNetwork,
         blocks,
         widths,
         stem[0],
-        head[0],
+        read.classes,
         bottleneck=bottleneck,
         last_norm=last_norm,
         conv_bias=biased,

@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import torch
 
-from bdclean.architectures import imagenet_resnet, preact, residual, vgg
+from bdclean.architectures import (
+    builders,
+    convnext,
+    densenet,
+    fingerprint,
+    imagenet_resnet,
+    maxvit,
+    preact,
+    regnet,
+    residual,
+    swin,
+    vgg,
+    vit,
+)
 from bdclean.architectures.arch import Family, Proposal, Shape, Shapes
 from bdclean.architectures.dialects import views
 from bdclean.architectures.matching import Match, differences, listed, shown
 from bdclean.architectures.staging import describe
 from bdclean.architectures.user_code import fit_user_code
+from bdclean.architectures.variants import at_size, variants
 from bdclean.errors import Refused, UsageError
 
-FAMILIES: tuple[Family, ...] = (imagenet_resnet, residual, preact, vgg)
+FAMILIES: tuple[Family, ...] = (
+    imagenet_resnet,
+    residual,
+    preact,
+    vgg,
+    vit,
+    swin,
+    convnext,
+    maxvit,
+    regnet,
+    densenet,
+    builders,
+)
 
 
 def recognise(shapes: Mapping[str, Shape]) -> list[Match]:
@@ -34,9 +60,12 @@ def recognise(shapes: Mapping[str, Shape]) -> list[Match]:
             if found is None:
                 continue
             network, expected = found
-            differing = differences(own, expected)
+            idle = {name for name in own if name.startswith(proposal.idle)} if proposal.idle else set()
+            differing = differences(own, expected | (idle_shapes(proposal) if idle else {}))
             if not differing:
-                return matches(proposal, network, renamed, unread)
+                read = {name: new for name, new in renamed.items() if new not in idle}
+                aside = tuple(name for name, new in renamed.items() if new in idle)
+                return matches(proposal, network, read, unread + aside)
             near.append(Near(proposal.name, differing))
     near += compare(shapes)
     raise Refused(refusal(len(shapes), min(near, key=lambda n: len(n.differing), default=None)))
@@ -59,22 +88,40 @@ def readings(shapes: Mapping[str, Shape]) -> Iterator[tuple[Family, dict[str, st
                 yield family, renamed, unread
 
 
-def compare(shapes: Mapping[str, Shape]) -> Iterator[Near]:
-    """How each well-known network differs from a file's tensors, where at least half of the names are the same."""
-    rows = [s[0] for n, s in shapes.items() if len(s) == 2 and n.endswith("weight")]
-    classes = max(1, min(rows[-1], 100_000)) if rows else 10
+def compare(shapes: Mapping[str, Shape], only: str | None = None) -> Iterator[Near]:
+    """How a file's tensors differ from the nearest known networks (or from `only`), by the shipped fingerprint."""
+    tried = set()
     for family, renamed, _ in readings(shapes):
         own = {new: tuple(shapes[name]) for name, new in renamed.items()}
-        for name, expected in well_known(FAMILIES.index(family), classes).items():
-            if len(own.keys() & expected.keys()) * 2 >= len(own.keys() | expected.keys()):
+        for name in [only] if only else [row.name for row in fingerprint.nearest(own)]:
+            proposal = named(family, name, classes_of(own))
+            found = build_shapes(proposal) if proposal is not None else None
+            if found is None or (name, frozenset(own)) in tried:
+                continue
+            tried.add((name, frozenset(own)))
+            expected = found[1]
+            common = sum(n in expected for n in own)
+            if only or common * 2 >= len(own.keys() | expected.keys()):
                 yield Near(name, differences(own, expected))
 
 
-@lru_cache(maxsize=16)
-def well_known(family: int, classes: int) -> dict[str, Shapes]:
-    """The tensors of a family's named networks; building them takes a quarter of a second."""
-    built = ((p.name, build_shapes(p)) for p in FAMILIES[family].named_proposals(classes))
-    return {name: found[1] for name, found in built if found is not None}
+def classes_of(shapes: Mapping[str, Shape]) -> int:
+    """The rows of the matrix that is likeliest the head: one with a known head's name, else the last."""
+    heads = {name for row in fingerprint.table() for name in row.head}
+    rows = [s[0] for n, s in shapes.items() if len(s) == 2 and n.endswith("weight")]
+    rows += [s[0] for n, s in shapes.items() if len(s) == 2 and n in heads]
+    return max(1, min(rows[-1], 100_000)) if rows else 10
+
+
+def named(family: Family, name: str, classes: int) -> Proposal | None:
+    """The family's network of this name."""
+    return next((p for p in family.named_proposals(classes) if p.name == name), None)
+
+
+def well_known(classes: int) -> Iterator[Proposal]:
+    """Every named network of every family."""
+    for family in FAMILIES:
+        yield from family.named_proposals(classes)
 
 
 def identify(shapes: Mapping[str, Shape], arch: str | None = None) -> list[Match]:
@@ -84,13 +131,15 @@ def identify(shapes: Mapping[str, Shape], arch: str | None = None) -> list[Match
     if arch is None:
         return recognise(shapes)
     wanted = arch.removeprefix("torchvision:").lower()
-    names = [p.name for family in FAMILIES for p in family.named_proposals(10)]
+    if sized := re.fullmatch(r"(.+)\+(\d{1,4})px", wanted):
+        return [replace(m, arch=at_size(m.arch, int(sized[2]))) for m in identify(shapes, sized[1])]
+    names = [row.name for row in fingerprint.table()]
     try:
         found = recognise(shapes)
     except Refused:
         if wanted not in names:
             raise UsageError(unknown(arch, names)) from None
-        differing = [n.differing for n in compare(shapes) if n.name == wanted]
+        differing = [n.differing for n in compare(shapes, wanted)]
         what = f" ({listed(min(differing, key=len))})" if differing else ""
         raise Refused(f"{wanted} does not have these {len(shapes)} tensors{what}.") from None
     chosen = [m for m in found if m.arch.name == wanted]
@@ -117,22 +166,41 @@ def build_shapes(proposal: Proposal) -> tuple[torch.nn.Module, Shapes] | None:
             # Layers without a single weight are built with a warning.
             warnings.simplefilter("error")
             network = proposal.build()
-    except (ValueError, RuntimeError, ZeroDivisionError, TypeError, OverflowError, UserWarning):
+    except (
+        ValueError, RuntimeError, ZeroDivisionError, TypeError, OverflowError, AssertionError, UserWarning,
+    ):  # fmt: skip
         return None
     return network, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def idle_shapes(proposal: Proposal) -> Shapes:
+    """Shapes of the auxiliary heads' tensors."""
+    assert proposal.whole is not None
+    found = build_shapes(replace(proposal, build=proposal.whole))
+    assert found is not None
+    return {name: shape for name, shape in found[1].items() if name.startswith(proposal.idle)}
 
 
 def matches(
     proposal: Proposal, network: torch.nn.Module, names: dict[str, str], unread: tuple[str, ...]
 ) -> list[Match]:
-    """The proposal and the other readings of the same tensors."""
-    others = tuple((p.name, reason) for p, reason in proposal.others)
+    """The proposal and the other readings of the same tensors, which differ in no module that holds weights."""
+    readings = (*proposal.others, *variants(proposal, network))
+    others = tuple((p.name, reason) for p, reason in readings if not p.unusual)
     first = describe(proposal.name, proposal.build, proposal.input, others, network)
     found = [Match(first, names, unread)]
-    for other, _ in proposal.others:
-        rest = tuple((p.name, r) for p, r in proposal.others if p is not other)
-        kin = (proposal.name, f"the usual reading of the same tensors ({proposal.name})")
-        found.append(Match(describe(other.name, other.build, other.input, (kin, *rest)), names, unread))
+    kin = (proposal.name, f"the usual reading of the same tensors ({proposal.name})")
+    for other, _ in readings:
+        rest = tuple((p.name, r) for p, r in readings if p is not other and not p.unusual)
+        reading = replace(
+            first,
+            name=other.name,
+            build=other.build,
+            input=other.input,
+            alternatives=(kin, *rest),
+            unusual=other.unusual,
+        )
+        found.append(Match(reading, names, unread))
     return found
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bdclean.architectures.arch import Proposal, Shapes
-from bdclean.architectures.dialects import depths, residual
+from bdclean.architectures.counting import layers
+from bdclean.architectures.dialects import residual
 
 DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
@@ -44,6 +45,7 @@ class Block(nn.Module):
             self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
             self.bn2 = nn.BatchNorm2d(width)
         self.bottleneck = bottleneck
+        self.act: nn.Module = nn.ReLU()
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or inside != outside:
             if shortcut == "b":
@@ -54,11 +56,11 @@ class Block(nn.Module):
                 self.downsample = PadChannels(stride, outside - inside, at_end=shortcut == "a-end")
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.act(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         if self.bottleneck:
-            out = self.bn3(self.conv3(F.relu(out)))
-        return F.relu(out + self.downsample(x))
+            out = self.bn3(self.conv3(self.act(out)))
+        return self.act(out + self.downsample(x))
 
 
 class PadChannels(nn.Module):
@@ -90,6 +92,7 @@ class ResidualNetwork(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
+        self.act: nn.Module = nn.ReLU()
         inside = stem
         self.stage_names = tuple(f"layer{k + 1}" for k in range(len(blocks)))
         for name, count, width in zip(self.stage_names, blocks, widths, strict=True):
@@ -102,7 +105,7 @@ class ResidualNetwork(nn.Module):
         self.fc = nn.Linear(inside, classes, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.act(self.bn1(self.conv1(x)))
         for name in self.stage_names:
             x = getattr(self, name)(x)
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
@@ -115,17 +118,19 @@ def rename(name: str) -> str:
 
 def propose(shapes: Shapes) -> Iterator[Proposal]:
     """The small-image ResNet that these shapes suggest; for shortcut A, also with all zero channels at the end."""
-    blocks = depths(shapes)
-    stem = shapes.get("conv1.weight", ())
-    head = shapes.get("fc.weight", ())
-    first = [shapes.get(f"layer{k + 1}.0.conv1.weight", ()) for k in range(len(blocks))]
-    if len(blocks) not in (3, 4) or len(stem) != 4 or len(head) != 2 or any(len(f) != 4 for f in first):
+    read = layers(shapes)
+    if read is None:
         return
-    bottleneck = "layer1.0.conv3.weight" in shapes
+    blocks, widths, stem, bottleneck = read.blocks, read.widths, read.stem, read.bottleneck
     plain = not any(".downsample." in name for name in shapes)
-    widths = tuple(f[0] for f in first)
     make = partial(
-        ResidualNetwork, blocks, widths, stem[0], head[0], bottleneck=bottleneck, bias="fc.bias" in shapes
+        ResidualNetwork,
+        blocks,
+        widths,
+        stem[0],
+        read.classes,
+        bottleneck=bottleneck,
+        bias="fc.bias" in shapes,
     )
     three = len(blocks) == 3
     name = partial(name_of, blocks, widths, stem[0], bottleneck)

@@ -43,7 +43,10 @@ def fit_user_code(spec: str, shapes: Mapping[str, Shape]) -> Match:
             failure = f"{type(error).__name__}: {error}"
             continue
         if not isinstance(network, nn.Module):
-            raise UsageError(f"{spec} gives a {type(network).__name__}, not a torch.nn.Module.")
+            raise UsageError(
+                f"{spec} does not give a network but {kind_of(network)}: name a class or function that returns a "
+                "torch.nn.Module."
+            )
         expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         twin = twins(network)
         for names, unread in views(shapes, expected):
@@ -60,6 +63,11 @@ def fit_user_code(spec: str, shapes: Mapping[str, Shape]) -> Match:
     raise Refused(
         f"{spec} does not have these {len(shapes)} tensors ({listed(nearest[1])}): give the code that made the file."
     )
+
+
+def kind_of(value: object) -> str:
+    """`nothing` for None, else `an object of type int`."""
+    return "nothing" if value is None else f"an object of type {type(value).__name__}"
 
 
 def load(spec: str) -> object:

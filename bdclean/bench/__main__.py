@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from bdclean.bench import cifar10, rule, speed
+from bdclean.bench import cifar10, readings, rule, speed
 
-DRIVERS = {"cifar10": cifar10.main, "rule": rule.main, "speed": speed.main}
+DRIVERS = {"cifar10": cifar10.main, "readings": readings.main, "rule": rule.main, "speed": speed.main}
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from bdclean.bench.pairs import CLOCKS, settled
 from bdclean.bench.plain_bcu import PillowImages, PlainBCU, augmentation
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet, load_images
-from bdclean.data.folder import list_images
+from bdclean.data.folder import search
 from bdclean.inputs import Inputs, Suspect, make_predictor, make_triggers
 from bdclean.measure import Bench, assess
 from bdclean.preprocessing import Classifier, choose
@@ -176,8 +176,8 @@ def plain_steps(
 ) -> Callable[[], float]:
     """Seconds of an update of the plain BCU, in the mean over `steps` after the first."""
     suspect, _ = replace(subject, limit=min(subject.limit, 512)).read()
-    listing = list_images(subject.images)
-    files = [listing.root / file for file in listing.files]
+    found = search(subject.images)
+    files = [found.root / file for file in found.files]
     files = [files[k] for k in torch.randperm(len(files))[: subject.limit].tolist()]
     preprocess = suspect.choices[0].preprocess
     size = (suspect.arch.input[1], suspect.arch.input[2])

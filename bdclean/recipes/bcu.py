@@ -135,7 +135,8 @@ def reinitialise(module: nn.Module, share: float, generator: torch.Generator) ->
                     2 / fan_out
                 )
             else:
-                weight = getattr(module, "weight", parameter)
+                # A bias follows its module's matrix: `weight`, in attention `in_proj_weight`.
+                weight = next((p for p in module.parameters(recurse=False) if p.dim() > 1), parameter)
                 bound = 1 / math.sqrt(max(1, weight[0].numel()))
                 fresh = (torch.rand(parameter.shape, generator=generator, device=device) * 2 - 1) * bound
             chosen = torch.rand(parameter.shape, generator=generator, device=device) < share

@@ -1,0 +1,228 @@
+"""Which of several architectures that fit the same tensors a network is: shapes show no stride, activation or size.
+
+A wrong stride, shortcut, pooling or activation shifts what reaches the layers behind it. So candidates are compared by
+the statistics that batch norm kept from training, and, with labels, by accuracy. Where neither tells, nothing is
+guessed: candidates that people really use side by side (peers) must be clearly apart, while readings that nobody names
+(`Arch.unusual`: another activation, no pool behind the stem) speak up only where they fit clearly better, and are only
+believed on images of the training kind.
+
+The rule was set on small networks trained on road signs with each of the readings, and given images that they were not
+trained on, with and without labels, and CIFAR-10's: `python -m bdclean.bench readings` counts right, refused and wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bdclean.architectures import Arch
+from bdclean.architectures.variants import at_size
+from bdclean.checkpoint import Checkpoint
+from bdclean.deciding import layer_distance
+from bdclean.preprocessing import Choice, Classifier, choose
+
+RATIO = 1.5
+"""One candidate suits its weights better than another where that one's distance is this many times as large."""
+ERROR_LEVEL = 0.001
+"""Accuracies differ where a fair coin would part the images on which only one is right so unevenly this seldom."""
+SURPRISE = 0.5
+"""Above this distance even the best reading does not look like what the network was trained on."""
+GOOD = 0.05
+"""Up to this distance images are of the training kind (0.006 to 0.04 was seen on held-out images, 0.06 and more on
+others)."""
+SIDES = (32, 64)
+"""Image sides, beside the usual one, that people train convolutional networks at."""
+SHOWN = 4
+"""Other readings in a record."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How `arch` suits its own weights on real images.
+
+    `distance`: >= 0, mean over batch norm layers of `layer_distance`, 0 where all statistics are as in training; None
+    without such layers. `right`: which images it labels correctly [n]; None without labels.
+    """
+
+    arch: Arch
+    distance: float | None
+    right: Tensor | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The architecture that was chosen, the others with their reasons, and how much worse the next one is.
+
+    `margin`: the next one's distance over the chosen one's; below 1 where it fits better but was not believed. `doubt`:
+    a sentence where nothing parts the likeliest.
+    """
+
+    arch: Arch
+    others: list[dict[str, Any]]
+    margin: float | None
+    doubt: str | None = None
+    warning: str | None = None
+
+
+def fit(checkpoint: Checkpoint, arch: Arch, choice: Choice, images: Tensor, labels: Tensor | None) -> Fit:
+    """How `arch` suits the checkpoint's weights on `images`, uint8 [n 3 h w]."""
+    model = Classifier(checkpoint.build("cpu", arch), choice.preprocess).eval()
+    found: list[float] = []
+
+    def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        x, axes = arguments[0].float(), [k for k in range(arguments[0].ndim) if k != 1]
+        found.append(layer_distance(x.mean(axes), x.var(axes, unbiased=False), layer))
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.register_forward_pre_hook(hook)
+    with torch.inference_mode():
+        answers = model(images).argmax(1)
+    return Fit(
+        arch, sum(found) / len(found) if found else None, None if labels is None else answers == labels
+    )
+
+
+def better(one: Fit, other: Fit) -> bool:
+    """Whether `one` clearly suits the weights more than `other`: by statistics, else by accuracy."""
+    if one.distance is not None and other.distance is not None and other.distance > RATIO * one.distance:
+        return not more_accurate(other, one)
+    return more_accurate(one, other)
+
+
+def more_accurate(one: Fit, other: Fit) -> bool:
+    """Whether `one` is right more often on the same images than chance explains (McNemar's exact test)."""
+    if one.right is None or other.right is None:
+        return False
+    gained, lost = int((one.right & ~other.right).sum()), int((other.right & ~one.right).sum())
+    tail = sum(math.comb(gained + lost, k) for k in range(lost + 1)) / 2 ** (gained + lost)
+    return gained > lost and tail < ERROR_LEVEL
+
+
+def sample(images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A seeded draw: 256 images, 16 of large ones (a folder is read class by class, so the first would be of one)."""
+    count = 256 if images.shape[2] <= 64 else 16
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+    return images[order], None if labels is None else labels[order]
+
+
+def read_off(
+    checkpoint: Checkpoint, choice: Choice, images: Tensor, labels: Tensor | None, settled: bool
+) -> Reading:
+    """The candidate that suits its weights, or a doubt. `settled`: the user has said which it is."""
+    candidates = checkpoint.candidates
+    if len(candidates) < 2 or settled:
+        return Reading(checkpoint.arch, [], None)
+    images, labels = sample(images, labels)
+    first = fit(checkpoint, candidates[0], choice, images, labels)
+    # Without batch norm or labels nothing tells an activation: such readings cannot contradict the usual one.
+    told = first.distance is not None or labels is not None
+    tried = [first]
+    for arch in candidates[1:]:
+        if not arch.unusual or told:
+            tried.append(fit(checkpoint, arch, choice, images, labels))
+    return decide(tried, told)
+
+
+def decide(tried: Sequence[Fit], told: bool) -> Reading:
+    """The best of `tried`, the usual one first, or a doubt. `told`: whether anything could part them."""
+    # Readings that nobody names stand back unless they are clearly better than all that people use.
+    peers = [f for f in tried if not f.arch.unusual]
+    unbeaten = [p for p in peers if not any(better(o, p) for o in peers)] or peers
+    usual = best = min(unbeaten, key=order)
+    against = [f for f in tried if f.arch.unusual and better(f, usual)]
+    if against:
+        best = min(against, key=order)
+        rivals = [f for f in tried if f is not best and not better(best, f)]
+        # Images of another kind shift all statistics, and can favour a reading that is wrong.
+        if best.distance is not None and best.distance > GOOD and usual not in rivals:
+            rivals.insert(0, usual)
+    else:
+        rivals = [f for f in peers if f is not best and not better(best, f)]
+    others = sorted((f for f in tried if f is not best), key=lambda f: (f not in rivals, order(f)))
+    listed = [{"name": f.arch.name, "reason": why(f, best)} for f in others[:SHOWN]]
+    margin = None
+    if best.distance is not None and others:
+        least = min(f.distance for f in others if f.distance is not None)
+        margin = least / max(best.distance, 1e-9)
+    doubt = warning = None
+    if rivals:
+        names = " and ".join([best.arch.name, *(f.arch.name for f in rivals[:3])])
+        how = f"do not part them{f' (ratio {margin:.2f})' if margin is not None else ''}"
+        if not told:
+            how += "; labeled images might"
+        doubt = f"{names} fit these tensors alike, and the images {how}: pass --arch to say which it is."
+    if best.distance is not None and best.distance > SURPRISE:
+        warning = (
+            f"these images do not look like what {best.arch.name} was trained on (its statistics are off by "
+            f"{best.distance:.2g}): they are of another kind, or it is another architecture."
+        )
+    return Reading(best.arch, listed, margin, doubt, warning)
+
+
+def accuracy(fit: Fit) -> float:
+    """Share of images labeled correctly; 0 without labels."""
+    return float(fit.right.float().mean()) if fit.right is not None else 0.0
+
+
+def order(fit: Fit) -> float:
+    """Sorts the likeliest first."""
+    return fit.distance if fit.distance is not None else -accuracy(fit)
+
+
+def why(fit: Fit, best: Fit) -> str:
+    """What a record says of another reading."""
+    parts = []
+    if fit.distance is not None and best.distance is not None:
+        parts.append(f"its statistics are off by {fit.distance:.3g}, the chosen one's by {best.distance:.3g}")
+    if fit.right is not None and best.right is not None:
+        parts.append(f"{accuracy(fit):.1%} of the labels, the chosen one {accuracy(best):.1%}")
+    return "fits the same tensors; " + ("; ".join(parts) or "nothing here tells the two apart")
+
+
+def own_size(checkpoint: Checkpoint, load: Callable[[Arch], Tensor], settled: bool) -> Checkpoint:
+    """`checkpoint` with the image size that it was trained at, where its batch norm says so clearly.
+
+    Convolutional networks take images of any size. `load(arch)` reads images at `arch.input`. `settled`: the user, or
+    the file, says the size.
+    """
+    usual = checkpoint.arch
+    if settled or not sizes_open(checkpoint):
+        return checkpoint
+    tried = []
+    for side in (usual.input[1], *(s for s in SIDES if s != usual.input[1])):
+        arch = usual if side == usual.input[1] else at_size(usual, side)
+        try:
+            images, _ = sample(load(arch), None)
+            chosen = choose(replace(checkpoint, arch=arch), images)[0]
+            tried.append(fit(checkpoint, arch, chosen, images, None))
+            if tried[0].distance is not None and tried[0].distance < GOOD:
+                return checkpoint
+        except (RuntimeError, ValueError):
+            continue  # too small for its pools
+    best = min(tried, key=order)
+    if best.arch is usual or not better(best, tried[0]):
+        return checkpoint
+    candidates = tuple(at_size(a, best.arch.input[1]) for a in checkpoint.candidates)
+    return replace(checkpoint, arch=best.arch, candidates=candidates)
+
+
+def sizes_open(checkpoint: Checkpoint) -> bool:
+    """Whether the network takes images of several sizes and has batch norm that remembers one."""
+    with torch.device("meta"):
+        network = checkpoint.arch.build().eval()
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not any(m.running_mean is not None for m in norms):
+        return False
+    side = 2 * checkpoint.arch.input[1]
+    try:
+        with torch.inference_mode():
+            return network(torch.zeros(1, 3, side, side, device="meta")).ndim == 2
+    except (RuntimeError, ValueError, AssertionError):
+        return False

@@ -1,0 +1,136 @@
+"""Which of several architectures that fit the same tensors a network is: chosen with a margin, or refused."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from bdclean.architectures import Arch, variants
+from bdclean.architectures.residual import ResidualNetwork
+from bdclean.checkpoint import Checkpoint
+from bdclean.errors import Refused
+from bdclean.inputs import Inputs, at_own_size, understand
+from bdclean.normalisation import parse_preprocess
+from bdclean.preprocessing import Choice, Classifier
+from bdclean.readings import Fit, better, decide, fit, more_accurate, read_off
+from bdclean.record import RunRecord
+from bdclean.training import set_batch_statistics
+
+HALF = Choice(parse_preprocess("half"), float("nan"), "given")
+
+
+def pictures(count=128, side=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rough = torch.randint(0, 256, (count, 3, side // 4, side // 4), dtype=torch.uint8, generator=generator)
+    return rough.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def settled(network, images, path):
+    """A file whose batch norm has the statistics of `images`, as training would leave them."""
+    set_batch_statistics(Classifier(network, HALF.preprocess), lambda: iter([images]))
+    save_file(network.state_dict(), path, {"bdclean.preprocess": "half"})
+    return Checkpoint.read(path)
+
+
+def residual(shortcut="b", seed=0):
+    torch.manual_seed(seed)
+    return ResidualNetwork((1, 1, 1), (8, 16, 32), 8, 10, shortcut=shortcut)
+
+
+@pytest.mark.parametrize("name", ["silu", "elu"])
+def test_another_activation_is_found_or_refused_never_taken_for_the_usual_one(tmp_path, name):
+    network = variants.exchange("relu", name, residual())
+    images = pictures()
+    reading = read_off(settled(network, images, tmp_path / "m.safetensors"), HALF, images, None, False)
+    assert reading.doubt or reading.arch.name == f"resnet8-cifar-b-w8+{name}"
+    assert f"resnet8-cifar-b-w8+{name}" in [reading.arch.name, *(o["name"] for o in reading.others)]
+
+
+def test_the_usual_activation_is_no_doubt(tmp_path):
+    images = pictures()
+    reading = read_off(settled(residual(), images, tmp_path / "m.safetensors"), HALF, images, None, False)
+    assert (reading.arch.name, reading.doubt) == ("resnet8-cifar-b-w8", None)
+
+
+def test_a_doubt_refuses_and_is_in_the_record(tmp_path):
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    save_file(VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5).state_dict(), tmp_path / "v.safetensors")
+    record = RunRecord("scan")
+    checkpoint = Checkpoint.read(tmp_path / "v.safetensors")
+    with pytest.raises(Refused, match="vit-2x32-h2-p8-mlp64 .*fit these tensors alike.*--arch"):
+        understand(checkpoint, pictures(), Inputs(preprocess="half", device="cpu"), record)
+    assert len(record.checkpoint.alternatives) >= 1
+    said = Inputs(preprocess="half", device="cpu", arch="vit-2x32-h4-p8-mlp64")
+    named = Checkpoint.read(tmp_path / "v.safetensors", said.arch)
+    assert (
+        understand(named, pictures(), said, RunRecord("scan")).arch.build().encoder.layers[0].num_heads == 4
+    )
+
+
+def test_images_of_another_kind_are_not_believed_against_the_usual_reading():
+    def of(name, distance, unusual):
+        arch = Arch(name, nn.Identity, (3, 32, 32), 2, "fc", (), (), unusual=unusual)
+        return Fit(arch, distance, None)
+
+    kin, foreign = (
+        [of("u", 0.06, False), of("u+x", 0.02, True)],
+        [of("u", 0.16, False), of("u+x", 0.08, True)],
+    )
+    assert (decide(kin, True).arch.name, decide(kin, True).doubt) == ("u+x", None)
+    assert "u+x and u fit" in decide(foreign, True).doubt
+    assert decide([of("u", 0.03, False), of("u+x", 0.025, True)], True).arch.name == "u"
+    assert "do not look like" in decide([of("u", 0.9, False), of("v", 2.0, False)], True).warning
+    assert decide([of("u", 0.9, False), of("v", 1.2, False)], True).doubt
+
+
+def test_labels_part_what_statistics_cannot():
+    arch = Arch("a", nn.Identity, (3, 32, 32), 2, "fc", (), ())
+    right = torch.arange(100) < 90
+    worse = torch.arange(100) < 60
+    assert more_accurate(Fit(arch, None, right), Fit(arch, None, worse))
+    assert not more_accurate(Fit(arch, None, worse), Fit(arch, None, right))
+    assert not more_accurate(Fit(arch, None, right), Fit(arch, None, right))
+    # better statistics do not outweigh wrong answers
+    assert not better(Fit(arch, 0.1, worse), Fit(arch, 1.0, right))
+
+
+def test_mcnemars_test_is_the_binomial_tail():
+    from scipy.stats import binomtest
+
+    arch = Arch("a", nn.Identity, (3, 32, 32), 2, "fc", (), ())
+    for gained in range(0, 25, 3):
+        for lost in range(0, 12, 2):
+            one = torch.tensor([True] * gained + [False] * lost + [True] * 5)
+            two = torch.tensor([False] * gained + [True] * lost + [True] * 5)
+            expected = gained > lost and binomtest(lost, gained + lost, alternative="less").pvalue < 0.001
+            assert more_accurate(Fit(arch, None, one), Fit(arch, None, two)) == expected
+
+
+def test_the_size_that_a_network_was_trained_at(tmp_path):
+    """torchvision's ResNet trained on 32x32 pictures: at 224 its batch norm sees something else."""
+    from PIL import Image
+    from torchvision.models import resnet
+
+    torch.manual_seed(0)
+    network = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    images = pictures(64)
+    (tmp_path / "i").mkdir()
+    for k, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "i" / f"{k}.png")
+    checkpoint = settled(network, images, tmp_path / "m.safetensors")
+    assert checkpoint.arch.input == (3, 224, 224)
+    found = at_own_size(checkpoint, tmp_path / "i", Inputs())
+    assert (found.arch.name, found.arch.input) == ("resnet1-1-1-1+32px", (3, 32, 32))
+    kept = at_own_size(checkpoint, tmp_path / "i", Inputs(preprocess="half"))
+    assert kept is checkpoint
+    named = Checkpoint.read(tmp_path / "m.safetensors", "resnet1-1-1-1+32px")
+    assert named.arch.input == (3, 32, 32)
+
+
+def test_a_fit_repeats_bit_for_bit(tmp_path):
+    images = pictures()
+    checkpoint = settled(residual(), images, tmp_path / "m.safetensors")
+    one, two = (fit(checkpoint, checkpoint.arch, HALF, images, None).distance for _ in range(2))
+    assert one == two < 0.01
