@@ -25,10 +25,10 @@ from bdclean.architectures.matching import shown
 from bdclean.errors import Refused
 
 # The reference implementation's cap is 100 MB, which takes a gigabyte once it is parsed; vision networks' headers have
-# under 1 MB and 10,000 tensors.
+# under 1 MB and 5,000 tensors.
 LARGEST_HEADER = 10_000_000
-MOST_TENSORS = 100_000
-MOST_VALUES = 12 * MOST_TENSORS  # of JSON: each tensor is a table, two lists and their items
+MOST_TENSORS = 20_000
+MOST_VALUES = 1_200_000  # of JSON, where commas in metadata count as well
 MOST_AXES = 64  # torch computes with no more
 SHARE_OF_MEMORY = 0.8  # that one file's bytes may take
 
