@@ -115,7 +115,9 @@ def _description(path: Path, notes: list[str]) -> dict | None:
 
 
 def _json(path: Path) -> object:
-    with path.open("rb") as stream:  # read up to the cap: some files, as in /proc, do not say how long they are
+    with path.open(
+        "rb"
+    ) as stream:  # read up to the cap: some files, as in /proc, do not say how long they are
         raw = stream.read(LARGEST_JSON + 1)
     if len(raw) > LARGEST_JSON:
         raise strictjson.NotJson("too large")
@@ -132,17 +134,15 @@ def _shards(
     try:
         table = _json(index)
         files = table["weight_map"] if isinstance(table, dict) else {}
-        if not all(isinstance(file, str) for file in files.values()):
+        if not files or not all(isinstance(file, str) for file in files.values()):
             raise ValueError
         names: dict[str, str] = dict(files)
     except (ValueError, KeyError, AttributeError):
         raise Refused(f"{where} is not an index of shards: it has no readable weight_map.") from None
     # A path in an index could name any file of this machine: only plain names beside it are followed.
     outside = [f for f in names.values() if Path(f).name != f or "\\" in f or f in ("", "..")]
-    if outside or not names:
-        raise Refused(
-            f"{where} names a shard that is not a file beside it: {shown(outside[0] if outside else '')!r}."
-        )
+    if outside:
+        raise Refused(f"{where} names a shard that is not a file beside it: {shown(outside[0])!r}.")
     headers: dict[Path, Header] = {}
     for shard in sorted(set(names.values())):
         path = index.parent / shard

@@ -44,7 +44,10 @@ class TestHostileFiles:
             (b"\xff" * 64, "give a header of 18446744073709551615 bytes"),
             (raw(b"{}" * 20, length=1 << 40), "give a header of 1099511627776 bytes"),
             (raw(b"{}" * 20, length=9_999_999), "is truncated: its header should have 9999999 bytes"),
-            (raw(b"{}" * 20, length=99_999_999), "has a header of 99,999,999 bytes, more than the 10,000,000"),
+            (
+                raw(b"{}" * 20, length=99_999_999),
+                "has a header of 99,999,999 bytes, more than the 10,000,000",
+            ),
             (raw(b"hello world"), "it is not JSON"),
             (raw(b"[" * 100_000), "it is not JSON"),
             (raw(b'{"a": 1e9999999999}'), "a number is too large"),

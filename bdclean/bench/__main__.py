@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from bdclean.bench import cifar10, rule
+from bdclean.bench import cifar10, fuzz, rule
 
-DRIVERS = {"cifar10": cifar10.main, "rule": rule.main}
+DRIVERS = {"cifar10": cifar10.main, "fuzz": fuzz.main, "rule": rule.main}
 
 
 def main() -> int:

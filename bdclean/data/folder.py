@@ -91,7 +91,7 @@ def list_images(root: Path) -> Listing:
         raise Refused(f"{root} is a file, not a folder: give the folder that holds the images.")
     # An archive often unpacks to one folder in another: its only folder stands for it.
     top = list(_entries(root))
-    while len(top) == 1 and _own_folder(top[0]) and any(entry.is_dir() for entry in _entries(Path(top[0]))):
+    while len(top) == 1 and _own_folder(top[0]) and any(map(_is_folder, _entries(Path(top[0])))):
         root = Path(top[0])
         top = list(_entries(root))
     files: list[str] = []
@@ -107,7 +107,7 @@ def list_images(root: Path) -> Listing:
         raise Refused(f"{root} holds no images{f' (but {held} files)' if held else ', it is empty'}.")
     files.sort(key=lambda file: file.split("/"))
     filled = {file.split("/", 1)[0] for file in files if "/" in file}
-    empty = sorted(entry.name for entry in top if entry.is_dir() and entry.name not in filled)
+    empty = sorted(entry.name for entry in top if _is_folder(entry) and entry.name not in filled)
     return Listing(root, tuple(files), tuple(empty), others)
 
 
@@ -125,6 +125,13 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     yield from entries
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: a file that cannot be read
+        return False
+
+
 def _own_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False)
 
@@ -136,7 +143,7 @@ def _walk(root: Path) -> Iterator[str]:
     while waiting:
         folder, prefix = waiting.pop()
         for entry in sorted(_entries(folder), key=lambda entry: (entry.is_symlink(), entry.name)):
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 yield prefix + entry.name
                 continue
             real = os.path.realpath(entry.path)

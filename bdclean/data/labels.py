@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -29,7 +30,10 @@ class Labelling:
 def read_class_names(path: Path) -> tuple[str, ...]:
     """Class names in the order of the head: one a line, a JSON list, or a JSON object from index to name."""
     try:
-        if path.stat().st_size > MAX_NAMES_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise Refused(f"{path} is not a file: give one name a line, or a JSON list.")
+        if status.st_size > MAX_NAMES_BYTES:
             raise Refused(f"{path} is too large for a list of class names.")
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() != ".json":
@@ -41,7 +45,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
             names = tuple(str(name) for name in found)
     except OSError as error:
         raise Refused(f"class names cannot be read from {path}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise Refused(f"{path} is not a list of class names: give one name a line, or a JSON list.") from None
     if len(names) < 2:
         raise Refused(f"{path} names {len(names)} classes, at least 2 are needed.")

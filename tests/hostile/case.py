@@ -25,7 +25,8 @@ class Case:
     """`write` gets a folder that holds a good model and good images, and puts the hostile file there.
 
     `said`: words of the one sentence on standard error. Where `codes` has more than 3, the file may be taken as well,
-    and only a crash, a hang or memory is wrong. `size`: bytes on the disk where the file's own length says nothing.
+    and only a crash, a hang or memory is wrong. `memory`: bytes beyond twice the files on the disk that an idle run
+    does not take; `seconds` of processor time, of which a loaded machine needs no more.
     """
 
     name: str
@@ -34,6 +35,8 @@ class Case:
     argv: tuple[str, ...] = SCAN
     codes: tuple[int, ...] = (3,)
     slow: bool = False
+    memory: int = 64 * 2**20
+    seconds: float = 5.0
 
     @property
     def refused(self) -> bool:

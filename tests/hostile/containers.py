@@ -66,7 +66,10 @@ def _tars() -> Iterator[tuple[str, bytes | Callable[[], bytes]]]:
     yield "links-to-zero", links(tarfile.SYMTYPE, "/dev/zero")
     yield "hard-links-outside", links(tarfile.LNKTYPE, "../../etc/passwd")
     yield "links-to-themselves", links(tarfile.LNKTYPE, "0.png")
-    yield "devices", tar(*(member(f"{n}.png", type=tarfile.CHRTYPE, devmajor=1, devminor=5) for n in range(COUNT)))
+    yield (
+        "devices",
+        tar(*(member(f"{n}.png", type=tarfile.CHRTYPE, devmajor=1, devminor=5) for n in range(COUNT))),
+    )
     yield "pipes", tar(*(member(f"{n}.png", type=tarfile.FIFOTYPE) for n in range(COUNT)))
     yield "not-images", tar(*(member(f"../../{n}.png", b"hello") for n in range(COUNT)))
     yield "absolute", tar(*(member(f"/tmp/{n}.png", b"hello") for n in range(COUNT)))
@@ -76,7 +79,10 @@ def _tars() -> Iterator[tuple[str, bytes | Callable[[], bytes]]]:
     yield "sparse-terabyte", _sparse()
     long = member("x", size=2**33, type=tarfile.GNUTYPE_LONGNAME)
     yield "long-name-8-gb", tar(long)
-    yield "long-name-loop", tar(*(member("x", b"y" * 100, type=tarfile.GNUTYPE_LONGNAME) for _ in range(3000)))
+    yield (
+        "long-name-loop",
+        tar(*(member("x", b"y" * 100, type=tarfile.GNUTYPE_LONGNAME) for _ in range(3000))),
+    )
     yield "pax-bomb", tar(member("x", b"9999999999 path=" + b"a" * 4000, type=tarfile.XHDTYPE))
     yield "pax-not-numbers", tar(member("x", b"abc size=xyz\n", type=tarfile.XHDTYPE), member("0.png", b"x"))
     yield "truncated", tar(member("0.png", png(64, 64)))[:900]

@@ -252,7 +252,11 @@ def _names() -> Iterator[tuple[str, bytes | Callable[[], bytes], str]]:
 def _terabyte(folder: Path) -> None:
     table, data = parts()
     table = {f"model.{name}": entry for name, entry in table.items() if name != "__metadata__"}
-    table["projector.more"] = {"dtype": "U8", "shape": [2**40], "data_offsets": [len(data), len(data) + 2**40]}
+    table["projector.more"] = {
+        "dtype": "U8",
+        "shape": [2**40],
+        "data_offsets": [len(data), len(data) + 2**40],
+    }
     content = raw(table, data)
     with (folder / "m.safetensors").open("wb") as file:
         file.write(content)

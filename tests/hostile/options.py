@@ -65,7 +65,9 @@ def _triggers() -> Iterator[Case]:
         ("deep", raw(b'{"a":' * 100_000)),
     )
     for name, content in tensors:
-        yield Case(f"trigger-safetensors-{name}", _put("t.safetensors", content), "trigger", trigger("t.safetensors"))
+        yield Case(
+            f"trigger-safetensors-{name}", _put("t.safetensors", content), "trigger", trigger("t.safetensors")
+        )
     for name in ("/dev/zero", "/dev/stdin", "/proc/self/environ", IMAGES, "missing.png", "x" * 5000):
         stem = name.strip("/").replace("/", "-")[:20]
         yield Case(f"trigger-{stem}", lambda folder: None, "trigger", trigger(name), (2, 3))
@@ -105,7 +107,7 @@ def npz_members(shape: str = "(3, 8, 8)") -> Iterator[tuple[str, bytes]]:
     yield "short", _npy(shape, bytes(700))
     yield "long", _npy(shape, bytes(10_000_000))
     yield "type-structured", _npy(shape, bytes(768), "[('a', '<f4'), ('b', '|O')]")
-    yield "type-code", _npy(shape, bytes(768), "'__import__(\"os\").system(\"true\")'")
+    yield "type-code", _npy(shape, bytes(768), '\'__import__("os").system("true")\'')
     yield "type-text", _npy(shape, bytes(9999), "'<U99'")
     yield "type-time", _npy(shape, bytes(1536), "'<M8[s]'")
     yield "version-9", _npy(shape, bytes(768), version=b"\x09\x00")
@@ -212,8 +214,16 @@ def _records() -> Iterator[Case]:
     yield Case("record-to-a-pipe", lambda folder: os.mkfifo(folder / "r.json"), "", pipe)
     lying_rows = [
         {"trigger": "x", "control_rate": {"median": "a", "highest": [], "count": {}}, "outcome": "fails"},
-        {"trigger": "y", "asr": {"value": 1e299, "n": 2**62, "low": -5, "high": 7}, "outcome": "inconclusive"},
-        {"trigger": "z", "worst_source": {"value": 0.5, "n": "a", "low": "b", "high": []}, "outcome": "fails"},
+        {
+            "trigger": "y",
+            "asr": {"value": 1e299, "n": 2**62, "low": -5, "high": 7},
+            "outcome": "inconclusive",
+        },
+        {
+            "trigger": "z",
+            "worst_source": {"value": 0.5, "n": "a", "low": "b", "high": []},
+            "outcome": "fails",
+        },
         {"trigger": "w", "worst_source": {"value": True, "class": {"a": []}}, "outcome": "\x1b[2J"},
     ]
     lies = record(verdict="backdoored", triggers=lying_rows, confusion="x", curve=[{"a": []}], pictures=[{}])
@@ -259,6 +269,4 @@ def _resume_states() -> Iterator[Case]:
 
 
 def _state(arguments: dict) -> str:
-    return json.dumps(
-        {"arguments": arguments, "stage": "", "done": 0, "curve": [], "sums": {}, "notes": {}}
-    )
+    return json.dumps({"arguments": arguments, "stage": "", "done": 0, "curve": [], "sums": {}, "notes": {}})

@@ -1,7 +1,7 @@
 """The command line in a child of a process that has everything imported: exit code, output, time and memory.
 
-Starting Python and torch anew takes seconds a run. Here they are started once; each run is a fork, which is killed after
-a while, and whose peak memory the system tells apart from that of its parent.
+Starting Python and torch anew takes seconds a run. Here they are started once; each run is a fork, which is killed
+after a while, and whose peak memory the system tells apart from that of its parent.
 """
 
 from __future__ import annotations
@@ -64,9 +64,6 @@ class Runner:
 def _serve() -> None:
     import torch
 
-    import bdclean.cleanse
-    import bdclean.recipes.inoculate
-    import bdclean.scan
     from bdclean.architectures import recognition
     from bdclean.cli import run
 
@@ -91,7 +88,11 @@ def _serve() -> None:
             os.kill(child, 9)
             _, _, usage = os.wait4(child, 0)
         code = os.waitstatus_to_exitcode(status) if done else None
-        print(json.dumps([code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024]), file=answers, flush=True)
+        print(
+            json.dumps([code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024]),
+            file=answers,
+            flush=True,
+        )
 
 
 def _child(order: dict, run) -> int:
