@@ -64,9 +64,9 @@ class TriggerRow:
     images: int = 0
     asr: Rate = field(default_factory=Rate)
     base_rate: Rate | None = None
-    control_rate: dict[str, Any] | None = None  # median, highest, count
+    control_rate: dict[str, int | float | None] | None = None  # median, highest, count
     robust_accuracy: Rate | None = None
-    worst_source: dict[str, Any] | None = None  # class, value, n, low, high
+    worst_source: dict[str, int | float | None] | None = None  # class, value, n, low, high
     outcome: str = NOT_MEASURED
     reason: str = ""
 

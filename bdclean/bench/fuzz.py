@@ -149,12 +149,17 @@ def _read(log: Path) -> Iterator[dict]:
 
 
 class Child:
-    """A process that runs some cases one after another and writes down at which it is."""
+    """A process that runs some cases one after another.
+
+    Where it is, and how its cases ended, lies in memory that the parent sees, too, whatever becomes of the process.
+    """
 
     def __init__(self, known: dict[str, Parser], work: Path, seed: int, start: int, count: int) -> None:
         self.work, self.seed, self.start, self.count, self.known = work, seed, start, count, known
-        self.place = mmap.mmap(-1, 16)  # number of the case, and when it began
-        self.place[:] = struct.pack("<qd", start, time.monotonic())
+        self.form = f"<qd{len(known) * len(ENDS)}q"  # number of the case, when it began, ends of each parser
+        self.ends = [0] * (len(known) * len(ENDS))
+        self.shared = mmap.mmap(-1, struct.calcsize(self.form))
+        self._note(start)
         self.file = work / f".part-{seed}-{start}.json"
         sys.stdout.flush()
         sys.stderr.flush()
@@ -169,10 +174,13 @@ class Child:
                 traceback.print_exc()
                 os._exit(1)
 
+    def _note(self, case: int) -> None:
+        self.shared[:] = struct.pack(self.form, case, time.monotonic(), *self.ends)
+
     def ended(self) -> dict | None:
         """What was found, once the process has ended; one that stands still, inside of C too, is killed."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
-        case, began = struct.unpack("<qd", self.place[:])
+        case, began, *self.ends = struct.unpack(self.form, self.shared[:])
         if not pid and time.monotonic() - began > 2 * SLOW:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
@@ -182,18 +190,25 @@ class Child:
         try:
             part: dict = json.loads(self.file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            part = {"start": self.start, "cases": 0, "ends": {}, "broken": [], "seconds": 0.0, "memory": {}}
+            part = {"broken": [], "seconds": 0.0, "memory": {}, "large": {}}
         self.file.unlink(missing_ok=True)
         if status != 0:
             end = "hang" if status == signal.SIGKILL else "crash"
             name, content = drawn(self.known, self.seed, case)
-            part["cases"] = case - self.start + 1
-            part["ends"].setdefault(name, {})
-            part["ends"][name][end] = part["ends"][name].get(end, 0) + 1
             part["broken"].append(
                 self._keep(name, content, case, end, f"the process ended with status {status}")
             )
+            self._count(name, end)
+            case += 1
+        part |= {"start": self.start, "cases": case - self.start, "ends": {}}
+        for number, name in enumerate(self.known):
+            own = self.ends[number * len(ENDS) : (number + 1) * len(ENDS)]
+            if any(own):
+                part["ends"][name] = dict(zip(ENDS, own, strict=True))
         return part
+
+    def _count(self, name: str, end: str) -> None:
+        self.ends[list(self.known).index(name) * len(ENDS) + ENDS.index(end)] += 1
 
     def _keep(self, name: str, content: bytes, case: int, end: str, why: str) -> dict:
         file = self.work / f"{end}-{self.seed}-{case}.bin"
@@ -204,28 +219,29 @@ class Child:
         size = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
         resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE, size + ADDRESS_SPACE))
         signal.signal(signal.SIGALRM, _alarm)
-        ends: dict[str, Counter[str]] = {}
         broken: list[dict] = []
         memory: dict[str, list[float]] = {}
         began = time.process_time()
-        shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        with tempfile.TemporaryDirectory(dir=shared, prefix="bdclean-fuzz-") as folder:
+        room = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        with tempfile.TemporaryDirectory(dir=room, prefix="bdclean-fuzz-") as folder:
             for case in range(self.start, self.start + self.count):
-                self.place[:] = struct.pack("<qd", case, time.monotonic())
+                self._note(case)
                 name, content = drawn(self.known, self.seed, case)
                 end, why, peak = attempt(self.known[name], content, Path(folder))
-                ends.setdefault(name, Counter())[end] += 1
+                self._count(name, end)
                 if end in ("crash", "hang", "laxer"):
                     broken.append(self._keep(name, content, case, end, why))
                 if peak is not None:
-                    memory.setdefault(name, []).append(peak / len(content))
+                    memory.setdefault(name, []).append(peak - 2 * len(content))
                 if (case - self.start) % 200 == 199 or broken or case == self.start + self.count - 1:
                     part = {
-                        "start": self.start, "cases": case - self.start + 1, "ends": ends, "broken": broken,
-                        "seconds": time.process_time() - began, "memory": {k: max(v) for k, v in memory.items()},
-                        "large": {k: len(v) for k, v in memory.items()},
-                    }  # fmt: skip
+                        "broken": broken,
+                        "seconds": time.process_time() - began,
+                        "memory": {name: max(found) for name, found in memory.items()},
+                        "large": {name: len(found) for name, found in memory.items()},
+                    }
                     self.file.write_text(json.dumps(part), encoding="utf-8")
+            self._note(self.start + self.count)
 
 
 def _alarm(number: int, frame: FrameType | None) -> None:
@@ -281,7 +297,7 @@ def table(parts: list[dict]) -> str:
     names = list(dict.fromkeys(name for part in parts for name in part["ends"]))
     rows = [
         "| input | cases | accepted | refused | of them read by the safetensors library | crashes | hangs "
-        "| accepted against the library | peak memory over size of inputs from 100 kB | cases per CPU second |",
+        "| accepted against the library | most memory beyond twice an input of 100 kB or more | cases per CPU second |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     total: Counter[str] = Counter()
@@ -294,12 +310,16 @@ def table(parts: list[dict]) -> str:
         found = [part["memory"][name] for part in parts if name in part["memory"]]
         large = sum(part.get("large", {}).get(name, 0) for part in parts)
         peaks += found
-        memory = f"{max(found):.1f} ({large:,} inputs)" if found else "-"
+        memory = f"{_megabytes(found)} ({large:,} inputs)" if found else "-"
         rows.append(_row(name, ends, memory, ""))
     seconds = sum(part["seconds"] for part in parts)
     rate = f"{sum(total.values()) / seconds:,.0f}" if seconds else "-"
-    rows.append(_row("all", total, f"{max(peaks):.1f}" if peaks else "-", rate))
+    rows.append(_row("all", total, _megabytes(peaks) if peaks else "-", rate))
     return "\n".join(rows)
+
+
+def _megabytes(found: list[float]) -> str:
+    return f"{max(0.0, *found) / 1e6:.0f} MB"
 
 
 def _row(name: str, ends: Counter[str], memory: str, rate: str) -> str:

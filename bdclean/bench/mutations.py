@@ -15,7 +15,8 @@ ODD: tuple[Any, ...] = (
 )  # fmt: skip
 TOKENS = (
     b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-0", b"\\ud800", b"\\u0000", b'"', b"'", b"{", b"}", b"[", b"]",
-    b",", b":", b"null", b"true", b"\xff", b"\xc0\xaf", b"\xef\xbb\xbf", b"\x00", b"\n", b" ", b"[" * 300, b"{\"a\":" * 1200,
+    b",", b":", b"null", b"true", b"\xff", b"\xc0\xaf", b"\xef\xbb\xbf", b"\x00", b"\n", b" ", b"[" * 300,
+    b"{\"a\":" * 1200,
     b"[]," * 5000, b"9" * 5000, b"\\", b"\xf0\x9f\x98\x80",
 )  # fmt: skip
 SIGNS = "=:,/<>-+.e_0123456789 \t\n\x00\x1b\u202e\ud800'\"{}[]()%$abcxyzNaNinf"

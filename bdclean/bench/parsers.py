@@ -210,7 +210,8 @@ def read_gate(content: bytes, folder: Path) -> None:
 
 SPECS = (
     "badnets", "badnets:size=3,position=bottom-right", "badnets:size=4,pattern=random,seed=3,margin=1",
-    "blend:alpha=0.1", "blend:alpha=0.2,seed=3", "sig:delta=40,frequency=6,angle=90", "file:t.png,size=3", "sig", "file:a:b,c.png",
+    "blend:alpha=0.1", "blend:alpha=0.2,seed=3", "sig:delta=40,frequency=6,angle=90", "file:t.png,size=3",
+    "sig", "file:a:b,c.png",
 )  # fmt: skip
 SETTINGS = (
     "epochs=3", "lr=0.1", "least_steps=1\x1fepochs=2", "batch_size=8", "temperature=4", "augment=auto",
@@ -261,7 +262,8 @@ def _whole_record() -> dict[str, Any]:
     return {
         "schema": "bdclean.run/1", "command": "cleanse", "verdict": "backdoored", "outcome": "ran",
         "started": "2025-01-01T00:00:00+00:00", "seconds": 7.5, "seed": 0, "versions": {"bdclean": "1"},
-        "device": "cpu", "checkpoint": checkpoint, "data": data, "threshold": 0.2, "measures": [measure], "triggers": [row],
+        "device": "cpu", "checkpoint": checkpoint, "data": data, "threshold": 0.2, "measures": [measure],
+        "triggers": [row],
         "findings": [{"detector": "d", "verdict": "fires", "score": 1.0, "reason": "r"}],
         "pictures": [{"role": "given", "png_base64": "AAAA", "before": 1, "after": 2}], "confusion": [[1, 2], [3, 4]],
         "skipped": [{"what": "a", "reason": "b"}], "warnings": ["w"], "advice": "more images",

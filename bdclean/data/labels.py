@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bdclean import strictjson
 from bdclean.errors import Refused
 
 MAX_NAMES_BYTES = 4 * 2**20
@@ -39,7 +39,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         if path.suffix.lower() != ".json":
             names = tuple(line.strip() for line in text.splitlines() if line.strip())
         else:
-            found = json.loads(text)
+            found = strictjson.parse(text)
             if isinstance(found, dict):
                 found = [found[str(i)] for i in range(len(found))]
             names = tuple(str(name) for name in found)

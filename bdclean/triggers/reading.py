@@ -184,6 +184,8 @@ def _levels(path: str, name: str, array: np.ndarray) -> Tensor:
 
 def _planes(path: str, name: str, array: np.ndarray) -> Tensor:
     """[1|3 h w] float32 from [h w], [c h w] or [h w c], with or without a batch axis of one."""
+    if array.dtype.kind not in "fiub":
+        raise Refused(f"trigger {path}: {name} holds {array.dtype}, not numbers.")
     values = torch.from_numpy(np.ascontiguousarray(array).astype(np.float32))
     if not bool(torch.isfinite(values).all()):
         raise Refused(f"trigger {path}: {name} holds NaN or infinite values.")

@@ -212,21 +212,32 @@ def _records() -> Iterator[Case]:
     yield Case("record-to-dev-zero", lambda folder: None, "", place)
     pipe = ("scan", MODEL, "--data", IMAGES, "-q", "--record", "r.json")
     yield Case("record-to-a-pipe", lambda folder: os.mkfifo(folder / "r.json"), "", pipe)
-    lying_rows = [
-        {"trigger": "x", "control_rate": {"median": "a", "highest": [], "count": {}}, "outcome": "fails"},
-        {
-            "trigger": "y",
-            "asr": {"value": 1e299, "n": 2**62, "low": -5, "high": 7},
-            "outcome": "inconclusive",
-        },
-        {
-            "trigger": "z",
+    rows = {
+        "control-texts": {"control_rate": {"median": "a", "highest": [], "count": {}}, "outcome": "fails"},
+        "source-texts": {
             "worst_source": {"value": 0.5, "n": "a", "low": "b", "high": []},
             "outcome": "fails",
         },
-        {"trigger": "w", "worst_source": {"value": True, "class": {"a": []}}, "outcome": "\x1b[2J"},
+        "source-true": {"worst_source": {"value": True, "class": {"a": []}}},
+    }
+    for name, row in rows.items():
+        content = record(triggers=[{"trigger": "x", **row}])
+        yield Case(f"record-{name}", _put("r.json", content), "expected", ("report", "r.json"))
+    rate = {"value": 1e299, "n": 2**62, "low": -5, "high": 7}
+    odd = [
+        {
+            "trigger": "\x1b[2J[red]<b>|`",
+            "asr": rate,
+            "base_rate": rate,
+            "outcome": "\u202efails",
+            "target": "](",
+        },
+        {"trigger": "x", "control_rate": {"highest": -1e200, "median": None}, "outcome": "inconclusive"},
+        {"trigger": "y", "worst_source": {"value": 0.5, "class": 2**62, "low": -1e9}, "outcome": "fails"},
     ]
-    lies = record(verdict="backdoored", triggers=lying_rows, confusion="x", curve=[{"a": []}], pictures=[{}])
+    lies = record(
+        verdict="backdoored", triggers=odd, confusion="x", curve=[{"a": []}], pictures=[{}], started="\x9b"
+    )
     for form in ("table", "md", "json", "jsonl"):
         argv = ("report", "r.json", "r.json", "-v", "--format", form)
         yield Case(f"record-lies-{form}", _put("r.json", lies), argv=argv, codes=ANY)
@@ -244,7 +255,7 @@ def _deep(levels: int) -> object:
 
 def _resume_states() -> Iterator[Case]:
     argv = ("cleanse", MODEL, "--data", IMAGES, "--test", IMAGES, "--resume", "--record", "r.json", *BADNETS, "-q",
-            "--set", "epochs=1", "--set", "least_steps=1")  # fmt: skip
+            "--recipe", "inoculate", "--set", "epochs=1", "--set", "least_steps=1")  # fmt: skip
     name = "good.clean.safetensors.resume.safetensors"
     one = {"x": torch.zeros(2)}
     states: tuple[tuple[str, bytes], ...] = (
