@@ -243,6 +243,8 @@ class RunRecord:
         extra = {key: value for key, value in document.items() if key not in known and key != "schema"}
         body = {key: value for key, value in document.items() if key in known}
         record: RunRecord = _typed({**body, "extra": extra}, RunRecord, "record")
+        if record.outcome not in OUTCOMES:
+            raise Refused(f"record.outcome is {_cut(record.outcome)}, expected one of {', '.join(OUTCOMES)}.")
         if record.verdict not in VERDICTS:
             raise Refused(f"record.verdict is {_cut(record.verdict)}, expected one of {', '.join(VERDICTS)}.")
         return record

@@ -81,7 +81,7 @@ def evil_record():
     return {**filled(_whole_record()), "verdict": "backdoored"}
 
 
-FIXED = ("schema", "verdict", "command", "png_base64")
+FIXED = ("schema", "verdict", "command", "outcome", "png_base64")
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_what_was_typed(name, tmp_path):
         "classes": (*good, "--classes", evil),
     }
     code, sent = on_a_terminal(*lines[name], cwd=tmp_path)
-    assert code in (2, 3) and "owned" in sent and harmless(sent, LIVE)
+    assert code in (2, 3) and "gnp" in sent and harmless(sent, LIVE)
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def _edit(place: Any, draw: random.Random) -> None:
 
 def nudged(value: Any, draw: random.Random) -> Any:
     """A number a little, or much, off; anything else in another type."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
         return draw.choice((str(value)[:50], [value], {"x": value}))
     return draw.choice(
         (value + 1, value - 1, value + 4, value * 2, -value, float(value), value + 2**32, str(value))

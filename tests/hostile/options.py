@@ -186,6 +186,7 @@ def _records() -> Iterator[Case]:
         ("schema-list", record(schema=["\x1b[2J"])),
         ("schema-long", record(schema="x" * 1_000_000)),
         ("verdict", record(verdict="\x1b[2Jclean\n")),
+        ("outcome", record(outcome="\x1b[2J\nbdclean: fine")),
         ("verdict-long", record(verdict="clean" * 100_000)),
         ("nan", record(seconds=float("nan"))),
         ("huge-number", record(seed=10**400)),
