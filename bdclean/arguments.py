@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from bdclean.registry import DETECTORS, TRIGGERS, closest, find, parse_spec
 
 if TYPE_CHECKING:
     from bdclean.inputs import Inputs
+
+LARGEST_TEXT = 256_000_000  # bytes of records at once: a run with pictures has under 1 MB
 
 
 def check_triggers(specs: Sequence[str] | None) -> tuple[str, ...]:
@@ -54,14 +57,27 @@ def expand_models(models: Sequence[str]) -> list[str]:
 
 
 def read_text(path: str) -> str:
-    """Returns the text of a file, or of standard input for `-`."""
+    """Returns the text of a file or pipe, or of standard input for `-`, as far as records can be large."""
     try:
-        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        raw = sys.stdin.buffer.read(LARGEST_TEXT + 1) if path == "-" else _bytes(path)
+        if len(raw) > LARGEST_TEXT:
+            raise Refused(f"{path} has more than {LARGEST_TEXT // 10**6} MB: expected records of bdclean's.")
         return raw.decode("utf-8")
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
         raise Refused(f"{path} is not text: expected a record of bdclean's.") from None
+
+
+def _bytes(path: str) -> bytes:
+    # Without O_NONBLOCK, to open a pipe that nobody writes to would wait forever; a shell's <(...) has its writer.
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        kind = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISFIFO(kind):
+            raise Refused(f"{path} is neither a file nor a pipe: expected a record of bdclean's.")
+        if hasattr(os, "set_blocking"):
+            os.set_blocking(file.fileno(), True)
+        return file.read(LARGEST_TEXT + 1)
 
 
 def check_options(options: Mapping[str, Any]) -> None:

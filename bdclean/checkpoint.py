@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bdclean import strictjson
 from bdclean.architectures.arch import Arch
 from bdclean.architectures.building import Undrawn
 from bdclean.architectures.claimed import identify
@@ -231,8 +232,8 @@ def _own_config(metadata: Mapping[str, str]) -> dict | None:
     """The config that an earlier output carries with it."""
     text = metadata.get(CONFIG_KEY)
     try:
-        table = json.loads(text) if text is not None else None
-    except (ValueError, RecursionError):
+        table = strictjson.parse(text) if text is not None else None
+    except strictjson.NotJson:
         return None
     return table if isinstance(table, dict) else None
 

@@ -440,7 +440,7 @@ def plainly(argv: Sequence[str]) -> Job | None:
 def _ended(error: BaseException) -> int:
     if hasattr(error, "format_message"):  # Typer's own errors: each is wrong usage
         message = error.format_message()
-        if "\n" in message:  # no command at all: the help
+        if type(error).__name__ == "NoArgsIsHelpError":  # no command at all: the help
             with contextlib.suppress(OSError, AttributeError):
                 sys.stderr.write(f"{message}\n")
         else:

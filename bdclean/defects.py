@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bdclean.errors import BdcleanError, Interrupted
 from bdclean.record import FAILED, INTERRUPTED, REFUSED, Problem, RunRecord
+from bdclean.report.text import plain
 
 DEFECT = 70
 
@@ -48,7 +49,9 @@ def trace(error: BaseException) -> None:
     """Writes the traceback to standard error, if anybody still reads it."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
-            traceback.print_exception(error, file=sys.stderr)
+            # Messages of exceptions hold strangers' names.
+            lines = "".join(traceback.format_exception(error)).rstrip().split("\n")
+            print("\n".join(map(plain, lines)), file=sys.stderr)
 
 
 def leave_record(argv: Sequence[str], error: BaseException) -> None:
@@ -70,7 +73,7 @@ def leave(record: RunRecord, place: Path | None = None) -> None:
     record.write(place)
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
-            print(f"bdclean: the record of this defect is {place}", file=sys.stderr)
+            print(f"bdclean: the record of this defect is {plain(place)}", file=sys.stderr)
 
 
 def _value(argv: Sequence[str], option: str) -> str | None:

@@ -16,6 +16,8 @@ from bdclean.report.text import plain
 if TYPE_CHECKING:
     from bdclean.record import RunRecord
 
+LONGEST_LINE = 1200  # characters on standard error: a sentence about a stranger's path or name, not all of it
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -57,9 +59,11 @@ def emit(text: str) -> None:
 
 
 def warn(line: str) -> None:
-    """Writes a line to standard error, if anybody still reads it."""
+    """Writes one line to standard error, if anybody still reads it; what strangers put into it is escaped and cut."""
     if sys.stderr is None:
         return
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
     with contextlib.suppress(OSError):
         print(f"bdclean: {plain(line)}", file=sys.stderr, flush=True)
 

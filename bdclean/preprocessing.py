@@ -105,7 +105,8 @@ def _numbers(value: object) -> Triple | None:
         value = [value] * 3
     if not isinstance(value, (list, tuple)) or len(value) not in (1, 3):
         return None
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in value):
+    # abs() and not isfinite(): a whole number of a stranger's may be too large for a float
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e6 for v in value):
         return None
     a, b, c = (float(v) for v in (value if len(value) == 3 else list(value) * 3))
     return a, b, c

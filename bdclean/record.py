@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
 
+from bdclean import strictjson
 from bdclean.errors import Refused
 
 SCHEMA = "bdclean.run/1"
@@ -25,6 +26,8 @@ OUTCOMES = (RAN, REFUSED, FAILED, INTERRUPTED)
 FAILS, PASSES, INCONCLUSIVE, NOT_MEASURED = "fails", "passes", "inconclusive", "not-measured"
 
 DEEPEST = 50  # levels of a record that is read: far more than ours have, far less than Python's stack holds
+MOST_VALUES = 4_000_000  # in one document: a table of confusions has a million
+LONGEST_SHOWN = 80  # characters of a value in an error sentence
 CLEANSE_ONLY = ("recipe", "before", "after", "curve", "output")
 
 
@@ -61,9 +64,9 @@ class TriggerRow:
     images: int = 0
     asr: Rate = field(default_factory=Rate)
     base_rate: Rate | None = None
-    control_rate: dict[str, Any] | None = None  # median, highest, count
+    control_rate: dict[str, int | float | None] | None = None  # median, highest, count
     robust_accuracy: Rate | None = None
-    worst_source: dict[str, Any] | None = None  # class, value, n, low, high
+    worst_source: dict[str, int | float | None] | None = None  # class, value, n, low, high
     outcome: str = NOT_MEASURED
     reason: str = ""
     change: Rate | None = (
@@ -263,17 +266,19 @@ class RunRecord:
         """Returns the record in `document`; raises Refused naming the first key that does not fit."""
         if not isinstance(document, dict):
             raise Refused(f"a record is a JSON object, found {_kind(document)}.")
+        if not strictjson.shallow(document, DEEPEST):
+            raise Refused(f"the record is nested more than {DEEPEST} deep: this is no record of bdclean's.")
         schema = document.get("schema")
         if schema != SCHEMA:
-            raise Refused(f"schema is {schema!r}, expected {SCHEMA!r}: this is no record of bdclean's.")
-        if not _shallow(document):
-            raise Refused(f"the record is nested more than {DEEPEST} deep: this is no record of bdclean's.")
+            raise Refused(f"schema is {_cut(schema)}, expected {SCHEMA!r}: this is no record of bdclean's.")
         known = {f.name for f in dataclasses.fields(RunRecord)} - {"extra"}
         extra = {key: value for key, value in document.items() if key not in known and key != "schema"}
         body = {key: value for key, value in document.items() if key in known}
         record: RunRecord = _typed({**body, "extra": extra}, RunRecord, "record")
+        if record.outcome not in OUTCOMES:
+            raise Refused(f"record.outcome is {_cut(record.outcome)}, expected one of {', '.join(OUTCOMES)}.")
         if record.verdict not in VERDICTS:
-            raise Refused(f"record.verdict is {record.verdict!r}, expected one of {', '.join(VERDICTS)}.")
+            raise Refused(f"record.verdict is {_cut(record.verdict)}, expected one of {', '.join(VERDICTS)}.")
         return record
 
     def dump(self) -> str:
@@ -298,18 +303,19 @@ def parse_records(text: str, source: str) -> list[RunRecord]:
     if not text.strip():
         raise Refused(f"{source} is empty: expected a record.")
     try:
-        documents = [json.loads(text)]
-    except (ValueError, RecursionError):
+        documents = [strictjson.parse(text, MOST_VALUES, halves=True)]
+    except strictjson.NotJson as whole:
         documents = []
-        for number, line in enumerate(text.split("\n"), 1):
+        lines = text.split("\n")
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                documents.append(json.loads(line))
-            except (ValueError, RecursionError):
-                raise Refused(
-                    f"{source} is not JSON (line {number}): expected a record of bdclean's."
-                ) from None
+                documents.append(strictjson.parse(line, MOST_VALUES, halves=True))
+            except strictjson.NotJson as error:
+                # Of a document over many lines, the first line alone says nothing.
+                why = error if documents else whole
+                raise Refused(f"{source} is not a record of bdclean's (line {number}): {why}.") from None
     records: list[RunRecord] = []
     for document in documents:
         runs = [document]
@@ -374,18 +380,10 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no place in a record")
 
 
-def _shallow(document: Any) -> bool:
-    level = [document]
-    for _ in range(DEEPEST):
-        level = [
-            item
-            for value in level
-            if isinstance(value, (dict, list))
-            for item in (value.values() if isinstance(value, dict) else value)
-        ]
-        if not level:
-            return True
-    return False
+def _cut(value: Any) -> str:
+    """A value of a stranger's file in an error sentence."""
+    shown = repr(value)
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
 
 
 def _kind(value: Any) -> str:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from bdclean import gate
+from bdclean.arguments import read_text
 from bdclean.catalogue import versions
 from bdclean.defects import leave, problem_of, trace
 from bdclean.errors import BdcleanError, Refused, UsageError
@@ -158,7 +159,7 @@ def check_record(path: Path, inputs: Sequence[Path]) -> None:
 def is_record(path: Path) -> bool:
     """Whether a file at `path` is a record, which a newer one may replace."""
     try:
-        parse_records(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError, Refused):
+        parse_records(read_text(str(path)), str(path))
+    except Refused:
         return False
     return True

@@ -20,11 +20,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bdclean import strictjson
 from bdclean.architectures.matching import shown
 from bdclean.errors import Refused
 
-# The reference implementation's cap; real headers are well under 1 MB.
-LARGEST_HEADER = 100_000_000
+# The reference implementation's cap is 100 MB, which takes a gigabyte once it is parsed; vision networks' headers have
+# under 1 MB and 5,000 tensors.
+LARGEST_HEADER = 10_000_000
+MOST_TENSORS = 20_000
+MOST_VALUES = 1_200_000  # of JSON, where commas in metadata count as well
+MOST_AXES = 64  # torch computes with no more
+SHARE_OF_MEMORY = 0.8  # that one file's bytes may take
 
 DTYPES = {
     "F64": torch.float64,
@@ -47,7 +53,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of a file: its type's name in safetensors, and where its bytes lie after the header."""
 
@@ -85,9 +91,7 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > LARGEST_HEADER or length < 2:
-            raise Refused(
-                f"{where} is not a safetensors file: its first 8 bytes give a header of {length} bytes."
-            )
+            raise Refused(f"{where} {_instead(path, length)}.")
         if 8 + length > size:
             raise Refused(
                 f"{where} is truncated: its header should have {length} bytes and the file has {size}; fetch it again."
@@ -102,20 +106,28 @@ def read_header(path: Path) -> Header:
     return Header(entries, metadata, 8 + length, hashlib.sha256(raw).hexdigest())
 
 
-def _parse(raw: bytes, where: str) -> dict:
-    def once(pairs: list[tuple[str, object]]) -> dict:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            raise ValueError("a name occurs twice")
-        return table
+def _instead(path: Path, length: int) -> str:
+    """What a file is whose first 8 bytes are no header's length, from how it begins."""
+    with path.open("rb") as stream:
+        start = stream.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: fetch it with git lfs pull"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
+        return "is a web page, not a safetensors file: the download failed, fetch it again"
+    if 10 * LARGEST_HEADER >= length > LARGEST_HEADER:
+        return f"has a header of {length:,} bytes, more than the {LARGEST_HEADER:,} that are read"
+    return f"is not a safetensors file: its first 8 bytes give a header of {length} bytes"
 
+
+def _parse(raw: bytes, where: str) -> dict:
     try:
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if "twice" in str(error) else "it is not JSON"
-        raise Refused(f"{where} has a broken header: {reason}.") from None
-    if not isinstance(parsed, dict):
+        parsed = strictjson.parse(raw, MOST_VALUES)
+    except strictjson.NotJson as error:
+        raise Refused(f"{where} has a broken header: {error}.") from None
+    if not isinstance(parsed, dict) or raw[:1] != b"{":
         raise Refused(f"{where} has a broken header: it is not a table of tensors.")
+    if len(parsed) > MOST_TENSORS:
+        raise Refused(f"{where} describes more than {MOST_TENSORS:,} tensors: no vision network has as many.")
     return parsed
 
 
@@ -126,14 +138,21 @@ def _entry(name: str, value: object, where: str) -> Entry:
     if not isinstance(value, dict):
         raise broken("is not described by a table")
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in SIZES:
+    if not isinstance(dtype, str):
+        raise broken("has no type")
+    if dtype not in SIZES:
         raise broken(f"has the unknown type {shown(dtype)}")
     if not isinstance(shape, list) or not all(_whole(n) for n in shape):
         raise broken("has a shape that is not a list of whole numbers")
+    if len(shape) > MOST_AXES:
+        raise broken(f"has {len(shape)} axes, more than the {MOST_AXES} that can be read")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_whole(n) for n in offsets):
         raise broken("has offsets that are not two whole numbers")
     begin, end = offsets
-    # Python's integers do not overflow, so a product beyond 64 bits fails here like any other lie.
+    # Python's integers do not overflow, so a product beyond 64 bits fails here like any other lie. That of a tensor
+    # without elements is taken over its other axes: torch multiplies them for its strides.
+    if math.prod(n or 1 for n in shape) * SIZES[dtype] > strictjson.LARGEST:
+        raise broken(f"has the shape {shown(shape)}, whose size is beyond 63 bits")
     needed = math.prod(shape) * SIZES[dtype]
     if end - begin != needed:
         raise broken(f"is {dtype} of shape {shown(shape)}, which does not fill its {end - begin} bytes")
@@ -168,6 +187,13 @@ def read_tensors(path: Path, header: Header) -> tuple[dict[str, Tensor], str]:
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
+        # Checked, not tried: a sparse file costs its maker nothing, and zeroed memory is taken page by page until
+        # the system kills somebody.
+        if size > SHARE_OF_MEMORY * _memory():
+            raise Refused(
+                f"{shown(path)} has {size / 1e9:.1f} GB and this machine {_memory() / 1e9:.1f} GB of memory: "
+                "use a larger one."
+            )
         data = bytearray(size)
         view = memoryview(data)
         at = 0
@@ -181,6 +207,13 @@ def read_tensors(path: Path, header: Header) -> tuple[dict[str, Tensor], str]:
     if at != header.start + last or hashlib.sha256(view[8 : header.start]).hexdigest() != header.digest:
         raise Refused(f"{shown(path)} changed while it was read: run again when nothing writes to it.")
     return {e.name: _tensor(data, header.start + e.begin, e) for e in header.entries}, digest.hexdigest()
+
+
+def _memory() -> float:
+    """Bytes of memory that this machine has; infinite where it does not say."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _tensor(data: bytearray, offset: int, entry: Entry) -> Tensor:

@@ -116,6 +116,8 @@ class Saved:
         if not self.path.exists():
             return False
         try:
+            if not self.path.is_file():  # to open a pipe would wait for its writer
+                raise ValueError("it is not a regular file")
             with safe_open(self.path, "pt") as file:
                 found = json.loads((file.metadata() or {})["bdclean.resume"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -123,13 +125,14 @@ class Saved:
             done, curve, sums = int(found["done"]), list(found["curve"]), dict(found["sums"])
         except Exception as error:
             raise Refused(
-                f"the resume state {self.path} cannot be read ({error}): delete it and start anew without --resume."
+                f"the resume state {self.path} cannot be read ({_short(error)}): "
+                "delete it and start anew without --resume."
             ) from error
         difference = _difference(theirs, self.arguments)
         if difference is not None:
             key, old, new = difference
             raise Refused(
-                f"the resume state {self.path} was made with {key} = {old!r}, this run has {new!r}: "
+                f"the resume state {self.path} was made with {key} = {_short(old)}, this run has {_short(new)}: "
                 "repeat that run's arguments, or start anew without --resume."
             )
         self.stage, self.done, self.curve, self.sums, self.notes = stage, done, curve, sums, notes
@@ -169,6 +172,12 @@ class Saved:
     def delete(self) -> None:
         self.path.unlink(missing_ok=True)
         self.json_path.unlink(missing_ok=True)
+
+
+def _short(value: object) -> str:
+    """What stands in a resume state, as long as a sentence can hold."""
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:

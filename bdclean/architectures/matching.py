@@ -73,5 +73,6 @@ def listed(differing: list[str]) -> str:
 
 def shown(name: object) -> str:
     """A stranger's name, safe to print: no control characters, cut when very long."""
-    clean = "".join(c if c.isprintable() else "?" for c in str(name))
-    return clean if len(clean) <= LONGEST_NAME else clean[: LONGEST_NAME - 3] + "..."
+    text = str(name)
+    cut = text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 3] + "..."
+    return "".join(c if c.isprintable() else "?" for c in cut)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from bdclean.bench import cifar10, readings, rule, speed
+from bdclean.bench import cifar10, fuzz, readings, rule, speed
 
-DRIVERS = {"cifar10": cifar10.main, "readings": readings.main, "rule": rule.main, "speed": speed.main}
+DRIVERS = {
+    "cifar10": cifar10.main,
+    "fuzz": fuzz.main,
+    "readings": readings.main,
+    "rule": rule.main,
+    "speed": speed.main,
+}
 
 
 def main() -> int:

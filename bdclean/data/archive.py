@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from array import array
 from collections import Counter
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bdclean import strictjson
 from bdclean.data.decode import MAX_BYTES, SUFFIXES, Picture, Slice, Unreadable
 from bdclean.data.listing import HIDDEN, Listing, in_order
 from bdclean.data.tar import MAX_MEMBERS, Archive, Member, members
@@ -164,8 +164,8 @@ def _label(content: bytes, suffix: str) -> str | None:
     if suffix == ".cls":
         return text[:200] or None
     try:
-        said = json.loads(text)
-    except (ValueError, RecursionError):
+        said = strictjson.parse(text)
+    except strictjson.NotJson:
         return None
     if isinstance(said, dict):
         said = next((said[key] for key in LABEL_KEYS if key in said), None)

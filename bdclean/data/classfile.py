@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bdclean import strictjson
 from bdclean.data.decode import SUFFIXES
 from bdclean.errors import Refused
 
@@ -80,7 +81,10 @@ def read_class_file(path: Path) -> tuple[str, ...] | FileLabels:
     """Class names in the order of the head (one a line, a JSON list, or a JSON object from index to name), or the
     labels of a CSV `file,label`. Raises Refused for what is neither."""
     try:
-        if path.stat().st_size > MAX_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
+            raise Refused(f"{path} is not a file: give class names, one a line, or a CSV of file,label.")
+        if status.st_size > MAX_BYTES:
             raise Refused(f"{path} is too large for class names or labels.")
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -101,11 +105,11 @@ def read_class_file(path: Path) -> tuple[str, ...] | FileLabels:
 
 def _json(path: Path, text: str) -> tuple[str, ...]:
     try:
-        found = json.loads(text)
+        found = strictjson.parse(text)
         if isinstance(found, dict):
             found = [found[str(i)] for i in range(len(found))]
         return tuple(str(name) for name in found)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (strictjson.NotJson, KeyError, TypeError):
         raise Refused(f"{path} is not a list of class names: give one name a line, or a JSON list.") from None
 
 

@@ -41,7 +41,7 @@ def search(root: Path) -> Found:
     """Every image file below `root`, by suffix or without one; hidden ones are left out, links followed once."""
     # An archive often unpacks to one folder in another: its only folder stands for it.
     top = _entries(str(root))
-    while len(top) == 1 and _own_folder(top[0]) and any(entry.is_dir() for entry in _entries(top[0].path)):
+    while len(top) == 1 and _own_folder(top[0]) and any(map(_is_folder, _entries(top[0].path))):
         root = Path(top[0].path)
         top = _entries(str(root))
     files: list[str] = []
@@ -60,7 +60,7 @@ def search(root: Path) -> Found:
     files.sort(key=in_order)
     shards.sort(key=in_order)
     filled = {file.split("/", 1)[0] for file in files if "/" in file}
-    empty = sorted(entry.name for entry in top if entry.is_dir() and entry.name not in filled)
+    empty = sorted(entry.name for entry in top if _is_folder(entry) and entry.name not in filled)
     return Found(root, files, shards, others, tuple(empty))
 
 
@@ -77,6 +77,13 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
         raise Refused(f"folder {folder} cannot be read: {error.strerror}.") from None
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: a file that cannot be read
+        return False
+
+
 def _own_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False)
 
@@ -89,7 +96,7 @@ def _walk(root: str) -> Iterator[str]:
         folder, prefix = waiting.pop()
         folders = []
         for entry in _entries(folder):
-            if entry.is_dir():
+            if _is_folder(entry):
                 folders.append(entry)
             else:
                 yield prefix + entry.name

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from bdclean import strictjson
 from bdclean.data.classfile import FileLabels, read_class_file
 from bdclean.data.labels import Labelling, label_folders, match_names
 from bdclean.data.listing import SPLITS, Listing, held, printable
@@ -156,8 +156,8 @@ def claimed_names(metadata: dict[str, str], config: object) -> tuple[str, ...] |
         if said is None or len(said) > 4 * 2**20:
             continue
         try:
-            found = json.loads(said)
-        except (ValueError, RecursionError):
+            found = strictjson.parse(said)
+        except strictjson.NotJson:
             found = [name.strip() for name in said.split(",")]
         names = _names(found)
         if names is not None:

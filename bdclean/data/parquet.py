@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bdclean import strictjson
 from bdclean.data.decode import MAX_BYTES, Picture, Unreadable
 from bdclean.data.listing import Listing
 from bdclean.errors import Refused
@@ -116,9 +116,9 @@ def _check_groups(metadata: Any, path: Path) -> None:
 def _class_names(metadata: dict[bytes, bytes] | None, label: str | None) -> tuple[str, ...] | None:
     """The names that Hugging Face's own metadata gives the numbers of the label column."""
     try:
-        said = json.loads((metadata or {})[b"huggingface"])
+        said = strictjson.parse((metadata or {})[b"huggingface"])
         names = said["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, strictjson.NotJson):
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None

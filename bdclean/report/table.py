@@ -53,23 +53,23 @@ def _show(console: Console, page: Page, everything: bool) -> None:
             if page.verdict == NO_EVIDENCE
             else "bold yellow"
         )
-        console.print(Text.assemble((page.verdict, style), ": ", text.plain(page.sentence)))
+        console.print(Text.assemble((text.plain(page.verdict), style), ": ", text.plain(page.sentence)))
     if page.facts:
         console.print()
         grid = Grid.grid(padding=(0, 2))
         for name, value in page.facts:
-            grid.add_row(Text(name, style="dim"), Text(text.plain(value), overflow="fold"))
+            grid.add_row(Text(text.plain(name), style="dim"), Text(text.plain(value), overflow="fold"))
         console.print(grid)
     for table in page.tables:
         _show_table(console, table, everything)
     for title, items in page.lists:
         console.print()
-        console.print(Text(title, style="bold"))
+        console.print(Text(text.plain(title), style="bold"))
         for item in items:
             console.print(Padding(Text(text.plain(item), overflow="fold"), (0, 0, 0, 2), expand=False))
     console.print()
     for line in page.closing:
-        console.print(Text(line))
+        console.print(Text(text.plain(line)))
 
 
 def _show_table(console: Console, table: Table, everything: bool) -> None:
@@ -81,7 +81,7 @@ def _show_table(console: Console, table: Table, everything: bool) -> None:
         hidden = {id(row) for row in passing[LONGEST:]}
         rows, left_out = [row for row in rows if id(row) not in hidden], len(hidden)
     console.print()
-    console.print(Text(table.title, style="bold"))
+    console.print(Text(text.plain(table.title), style="bold"))
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     for column in table.columns:
         grid.add_column(Text(text.plain(column)), overflow="fold")
@@ -94,7 +94,7 @@ def _show_table(console: Console, table: Table, everything: bool) -> None:
     if left_out:
         console.print(Text(f"and {left_out} more that pass, with lower rates (-v lists them)", style="dim"))
     if table.note:
-        console.print(Text(table.note, style="dim"))
+        console.print(Text(text.plain(table.note), style="dim"))
 
 
 def _without_details(table: Table) -> Table:

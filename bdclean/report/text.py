@@ -19,7 +19,10 @@ def plain(text: object) -> str:
     Paths, class names and metadata come from strangers: unescaped they could move the cursor, set colours,
     swap the reading order or start a table row.
     """
-    return "".join(_escaped(character) for character in str(text))
+    line = str(text)
+    if line.isprintable():
+        return line
+    return "".join(_escaped(character) for character in line)
 
 
 def markdown(text: object) -> str:

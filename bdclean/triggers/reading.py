@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 
+from bdclean.architectures.matching import shown
 from bdclean.errors import Refused
 
 MAX_BYTES = 64 * 2**20  # far more than any trigger
@@ -74,7 +76,10 @@ def read_content(path: str, key: str = "none") -> Content:
 
 
 def _picture(path: str, key: str) -> Content:
-    with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF")) as image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of sizes that are refused here and of odd metadata
+        image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "GIF"))
+    with image:
         if max(image.size) > MAX_SIDE:
             raise Refused(
                 f"trigger {path} is {image.width} x {image.height}, at most {MAX_SIDE} a side is allowed."
@@ -132,10 +137,10 @@ def _safetensors(path: str) -> dict[str, np.ndarray]:
 def _checked(path: str, name: str, shape: tuple[int, ...] | list[int]) -> int:
     """The number of values, if `shape` is one that a trigger can have."""
     if not 2 <= len(shape) <= 4 or min(shape) < 1 or max(shape) > MAX_SIDE:
-        raise Refused(f"trigger {path}: {name} is {list(shape)}, expected [3 h w], [h w 3] or [h w].")
+        raise Refused(f"trigger {path}: {name} is {shown(list(shape))}, expected [3 h w], [h w 3] or [h w].")
     count = int(np.prod(shape, dtype=np.int64))
     if count > MAX_VALUES:
-        raise Refused(f"trigger {path}: {name} is {list(shape)}, too large for a trigger.")
+        raise Refused(f"trigger {path}: {name} is {shown(list(shape))}, too large for a trigger.")
     return count
 
 
@@ -179,6 +184,8 @@ def _levels(path: str, name: str, array: np.ndarray) -> Tensor:
 
 def _planes(path: str, name: str, array: np.ndarray) -> Tensor:
     """[1|3 h w] float32 from [h w], [c h w] or [h w c], with or without a batch axis of one."""
+    if array.dtype.kind not in "fiub":
+        raise Refused(f"trigger {path}: {name} holds {array.dtype}, not numbers.")
     values = torch.from_numpy(np.ascontiguousarray(array).astype(np.float32))
     if not bool(torch.isfinite(values).all()):
         raise Refused(f"trigger {path}: {name} holds NaN or infinite values.")
