@@ -98,3 +98,14 @@ def default_output(model: Path, out: Path | None) -> Path:
         raise Refused(f"{model} is not a model: name a safetensors file, or a folder with one.")
     name = model.name.removesuffix(".index.json").removesuffix(".safetensors")
     return model.with_name(f"{name}.clean.safetensors")
+
+
+def resume_state(output: Path) -> Path:
+    """Returns where the state of a run lies that `--resume` goes on from; its readable copy ends in `.json`.
+
+    Raises Refused where a file system could not hold that name.
+    """
+    state = output.with_name(f"{output.name}.resume.safetensors")
+    if len(os.fsencode(state.name)) > 255:
+        raise Refused(f"{output.name} is too long for a file name: choose a shorter --out.")
+    return state

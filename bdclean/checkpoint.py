@@ -17,7 +17,8 @@ from bdclean.architectures.matching import Match, shown
 from bdclean.architectures.recognition import identify
 from bdclean.errors import Refused
 from bdclean.sources import open_source
-from bdclean.tensorfile import DTYPES, FLOATS, Entry, read_header, reason, write_file
+from bdclean.tensorfile import DTYPES, FLOATS, Entry, read_header, write_file
+from bdclean.writing import reason
 
 SOURCE_KEY = "bdclean.source_sha256"
 # The claims about preprocessing that an output keeps from its input.

@@ -21,9 +21,10 @@ from bdclean.arguments import (
     expand_models,
     make_inputs,
     read_text,
+    resume_state,
 )
 from bdclean.defects import leave_record, problem_of, trace
-from bdclean.errors import BdcleanError, Interrupted, Refused, UsageError
+from bdclean.errors import ENDING, BdcleanError, Interrupted, Refused, UsageError
 from bdclean.gate import Gate
 from bdclean.output import Shown, emit, warn
 from bdclean.record import RunRecord, parse_records
@@ -31,6 +32,7 @@ from bdclean.registry import DETECTORS, RECIPES, find, parse_settings
 from bdclean.report import FORMATS, check_format
 from bdclean.report.progress import Progress
 from bdclean.running import Records, check_place, run_all
+from bdclean.writing import alone, check, is_special, sweep
 
 Job = Callable[[], int]
 """What a command has parsed. It runs after Typer is done, because Typer turns Ctrl-C and broken pipes into exit 1."""
@@ -171,6 +173,7 @@ def scan(
     def job() -> int:
         judge = gate.parse(fail_on or ())
         shown = Shown(check_format(form), out, verbose)
+        shown.check()
         triggers, detectors = check_triggers(trigger), check_detectors(detector)
         if data is None and test is None and labeled is None:
             raise UsageError("scan needs images: give --data PATH (or --test, or --labeled).")
@@ -247,6 +250,7 @@ def cleanse(
     def job() -> int:
         judge = gate.parse(fail_on or ())
         shown = Shown(check_format(form), None, verbose)
+        shown.check()
         triggers, chosen = check_triggers(trigger), parse_settings(settings or ())
         find(RECIPES, recipe)
         if data is None and labeled is None:
@@ -256,13 +260,18 @@ def cleanse(
         check_options(options)
         output = default_output(Path(model), out)
         place = record if record is not None else output.with_suffix(".json")
+        state = resume_state(output)
+        states = (state, state.with_suffix(".json"))
+        if place in states:
+            raise UsageError(f"{place} is where the resume state goes: give another --record.")
         if place == output:
             raise UsageError(
                 f"{place} cannot be both the model and its record: give another --out or --record."
             )
-        if record is None and not output.parent.is_dir():  # the record beside it would make the folder
-            raise Refused(f"{output.parent} is not a folder: make it, or choose another --out.")
-        records = Records.at(place, [Path(model)], keep=record is None)
+        if is_special(output):
+            raise Refused(f"{output} is no regular file: give --out a file name.")
+        check(output)
+        records = Records.at(place, [Path(model)], keep=record is None, spent=states)
 
         def one(path: str, progress: Progress) -> RunRecord:
             from bdclean.cleanse import cleanse as work
@@ -280,7 +289,12 @@ def cleanse(
                 tell=progress,
             )
 
-        return run_all("cleanse", [model], one, judge, shown, records, quiet)
+        with alone(output):
+            for path in (output, *states):
+                sweep(path)
+            if state.exists() and not resume:
+                warn(f"{state} of a run that was stopped is not used and will be replaced: --resume goes on.")
+            return run_all("cleanse", [model], one, judge, shown, records, quiet)
 
     return job
 
@@ -367,7 +381,9 @@ def run(argv: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    # Ctrl-C is Python's own; what nohup and its like told this process to ignore stays ignored.
+    others = [n for n in ENDING if n != signal.SIGINT and signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, _terminate) for number in others}
     try:
         job = app(args=argv, prog_name="bdclean", standalone_mode=False)
         return job() if callable(job) else int(job or 0)
@@ -379,7 +395,8 @@ def run(argv: list[str]) -> int:
     except BaseException as error:
         return _ended(error)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _ended(error: BaseException) -> int:
@@ -404,4 +421,4 @@ def _ended(error: BaseException) -> int:
 
 
 def _terminate(number: int, frame: Any) -> None:
-    raise Interrupted("terminated.", 128 + number)
+    raise Interrupted("terminated." if number == signal.SIGTERM else "hung up.", 128 + number)

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdclean.errors import Refused
-from bdclean.record import RunRecord, write_text
+from bdclean.record import RunRecord
 from bdclean.report import render
 from bdclean.report.text import plain
+from bdclean.writing import write_text
+
+CLOSED = "standard output is closed: there is nowhere to write the result."
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,11 @@ class Shown:
     form: str
     out: Path | None
     verbose: bool
+
+    def check(self) -> None:
+        """Refuses, before any work, to show results on a standard output that is closed."""
+        if self.out is None and sys.stdout is None:
+            raise Refused(CLOSED)
 
     def show(self, records: Sequence[RunRecord]) -> None:
         """Prints the report, or writes it to `out` by atomic rename."""
@@ -38,7 +46,7 @@ class Shown:
 def emit(text: str) -> None:
     """Writes to standard output. A reader that has gone away changes neither the run nor its exit code."""
     if sys.stdout is None:
-        raise Refused("standard output is closed: there is nowhere to write the result.")
+        raise Refused(CLOSED)
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -22,8 +22,8 @@ from bdclean.tensorfile import (
     looks_like_pickle,
     read_header,
     read_tensors,
-    reason,
 )
+from bdclean.writing import reason
 
 INDEX = "model.safetensors.index.json"
 # A model's own description is a few kB; an index of the largest models a few MB.

@@ -6,22 +6,21 @@ library is not used: it orders tensors and metadata its own way when writing, an
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from bdclean.architectures.matching import shown
 from bdclean.errors import Refused
+from bdclean.writing import replace
 
 # The reference implementation's cap; real headers are well under 1 MB.
 LARGEST_HEADER = 100_000_000
@@ -220,38 +219,18 @@ def write_file(
         table[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.begin, e.end]}
     raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    digest = hashlib.sha256()
-    temporary: str | None = None
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
-            ordered = (tensors[e.name] for e in sorted(entries, key=lambda e: (e.begin, e.end)))
-            for piece in (memoryview(len(raw).to_bytes(8, "little") + raw), *map(_bytes, ordered)):
-                stream.write(piece)
-                digest.update(piece)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes files private; the output gets what any new file here would get.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise Refused(f"{shown(path)} cannot be written: {reason(error)}.") from None
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-    return digest.hexdigest()
+    ordered = [tensors[e.name] for e in sorted(entries, key=lambda e: (e.begin, e.end))]
+
+    def write(stream: IO[bytes]) -> str:
+        digest = hashlib.sha256()
+        for piece in (memoryview(len(raw).to_bytes(8, "little") + raw), *map(_bytes, ordered)):
+            stream.write(piece)
+            digest.update(piece)
+        return digest.hexdigest()
+
+    return replace(path, write)
 
 
 def _bytes(tensor: Tensor) -> memoryview[int]:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def reason(error: OSError) -> str:
-    """The system's words for what went wrong."""
-    if error.errno == errno.ENOSPC:
-        return "the disk is full; free some space or choose another --out"
-    return (error.strerror or type(error).__name__).lower()
