@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from bdclean.bench import cifar10, rule
+from bdclean.bench import cifar10, faults, rule
 
-DRIVERS = {"cifar10": cifar10.main, "rule": rule.main}
+DRIVERS = {"cifar10": cifar10.main, "faults": faults.main, "rule": rule.main}
 
 
 def main() -> int:
