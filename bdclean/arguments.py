@@ -90,7 +90,7 @@ def default_output(model: Path, out: Path | None) -> Path:
     Raises Refused on an `out` that is a folder, and where no name can be made from the model's.
     """
     if out is not None:
-        if out.is_dir():
+        if os.path.isdir(out):
             raise Refused(f"{out} is a folder: give --out a file name.")
         return out
     model = model if model.name not in ("", "..") else model.resolve()

@@ -164,7 +164,7 @@ class Checkpoint:
             raise Refused(f"{where} cannot be written: {reason(error)}.") from None
         if free < needed:
             raise Refused(
-                f"{where} needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free: choose another --out."
+                f"{where} needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free: choose another --out."
             )
 
     def _is_input(self, out: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -292,7 +293,7 @@ def cleanse(
         with alone(output):
             for path in (output, *states):
                 sweep(path)
-            if state.exists() and not resume:
+            if os.path.exists(state) and not resume:
                 warn(f"{state} of a run that was stopped is not used and will be replaced: --resume goes on.")
             return run_all("cleanse", [model], one, judge, shown, records, quiet)
 

@@ -30,6 +30,9 @@ def problem_of(error: BaseException) -> tuple[str, Problem]:
         return REFUSED, Problem(message, 3, kind)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return REFUSED, Problem("the disk is full: make room and run again.", 3, kind)
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        what = f"{error.filename} cannot be used" if error.filename else "a file cannot be used"
+        return REFUSED, Problem(f"{what}: {(error.strerror or kind).lower()}.", 3, kind)
     digest = digest_of(error)
     message = f"this is a defect in bdclean: {kind}: {_first_line(error)} (traceback {digest})."
     return FAILED, Problem(message, DEFECT, kind, digest)

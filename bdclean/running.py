@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -50,10 +51,10 @@ class Records:
         """
         if place is None:
             return Records()
-        if place.is_dir() or (
-            not place.exists() and (not place.suffix or (len(models) > 1 and place.suffix != ".json"))
+        if os.path.isdir(place) or (
+            not os.path.exists(place) and (not place.suffix or (len(models) > 1 and place.suffix != ".json"))
         ):
-            check_place(place / "record.json" if place.is_dir() else place, models)
+            check_place(place / "record.json" if os.path.isdir(place) else place, models)
             return Records(folder=place, spent=spent)
         if len(models) > 1:
             raise UsageError(
@@ -161,7 +162,7 @@ def check_place(path: Path, inputs: Sequence[Path]) -> None:
     Deletes what killed runs left of it half-written.
     """
     for other in inputs:
-        if path.exists() and other.exists() and path.samefile(other):
+        if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
             raise Refused(f"{path} is an input of this run: name another file to write.")
     writing.check(path)
     writing.sweep(path)
@@ -170,7 +171,7 @@ def check_place(path: Path, inputs: Sequence[Path]) -> None:
 def check_record(path: Path, inputs: Sequence[Path]) -> None:
     """Refuses what `check_place` does, and to replace a file that is no record of bdclean's."""
     check_place(path, inputs)
-    if path.exists() and not is_record(path):
+    if os.path.exists(path) and not is_record(path):
         raise Refused(f"{path} exists and is no record of bdclean's: name another file with --record.")
 
 

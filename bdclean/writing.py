@@ -114,22 +114,21 @@ def alone(path: Path) -> Iterator[None]:
 
 def check(path: Path) -> None:
     """Raises Refused where `path` cannot be written, found out by making a file without a name in its folder."""
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir would raise where a folder on the way may not be entered
         raise Refused(f"{path} is a folder: name a file.")
     if is_special(path):
         return
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise Refused(
-            f"{path} cannot be written: {target.parent} is not a folder: make it, or choose another place."
-        )
+    folder = os.path.dirname(os.path.realpath(path))
     try:
-        with tempfile.TemporaryFile(dir=target.parent):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not os.path.isdir(folder):
+            raise Refused(
+                f"{path} cannot be written: {folder} is not a folder: make it, or choose another place."
+            ) from None
         raise Refused(
-            f"{path} cannot be written: no file can be made in {target.parent} ({reason(error)}); "
-            "choose another place."
+            f"{path} cannot be written: no file can be made in {folder} ({reason(error)}); choose another place."
         ) from None
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from bdclean.errors import Interrupted, Refused
 from bdclean.preprocessing import Classifier, parse_preprocess
 from bdclean.saving import Saved
+from bdclean.tensorfile import read_header, read_tensors
 from bdclean.training import (
     Augmentation,
     Precision,
@@ -290,6 +291,52 @@ def test_an_unreadable_state_is_refused(tmp_path, how):
     hostile(path, how)
     with pytest.raises(Refused, match="cannot be read.*delete it"):
         Saved(path, ARGUMENTS).open()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"done": -1}, "says step -1"),
+        ({"done": 6.0}, "says step 6.0"),
+        ({"done": True}, "says step True"),
+        ({"stage": 5}, "of stage 5"),
+        ({"curve": [{"step": 7, "loss": 1.0}]}, "steps \\[7\\] and 6 are done"),
+        ({"curve": [{"step": 2}, {"step": 2}]}, "goes through steps"),
+        ({"curve": [{"loss": 1.0}]}, "goes through steps"),
+        ({"curve": [[1]]}, "not a list of tables"),
+        ({"sums": {"loss": "1"}}, "not a list of tables"),
+        ({"check": 5}, "not those that were written"),
+        ({"arguments": 5}, "cannot be read"),
+    ],
+)
+def test_a_state_that_no_run_can_have_written_is_refused(tmp_path, changed, words):
+    path = saved_run(tmp_path)
+    header = read_header(path)
+    tensors, _ = read_tensors(path, header)
+    found = {**json.loads(header.metadata["bdclean.resume"]), **changed}
+    save_file(tensors, path, {"bdclean.resume": json.dumps(found)})
+    with pytest.raises(Refused, match=f"cannot be read.*{words}" if words != "cannot be read" else words):
+        Saved(path, ARGUMENTS).open()
+
+
+def test_a_bit_that_flipped_in_a_state_is_noticed(tmp_path):
+    path = saved_run(tmp_path)
+    raw = bytearray(path.read_bytes())
+    for place in (len(raw) - 1, len(raw) - 500):
+        raw[place] ^= 1
+        path.write_bytes(raw)
+        with pytest.raises(Refused, match="cannot be read.*not those that were written.*delete it"):
+            Saved(path, ARGUMENTS).open()
+        raw[place] ^= 1
+    path.write_bytes(raw)
+    assert Saved(path, ARGUMENTS).open()
+
+
+def test_a_state_with_more_steps_than_the_run_has_skips_no_training(tmp_path):
+    saved = Saved(saved_run(tmp_path), ARGUMENTS)
+    assert saved.open()
+    with pytest.raises(Refused, match="says that 6 steps of job are done, and it has 5"):
+        result(Run(CPU, Precision(), 7, saved=saved), steps=5)
 
 
 def test_keep_makes_a_tensor_once(tmp_path):

@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
+import io
 import json
 import os
 import random
@@ -29,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 SAMPLES = Path(__file__).resolve().parent.parent.parent / "sample_models"
-SHARED = "--limit 24 --trigger badnets:size=3 --precision fp32 --device cpu --quiet".split()
+SHARED = (
+    "--limit 24 --trigger badnets:size=3 --preprocess half --precision fp32 --device cpu --quiet --format json"
+).split()
 UNLABELED = ["--data", "images/unlabeled", "--test", "images/labeled"]
 LABELED = ["--labeled", "images/labeled"]
 HASTY: dict[str, Any] = {
@@ -97,10 +101,16 @@ def main(arguments: list[str]) -> int:
 def _warm_up() -> None:
     """Imports what every run needs; starts no thread, so that the process can be forked."""
     import torch
-    import torch._dynamo  # what an optimiser would import in every child
+    from PIL import Image
 
     from bdclean import registry, saving
+    from bdclean.cli import run
 
+    for module in ("torch._dynamo", "bdclean.cleanse", "bdclean.triggers.badnets"):
+        importlib.import_module(module)
+    Image.init()
+    with contextlib.redirect_stdout(io.StringIO()):
+        run(["ls", "recipes"])  # imports what parsing needs
     torch.set_num_threads(1)
     saving.SAVE_EVERY_SECONDS = -1.0
     for name in RECIPES:
