@@ -1,17 +1,28 @@
 """The entry point. Ours is imported inside `try`: an uncaught exception would exit 1, a verdict's code."""
 
+import os
 import sys
 
 
 def main() -> None:
     """Runs the command line and exits with the code that README lists."""
     try:
+        _fill_closed_streams()
         from bdclean.cli import run
 
         code = run(sys.argv[1:])
     except BaseException as error:
         code = _broken(error)
     sys.exit(code)
+
+
+def _fill_closed_streams() -> None:
+    """Gives the numbers 0 to 2 to nothing where they are closed: a file of ours that got one would be written into."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 def _broken(error: BaseException) -> int:

@@ -106,7 +106,7 @@ def default_output(model: Path, out: Path | None) -> Path:
     Raises Refused on an `out` that is a folder, and where no name can be made from the model's.
     """
     if out is not None:
-        if out.is_dir():
+        if os.path.isdir(out):
             raise Refused(f"{out} is a folder: give --out a file name.")
         return out
     model = model if model.name not in ("", "..") else model.resolve()
@@ -118,3 +118,14 @@ def default_output(model: Path, out: Path | None) -> Path:
             name = name.removesuffix(ending)
             break
     return model.with_name(f"{name}.clean.safetensors")
+
+
+def resume_state(output: Path) -> Path:
+    """Returns where the state of a run lies that `--resume` goes on from; its readable copy ends in `.json`.
+
+    Raises Refused where a file system could not hold that name.
+    """
+    state = output.with_name(f"{output.name}.resume.safetensors")
+    if len(os.fsencode(state.name)) > 255:
+        raise Refused(f"{output.name} is too long for a file name: choose a shorter --out.")
+    return state

@@ -22,7 +22,8 @@ from bdclean.architectures.matching import Match, Part, shown, twins
 from bdclean.copies import copies
 from bdclean.errors import Refused
 from bdclean.sources import open_source
-from bdclean.tensorfile import DTYPES, FLOATS, Entry, read_header, reason, write_file
+from bdclean.tensorfile import DTYPES, FLOATS, Entry, read_header, write_file
+from bdclean.writing import reason
 
 SOURCE_KEY = "bdclean.source_sha256"
 # What an output says of its network, as the config.json beside its input did: it must stand alone.
@@ -221,7 +222,7 @@ class Checkpoint:
             raise Refused(f"{where} cannot be written: {reason(error)}.") from None
         if free < needed:
             raise Refused(
-                f"{where} needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free: choose another --out."
+                f"{where} needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free: choose another --out."
             )
 
     def _is_input(self, out: Path) -> bool:

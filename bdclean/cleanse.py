@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from bdclean import __version__, gate, measure, pictures, registry
-from bdclean.arguments import default_output
+from bdclean.arguments import default_output, resume_state
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet, split, without_duplicates
-from bdclean.errors import BdcleanError, Refused, UsageError
+from bdclean.errors import Refused, UsageError, attach
 from bdclean.inputs import (
     Inputs,
     Suspect,
@@ -29,8 +29,9 @@ from bdclean.measure import Bench
 from bdclean.preprocessing import Classifier
 from bdclean.recipes import Recipe
 from bdclean.record import CheckpointEntry, Finding, OutputEntry, RecipeEntry, RunRecord, Side
+from bdclean.saving import Saved
 from bdclean.scan import open_bench
-from bdclean.training import Precision, Run, Saved, Tell, probe_precision
+from bdclean.training import Precision, Run, Tell, probe_precision
 
 LEAST_AGREEMENT = 0.8
 """Below this agreement with the suspect on clean images a warning says that the output is damaged."""
@@ -84,7 +85,8 @@ def cleanse(
                 "--recipe bcu."
             )
         made = make_triggers(triggers, (before.images.shape[2], before.images.shape[3]))
-        rows_before = measure.assess(before, made)
+        record.before = Side(measures=measure.clean_measures(before))
+        rows_before = measure.assess(before, made, found=record.before.triggers)
         record.before = Side(measure.verdict(rows_before)[0], measure.clean_measures(before), rows_before)
 
         run = _run(classifier, images, recipe, method, checkpoint, out, resume, inputs, suspect.device, tell)
@@ -110,7 +112,8 @@ def cleanse(
             for row in rows_before
             if row.target is not None and row.target_source != measure.SCREENED_OUT
         }
-        rows_after = measure.assess(after, made, fixed=fixed)
+        record.after = Side(measures=measure.clean_measures(after))
+        rows_after = measure.assess(after, made, fixed=fixed, found=record.after.triggers)
         measure.pair(before, after, rows_after)
         for row in [*rows_before, *rows_after]:
             row.seen_family = row.family in cleansed.families
@@ -129,11 +132,9 @@ def cleanse(
         record.confusion = pictures.confusions(worst, made, before, after)
         record.after = Side(verdict, measures, rows_after)
         record.verdict, record.measures, record.triggers = verdict, measures, rows_after
-        if run.saved is not None:
-            run.saved.delete()
         return record
-    except BdcleanError as error:
-        error.record = error.record or record
+    except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
+        attach(error, record)
         raise
 
 
@@ -200,7 +201,7 @@ def _run(
         "bdclean": __version__,
         "preprocess": classifier.preprocess.spec(),
     }
-    saved = Saved(out.with_name(out.name + ".resume.safetensors"), arguments)
+    saved = Saved(resume_state(out), arguments)
     if resume and saved.open():
         precision = Precision.parse(str(saved.notes.get("precision")))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bdclean import __version__
-from bdclean.errors import BdcleanError, Interrupted, Refused, UsageError
+from bdclean.errors import ENDING, BdcleanError, Interrupted, Refused, UsageError
 from bdclean.output import emit, warn
 from bdclean.registry import DETECTORS
 from bdclean.report import FORMATS
@@ -186,6 +187,7 @@ def scan(
 
         judge = gate.parse(fail_on or ())
         shown = Shown(choose_format(form, out), out, verbose)
+        shown.check()
         triggers, detectors = check_triggers(trigger), check_detectors(detector)
         if data is None and test is None and labeled is None:
             raise UsageError("scan needs images: give --data PATH (or --test, or --labeled).")
@@ -261,14 +263,22 @@ def cleanse(
 
     def job() -> int:
         from bdclean import gate
-        from bdclean.arguments import check_options, check_triggers, default_output, make_inputs
+        from bdclean.arguments import (
+            check_options,
+            check_triggers,
+            default_output,
+            make_inputs,
+            resume_state,
+        )  # fmt: skip
         from bdclean.output import Shown
         from bdclean.registry import RECIPES, find, parse_settings
         from bdclean.report import choose_format
         from bdclean.running import Records, run_all
+        from bdclean.writing import alone, check, is_special, sweep
 
         judge = gate.parse(fail_on or ())
         shown = Shown(choose_format(form), None, verbose)
+        shown.check()
         triggers, chosen = check_triggers(trigger), parse_settings(settings or ())
         find(RECIPES, recipe)
         if data is None and labeled is None:
@@ -278,13 +288,18 @@ def cleanse(
         check_options(options)
         output = default_output(Path(model), out)
         place = record if record is not None else output.with_suffix(".json")
+        state = resume_state(output)
+        states = (state, state.with_suffix(".json"))
+        if place in states:
+            raise UsageError(f"{place} is where the resume state goes: give another --record.")
         if place == output:
             raise UsageError(
                 f"{place} cannot be both the model and its record: give another --out or --record."
             )
-        if record is None and not output.parent.is_dir():  # the record beside it would make the folder
-            raise Refused(f"{output.parent} is not a folder: make it, or choose another --out.")
-        records = Records.at(place, [Path(model)], keep=record is None)
+        if is_special(output):
+            raise Refused(f"{output} is no regular file: give --out a file name.")
+        check(output)
+        records = Records.at(place, [Path(model)], keep=record is None, spent=states)
 
         def one(path: str, progress: Progress) -> RunRecord:
             from bdclean.cleanse import cleanse as work
@@ -302,7 +317,12 @@ def cleanse(
                 tell=progress,
             )
 
-        return run_all("cleanse", [model], one, judge, shown, records, quiet)
+        with alone(output):
+            for path in (output, *states):
+                sweep(path)
+            if os.path.exists(state) and not resume:
+                warn(f"{state} of a run that was stopped is not used and will be replaced: --resume goes on.")
+            return run_all("cleanse", [model], one, judge, shown, records, quiet)
 
     return job
 
@@ -399,7 +419,9 @@ def run(argv: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    # Ctrl-C is Python's own; what nohup and its like told this process to ignore stays ignored.
+    others = [n for n in ENDING if n != signal.SIGINT and signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, _terminate) for number in others}
     try:
         job = plainly(argv) or app(args=argv, prog_name="bdclean", standalone_mode=False)
         return job() if callable(job) else int(job or 0)
@@ -411,7 +433,8 @@ def run(argv: list[str]) -> int:
     except BaseException as error:
         return _ended(error)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def plainly(argv: Sequence[str]) -> Job | None:
@@ -461,4 +484,4 @@ def _ended(error: BaseException) -> int:
 
 
 def _terminate(number: int, frame: Any) -> None:
-    raise Interrupted("terminated.", 128 + number)
+    raise Interrupted("terminated." if number == signal.SIGTERM else "hung up.", 128 + number)

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from bdclean.errors import BdcleanError, Interrupted
+from bdclean.errors import BdcleanError, Interrupted, out_of_memory
 from bdclean.record import FAILED, INTERRUPTED, REFUSED, Problem, RunRecord
 from bdclean.report.text import plain
 
@@ -26,11 +26,14 @@ def problem_of(error: BaseException) -> tuple[str, Problem]:
         return REFUSED, Problem(str(error), error.exit_code, kind)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, Problem("interrupted.", 130, kind)
-    if _out_of_memory(error):
+    if out_of_memory(error):
         message = "out of memory: give a smaller --batch-size or --limit, or another --device."
         return REFUSED, Problem(message, 3, kind)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
         return REFUSED, Problem("the disk is full: make room and run again.", 3, kind)
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        what = f"{error.filename} cannot be used" if error.filename else "a file cannot be used"
+        return REFUSED, Problem(f"{what}: {(error.strerror or kind).lower()}.", 3, kind)
     digest = digest_of(error)
     message = f"this is a defect in bdclean: {kind}: {_first_line(error)} (traceback {digest})."
     return FAILED, Problem(message, DEFECT, kind, digest)
@@ -83,15 +86,6 @@ def _value(argv: Sequence[str], option: str) -> str | None:
         if word.startswith(f"{option}="):
             return word.partition("=")[2]
     return None
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    words = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in words or "not enough memory" in words
-    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import signal
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bdclean.record import RunRecord
+
+
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""The signals that ask a run to end."""
 
 
 class BdcleanError(Exception):
@@ -33,11 +39,41 @@ class Refused(BdcleanError):
     exit_code = 3
 
 
-class Interrupted(BdcleanError):
-    """The run was told to stop; what `--resume` needs is on disk. 130 is Ctrl-C, 143 SIGTERM."""
+class Interrupted(BaseException):
+    """The run was told to stop; what `--resume` needs is on disk. 130 is Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 
-    def __init__(
-        self, message: str = "interrupted.", exit_code: int = 130, *, record: RunRecord | None = None
-    ) -> None:
-        super().__init__(message, record=record)
+    It is raised from signal handlers, in the middle of anything: no `except Exception` may take it for a failure.
+    """
+
+    def __init__(self, message: str = "interrupted.", exit_code: int = 130) -> None:
+        super().__init__(message)
         self.exit_code = exit_code
+
+
+def attach(error: BaseException, record: RunRecord) -> None:
+    """Lets `error` carry what was known when it was raised, whatever it is, unless it carries a record already."""
+    if getattr(error, "record", None) is None:
+        error.record = record  # type: ignore[attr-defined]
+
+
+SHORT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "failed to map segment",
+    "can't start new thread",
+    "alloc_failed",
+)
+"""How torch, CUDA, the dynamic loader and Python say that memory, or room for a thread, is lacking."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that the memory of this machine or of a device was not enough."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    words = str(error).lower()
+    return isinstance(error, (RuntimeError, ImportError)) and any(said in words for said in SHORT_OF_MEMORY)

@@ -104,20 +104,23 @@ def assess(
     triggers: Sequence[Trigger],
     target: str | int = "auto",
     fixed: dict[str, Target] | None = None,
+    found: list[TriggerRow] | None = None,
 ) -> list[TriggerRow]:
     """A row for each of `triggers` (with `target` "each", a row for each trigger and class).
 
     `target` is "auto", "each", "next" or a class. `fixed` gives targets by trigger SPEC that were found on another
-    model (the suspect): those rows are measured, on the measuring half, without screening.
+    model (the suspect): those rows are measured, on the measuring half, without screening. `found` gets each row as
+    soon as it is known, for the record of a run that does not end.
     """
+    found = [] if found is None else found
     n = len(bench.images)
     everything = torch.cat(halves(n, bench.seed))
     if target == "next" or isinstance(target, int):
         jobs = [(trigger, target) for trigger in triggers]
-        return _measure_all(bench, jobs, everything, "given", len(jobs))
+        return _measure_all(bench, jobs, everything, "given", len(jobs), found)
     if target == "each":
         jobs = [(trigger, k) for trigger in triggers for k in range(bench.classes)]
-        return _measure_all(bench, jobs, everything, "each", len(jobs))
+        return _measure_all(bench, jobs, everything, "each", len(jobs), found)
     fixed = fixed or {}
     if n < LEAST_SCREENED:
         jobs = []
@@ -129,7 +132,7 @@ def assess(
             chosen = fixed.get(trigger.spec())
             jobs.append((trigger, target_of(trigger) if chosen is None else chosen))
             bench.tell("screening", done + 1, len(triggers))
-        return _measure_all(bench, jobs, everything, "same images", len(triggers) * bench.classes)
+        return _measure_all(bench, jobs, everything, "same images", len(triggers) * bench.classes, found)
     first, second = halves(n, bench.seed)
     screened = []
     for done, trigger in enumerate(triggers):
@@ -137,9 +140,11 @@ def assess(
             screened.append(_Screened(trigger, fixed[trigger.spec()], 0, 0, 0, True))
         else:
             screened.append(_screen(bench, trigger, first))
+        if not screened[-1].survives:
+            found.append(_dropped(screened[-1]))
         bench.tell("screening", done + 1, len(triggers), kept=sum(s.survives for s in screened))
     survivors = [(s.trigger, s.target) for s in screened if s.survives]
-    measured = iter(_measure_all(bench, survivors, second, "screening", max(1, len(survivors))))
+    measured = iter(_measure_all(bench, survivors, second, "screening", max(1, len(survivors)), found))
     rows = [next(measured) if s.survives else _dropped(s) for s in screened]
     for row in rows:
         if row.trigger in fixed:
@@ -229,11 +234,17 @@ def _dropped(screened: _Screened) -> TriggerRow:
 
 
 def _measure_all(
-    bench: Bench, jobs: Sequence[tuple[Trigger, Target]], chosen: Tensor, source: str, tried: int
+    bench: Bench,
+    jobs: Sequence[tuple[Trigger, Target]],
+    chosen: Tensor,
+    source: str,
+    tried: int,
+    found: list[TriggerRow],
 ) -> list[TriggerRow]:
     rows = []
     for done, (trigger, target) in enumerate(jobs):
         rows.append(_row(bench, trigger, target, chosen, source, tried))
+        found.append(rows[-1])
         bench.tell("measuring", done + 1, len(jobs), failing=sum(row.outcome == FAILS for row in rows))
     return rows
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from bdclean.errors import Refused
+from bdclean.errors import Refused, out_of_memory
 from bdclean.memory import keep_freed_memory
 from bdclean.record import Measure, Rate
 
@@ -25,8 +24,6 @@ class Predictor:
     model: nn.Module
     device: torch.device
     batch_size: int = 250
-    advance: Callable[[int], None] = lambda n: None
-    """Told after each batch how many images it had."""
 
     def __post_init__(self) -> None:
         self.model = self.model.to(memory_format=torch.channels_last)
@@ -45,15 +42,16 @@ class Predictor:
                     try:
                         logits = self.model(batch.contiguous(memory_format=torch.channels_last))
                         out.append(logits.argmax(dim=1))
-                    except torch.OutOfMemoryError:
+                    except (RuntimeError, MemoryError) as error:
+                        if not out_of_memory(error):
+                            raise
                         if self.batch_size == 1:
                             raise Refused(
                                 "out of memory with a single image: use a larger device or --device cpu."
                             ) from None
-                        self.batch_size //= 2
+                        self.batch_size = max(1, min(self.batch_size, len(batch)) // 2)
                         continue
                     first += len(batch)
-                    self.advance(len(batch))
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         # Read back once: a device that is read after every batch waits for the next one.

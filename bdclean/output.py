@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 from bdclean.errors import Refused
 from bdclean.report.text import plain
+from bdclean.writing import write_text
+
+CLOSED = "standard output is closed: there is nowhere to write the result."
 
 if TYPE_CHECKING:
     from bdclean.record import RunRecord
@@ -27,13 +30,16 @@ class Shown:
     out: Path | None
     verbose: bool
 
+    def check(self) -> None:
+        """Refuses, before any work, to show results on a standard output that is closed."""
+        if self.out is None and sys.stdout is None:
+            raise Refused(CLOSED)
+
     def show(self, records: Sequence[RunRecord]) -> None:
         """Prints the report, or writes it to `out` by atomic rename."""
         from bdclean.report import render
 
         if self.out is not None:
-            from bdclean.record import write_text
-
             write_text(self.out, render(records, self.form, everything=self.verbose))
             return
         terminal = sys.stdout is not None and sys.stdout.isatty()
@@ -47,7 +53,7 @@ class Shown:
 def emit(text: str) -> None:
     """Writes to standard output. A reader that has gone away changes neither the run nor its exit code."""
     if sys.stdout is None:
-        raise Refused("standard output is closed: there is nowhere to write the result.")
+        raise Refused(CLOSED)
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

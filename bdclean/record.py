@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, Union
 
 from bdclean import strictjson
 from bdclean.errors import Refused
+from bdclean.writing import write_text
 
 SCHEMA = "bdclean.run/1"
 REPORT_SCHEMA = "bdclean.report/1"
@@ -333,30 +333,6 @@ def parse_records(text: str, source: str) -> list[RunRecord]:
 def record_path(folder: Path, stem: str, sha256: str | None) -> Path:
     """Returns the path of a run's record in a folder: `<stem>-<first 8 of sha256>.json`."""
     return folder / f"{stem}-{(sha256 or 'unread')[:8]}.json"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes `text` to `path` by atomic rename; raises Refused where that cannot be done."""
-    import tempfile  # slow to import, and reports only read
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp makes files private; a report is as readable as any other new file.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise Refused(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
 # --- values, types and JSON ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -11,18 +12,17 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from bdclean import gate
+from bdclean import gate, writing
 from bdclean.arguments import read_text
 from bdclean.catalogue import versions
 from bdclean.defects import leave, problem_of, trace
-from bdclean.errors import BdcleanError, Refused, UsageError
+from bdclean.errors import Refused, UsageError
 from bdclean.gate import Gate
 from bdclean.output import Shown, warn
 from bdclean.record import (
     FAILED,
     NOT_ASSESSED,
     RAN,
-    CheckpointEntry,
     RunRecord,
     parse_records,
     record_path,
@@ -36,25 +36,33 @@ class Records:
 
     file: Path | None = None
     folder: Path | None = None
-    keep: bool = False  # leave an earlier record where a new run has not ended
+    keep: bool = False  # leave the record of a run that ended where a new one has not
+    spent: tuple[
+        Path, ...
+    ] = ()  # files that nobody needs any more once a run has ended and its record is written
     taken: set[Path] = field(default_factory=set)
 
     @staticmethod
-    def at(place: Path | None, models: Sequence[Path], keep: bool = False) -> Records:
-        """Returns the place named by `--record`, checked before any work; several models need a folder."""
+    def at(
+        place: Path | None, models: Sequence[Path], keep: bool = False, spent: tuple[Path, ...] = ()
+    ) -> Records:
+        """Returns the place named by `--record`, checked before any work; several models need a folder.
+
+        The folder itself may be missing: it is made for the first record.
+        """
         if place is None:
             return Records()
-        if place.is_dir() or (
-            not place.exists() and (not place.suffix or (len(models) > 1 and place.suffix != ".json"))
+        if os.path.isdir(place) or (
+            not os.path.exists(place) and (not place.suffix or (len(models) > 1 and place.suffix != ".json"))
         ):
-            check_place(place / "record.json", models)
-            return Records(folder=place)
+            check_place(place / "record.json" if os.path.isdir(place) else place, models)
+            return Records(folder=place, spent=spent)
         if len(models) > 1:
             raise UsageError(
                 f"--record {place} is a file, and there are {len(models)} models: name a folder."
             )
         check_record(place, models)
-        return Records(file=place, keep=keep)
+        return Records(file=place, keep=keep, spent=spent)
 
     def write(self, record: RunRecord, model: str) -> None:
         """Writes one run's record; raises Refused where it cannot be written."""
@@ -65,10 +73,15 @@ class Records:
             while place in self.taken:  # two models of the same name and content
                 place = first.with_stem(f"{first.stem}-{len(self.taken) + 1}")
             self.taken.add(place)
-        if place is not None and (record.outcome == RAN or not self.keep or not place.exists()):
+            writing.sweep(place)
+        if place is not None and (record.outcome == RAN or not self.keep or not _ended(place)):
             record.write(place)
-        elif place is None and record.outcome == FAILED:
+        elif record.outcome == FAILED:
             leave(record)
+        if record.outcome == RAN:
+            for path in self.spent:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
 
 
 def run_all(
@@ -101,14 +114,24 @@ def run_all(
             warn(str(error))
             codes.append(error.exit_code)
         if at_once:
-            shown.show([record])
+            codes += _show(shown, [record])
         # Ctrl-C means all of them; wrong usage would be wrong for the next model, too.
         if code >= 128 or (code == 2 and number == 1):
             break
     lone = len(found) == 1 and found[0].problem is not None and shown.form in ("table", "md")
     if not at_once and (shown.out is not None or not lone):
-        shown.show(found)
+        codes += _show(shown, found)
     return gate.exit_code(codes)
+
+
+def _show(shown: Shown, records: Sequence[RunRecord]) -> list[int]:
+    """Shows `records`; a place that cannot be written adds its exit code, and hides no verdict's."""
+    try:
+        shown.show(records)
+    except Refused as error:
+        warn(str(error))
+        return [error.exit_code]
+    return []
 
 
 def guarded(command: str, model: str, work: Callable[[], RunRecord]) -> RunRecord:
@@ -117,8 +140,9 @@ def guarded(command: str, model: str, work: Callable[[], RunRecord]) -> RunRecor
     try:
         record = work()
     except BaseException as error:  # a crash must never exit 1, which reads as a verdict
-        known = error.record if isinstance(error, BdcleanError) else None
-        record = known or RunRecord(command, checkpoint=CheckpointEntry(path=model))
+        known = getattr(error, "record", None)
+        record = known if isinstance(known, RunRecord) else RunRecord(command)
+        record.checkpoint.path = record.checkpoint.path or model
         record.verdict = NOT_ASSESSED
         record.outcome, record.problem = problem_of(error)
         if record.outcome == FAILED:
@@ -134,32 +158,35 @@ def guarded(command: str, model: str, work: Callable[[], RunRecord]) -> RunRecor
 
 
 def check_place(path: Path, inputs: Sequence[Path]) -> None:
-    """Refuses a place to write to before any work: an input of the run, a folder, or not to be written."""
+    """Refuses a place to write to before any work: an input of the run, a folder, or not to be written.
+
+    Deletes what killed runs left of it half-written.
+    """
     for other in inputs:
-        if path.exists() and other.exists() and path.samefile(other):
+        if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
             raise Refused(f"{path} is an input of this run: name another file to write.")
-    if path.is_dir():
-        raise Refused(f"{path} is a folder: name a file.")
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise Refused(f"{path} cannot be written: {folder} is not a folder.")
-    if not os.access(folder, os.W_OK):
-        raise Refused(f"{path} cannot be written: no permission to write in {folder}.")
+    writing.check(path)
+    writing.sweep(path)
 
 
 def check_record(path: Path, inputs: Sequence[Path]) -> None:
     """Refuses what `check_place` does, and to replace a file that is no record of bdclean's."""
     check_place(path, inputs)
-    if path.exists() and not is_record(path):
+    if os.path.exists(path) and not is_record(path):
         raise Refused(f"{path} exists and is no record of bdclean's: name another file with --record.")
 
 
 def is_record(path: Path) -> bool:
     """Whether a file at `path` is a record, which a newer one may replace."""
+    return _records_in(path) is not None
+
+
+def _ended(path: Path) -> bool:
+    return any(record.outcome == RAN for record in _records_in(path) or ())
+
+
+def _records_in(path: Path) -> list[RunRecord] | None:
     try:
-        parse_records(read_text(str(path)), str(path))
+        return parse_records(read_text(str(path)), str(path))
     except Refused:
-        return False
-    return True
+        return None

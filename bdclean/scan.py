@@ -7,7 +7,7 @@ from pathlib import Path
 from bdclean import gate, measure, pictures
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet
-from bdclean.errors import BdcleanError, UsageError
+from bdclean.errors import UsageError, attach
 from bdclean.inputs import (
     Inputs,
     Suspect,
@@ -60,7 +60,8 @@ def scan(
         sides = []
         for choice in suspect.choices:
             bench = open_bench(suspect, choice, images, inputs, threshold, record, tell)
-            rows = measure.assess(bench, made, aim)
+            record.triggers = []  # of the reading at hand, until all are measured
+            rows = measure.assess(bench, made, aim, found=record.triggers)
             verdict, missing = measure.verdict(rows)
             sides.append((Side(verdict, measure.clean_measures(bench), rows), missing, bench, choice))
         # the worst of the plausible readings counts; "not assessed" is worse than "no evidence"
@@ -92,8 +93,8 @@ def scan(
                 f"the normalisation is unclear, each plausible one was scanned ({found}); shown is {name}."
             )
         return record
-    except BdcleanError as error:
-        error.record = error.record or record
+    except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
+        attach(error, record)
         raise
 
 

@@ -20,8 +20,8 @@ from bdclean.tensorfile import (
     looks_like_pickle,
     read_header,
     read_tensors,
-    reason,
 )
+from bdclean.writing import reason
 
 INDEX = "model.safetensors.index.json"
 # A model's own description is a few kB, with the names of 22,000 classes 2 MB; an index of 10,000 tensors 1 MB.

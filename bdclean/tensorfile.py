@@ -6,16 +6,14 @@ library is not used: it orders tensors and metadata its own way when writing, an
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -23,6 +21,7 @@ from torch import Tensor
 from bdclean import strictjson
 from bdclean.architectures.matching import shown
 from bdclean.errors import Refused
+from bdclean.writing import replace
 
 # The reference implementation's cap is 100 MB, which takes a gigabyte once it is parsed; vision networks' headers have
 # under 1 MB and 5,000 tensors.
@@ -251,38 +250,18 @@ def write_file(
         table[e.name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.begin, e.end]}
     raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
-    digest = hashlib.sha256()
-    temporary: str | None = None
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
-            ordered = (tensors[e.name] for e in sorted(entries, key=lambda e: (e.begin, e.end)))
-            for piece in (memoryview(len(raw).to_bytes(8, "little") + raw), *map(_bytes, ordered)):
-                stream.write(piece)
-                digest.update(piece)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes files private; the output gets what any new file here would get.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise Refused(f"{shown(path)} cannot be written: {reason(error)}.") from None
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-    return digest.hexdigest()
+    ordered = [tensors[e.name] for e in sorted(entries, key=lambda e: (e.begin, e.end))]
+
+    def write(stream: IO[bytes]) -> str:
+        digest = hashlib.sha256()
+        for piece in (memoryview(len(raw).to_bytes(8, "little") + raw), *map(_bytes, ordered)):
+            stream.write(piece)
+            digest.update(piece)
+        return digest.hexdigest()
+
+    return replace(path, write)
 
 
 def _bytes(tensor: Tensor) -> memoryview[int]:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def reason(error: OSError) -> str:
-    """The system's words for what went wrong."""
-    if error.errno == errno.ENOSPC:
-        return "the disk is full; free some space or choose another --out"
-    return (error.strerror or type(error).__name__).lower()

@@ -10,29 +10,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import json
 import math
-import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bdclean import saving
 from bdclean.data.augment import crop, mirror
 from bdclean.data.placing import place, take
-from bdclean.errors import Interrupted, Refused
-from bdclean.memory import keep_freed_memory
+from bdclean.errors import ENDING, Interrupted, Refused
+from bdclean.memory import Roomy, keep_freed_memory
 from bdclean.preprocessing import Classifier
-
-SAVE_EVERY_SECONDS = 20.0
+from bdclean.saving import Saved
 
 
 class Tell(Protocol):
@@ -75,125 +70,6 @@ def seed_for(*parts: object) -> int:
     """A seed in [0, 2^63) that depends on all `parts`, the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first argument that differs, with both values: one setting of `settings`, and what is derived last.
-
-    Another seed or limit draws other images: their digest alone would not say what was typed otherwise.
-    """
-    for key in sorted({*theirs, *ours}, key=lambda name: (name in ("data", "labeled"), name)):
-        old, new = theirs.get(key), ours.get(key)
-        if old != new:
-            if isinstance(old, dict) and isinstance(new, dict):
-                return _difference(old, new)
-            return key, old, new
-    return None
-
-
-class Saved:
-    """Resume state on disk: `PATH` (safetensors) whose metadata is the authority, and a readable JSON copy beside it.
-
-    `arguments` is what must be the same for a resumed run to end in the same weights; where the state on disk was made
-    with others, `open` refuses it, naming the difference.
-    """
-
-    def __init__(self, path: Path, arguments: Mapping[str, Any]):
-        self.path = path
-        self.arguments = json.loads(json.dumps(dict(arguments)))
-        self.kept: dict[str, Tensor] = {}
-        self.stage, self.done, self.curve = "", 0, []  # type: str, int, list[dict[str, float]]
-        self.sums: dict[str, float] = {}
-        self.tensors: dict[str, Tensor] = {}
-        self.notes: dict[str, Any] = {}
-
-    @property
-    def json_path(self) -> Path:
-        return self.path.with_suffix(".json")
-
-    def open(self) -> bool:
-        """Read what is on disk. False where nothing is; raises Refused where it is unreadable or another run's."""
-        if not self.path.exists():
-            return False
-        try:
-            if not self.path.is_file():  # to open a pipe would wait for its writer
-                raise ValueError("it is not a regular file")
-            with safe_open(self.path, "pt") as file:
-                found = json.loads((file.metadata() or {})["bdclean.resume"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            theirs, stage, notes = dict(found["arguments"]), str(found["stage"]), dict(found["notes"])
-            done, curve, sums = int(found["done"]), list(found["curve"]), dict(found["sums"])
-        except Exception as error:
-            raise Refused(
-                f"the resume state {self.path} cannot be read ({_short(error)}): "
-                "delete it and start anew without --resume."
-            ) from error
-        difference = _difference(theirs, self.arguments)
-        if difference is not None:
-            key, old, new = difference
-            raise Refused(
-                f"the resume state {self.path} was made with {key} = {_short(old)}, this run has {_short(new)}: "
-                "repeat that run's arguments, or start anew without --resume."
-            )
-        self.stage, self.done, self.curve, self.sums, self.notes = stage, done, curve, sums, notes
-        self.kept = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("kept.")}
-        self.tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("kept.")}
-        return True
-
-    def save(
-        self,
-        stage: str,
-        done: int,
-        curve: list[dict[str, float]],
-        sums: dict[str, float],
-        tensors: Mapping[str, Tensor],
-    ) -> None:
-        """Replace the state on disk atomically; a kill at any moment leaves the old state or the new one.
-
-        `sums` are those of the measures since the curve's last row.
-        """
-        self.stage, self.done, self.curve, self.sums = stage, done, curve, sums
-        found = {
-            "arguments": self.arguments,
-            "stage": stage,
-            "done": done,
-            "curve": curve,
-            "sums": sums,
-            "notes": self.notes,
-        }
-        everything = {**tensors, **{f"kept.{name}": tensor for name, tensor in self.kept.items()}}
-        everything = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in everything.items()}
-        replace(
-            self.path,
-            lambda path: save_file(everything, path, {"bdclean.resume": json.dumps(found)}),
-        )
-        replace(self.json_path, lambda path: path.write_text(json.dumps(found, indent=1)))
-
-    def delete(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self.json_path.unlink(missing_ok=True)
-
-
-def _short(value: object) -> str:
-    """What stands in a resume state, as long as a sentence can hold."""
-    text = str(value) if isinstance(value, Exception) else repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path`, then rename it over `path`. Raises Refused where the disk refuses."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except Interrupted:
-        raise  # from a signal handler, while writing
-    except Exception as error:
-        raise Refused(f"cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @dataclass
@@ -243,8 +119,6 @@ class State:
     batch_size: int
     steps: int
     schedule: Callable[[int], float] | None = None
-    average_from: int | None = None
-    """From this step on, the mean of the weights is kept, and takes their place at the end."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Tensors that `step` changes in place and that belong to the state."""
 
@@ -267,17 +141,25 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
     """Run `step` for `state.steps` batches and return the curve: a row about every hundredth of the way.
 
     `step` returns a loss, which is then minimised (or None where it has optimised by itself), and measures to show.
-    Raises Refused where the loss is no longer finite, Interrupted after SIGINT or SIGTERM with the state saved.
+    Raises Refused where the loss is no longer finite or the memory too small, and Interrupted after SIGINT, SIGTERM or
+    SIGHUP with the state saved.
     """
     done, curve, sums = 0, [], {}  # type: int, list[dict[str, float]], dict[str, float]
-    averaged: dict[str, Tensor] = {}
     if run.saved is not None and run.saved.stage == state.stage:
         done, curve, sums = run.saved.done, list(run.saved.curve), dict(run.saved.sums)
-        averaged = _restore(state, run.saved.tensors)
+        if done > state.steps:
+            raise Refused(
+                f"the resume state {run.saved.path} says that {done} steps of {state.stage} are done, and it has "
+                f"{state.steps}: delete it and start anew without --resume."
+            )
+        _restore(state, run.saved.tensors)
+        run.saved.tensors = {}  # its memory is free from here on
     if run.device.type == "cpu":
         keep_freed_memory()
     images = place(state.images, run.device)
     labels = state.labels.to(run.device) if state.labels is not None else None
+    spills = run.device.type != "cpu"
+    roomy = Roomy(state.model.parameters(), [*state.model.buffers(), *state.extra.values()], spills)
     saved_at, started, first = time.monotonic(), time.monotonic(), done
     every = max(1, state.steps // 100)
     with _deferred_signals() as caught:
@@ -286,21 +168,28 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
                 run.device
             )
             seed = seed_for(run.seed, state.stage, "step", done)
-            torch.manual_seed(seed)  # dropout draws from the global generator
             batch = Batch(
                 take(images, chosen, run.device),
                 labels[chosen] if labels is not None else None,
                 done,
                 done / state.steps,
-                torch.Generator(run.device).manual_seed(seed),
+                torch.Generator(run.device),
             )
             if state.schedule is not None:
                 for group in state.optimiser.param_groups:
                     group["lr"] = state.schedule(done)
-            loss, measures = step(batch)
+
+            def passes(batch: Batch = batch, seed: int = seed) -> tuple[Tensor | None, dict[str, float]]:
+                torch.manual_seed(seed)  # dropout draws from the global generator
+                batch.generator.manual_seed(seed)
+                loss, measures = step(batch)
+                if loss is not None:
+                    state.optimiser.zero_grad(set_to_none=True)
+                    loss.backward()
+                return loss, measures
+
+            loss, measures = roomy(passes, state.stage)
             if loss is not None:
-                state.optimiser.zero_grad(set_to_none=True)
-                loss.backward()
                 state.optimiser.step()
                 measures = {"loss": loss.item(), **measures}
             if not all(map(math.isfinite, measures.values())):
@@ -309,8 +198,6 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
                     "lower the learning rate with --set."
                 )
             done += 1
-            if state.average_from is not None and done > state.average_from:
-                _average(averaged, state.model, done - state.average_from)
             for name, value in measures.items():
                 sums[name] = sums.get(name, 0.0) + value
             if done % every == 0 or done == state.steps:
@@ -320,9 +207,9 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
             rate = (done - first) * min(state.batch_size, len(images)) / (time.monotonic() - started)
             run.tell(state.stage, done, state.steps, **measures, images_per_second=rate)
             if run.saved is not None and (
-                caught or time.monotonic() - saved_at > SAVE_EVERY_SECONDS or done == state.steps
+                caught or time.monotonic() - saved_at > saving.SAVE_EVERY_SECONDS or done == state.steps
             ):
-                run.saved.save(state.stage, done, curve, sums, _tensors(state, averaged))
+                run.saved.save(state.stage, done, curve, sums, _tensors(state))
                 saved_at = time.monotonic()
             if caught:
                 kept = (
@@ -333,34 +220,20 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
                 raise Interrupted(
                     f"interrupted at step {done} of {state.steps} of {state.stage}{kept}.", 128 + caught[0]
                 )
-    if averaged:
-        with torch.no_grad():
-            for name, parameter in state.model.named_parameters():
-                parameter.copy_(averaged[name])
     return curve
 
 
-def _average(averaged: dict[str, Tensor], model: nn.Module, count: int) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if count == 1:
-                averaged[name] = parameter.detach().clone()
-            else:
-                averaged[name].lerp_(parameter, 1 / count)
-
-
-def _tensors(state: State, averaged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _tensors(state: State) -> dict[str, Tensor]:
     tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
     for index, slots in state.optimiser.state_dict()["state"].items():
         for slot, value in slots.items():
             if isinstance(value, Tensor):
                 tensors[f"optimiser.{index}.{slot}"] = value
-    tensors.update({f"average.{name}": tensor for name, tensor in averaged.items()})
     tensors.update({f"extra.{name}": tensor for name, tensor in state.extra.items()})
     return tensors
 
 
-def _restore(state: State, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _restore(state: State, tensors: Mapping[str, Tensor]) -> None:
     try:
         state.model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
         optimiser = copy.deepcopy(state.optimiser.state_dict())
@@ -376,13 +249,14 @@ def _restore(state: State, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise Refused(
             f"the resume state does not fit this network ({error}): start anew without --resume."
         ) from error
-    device = next(state.model.parameters()).device
-    return {name[8:]: t.to(device) for name, t in tensors.items() if name.startswith("average.")}
 
 
 @contextlib.contextmanager
 def _deferred_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of acting on them, so that a step is never cut in two. The second one acts."""
+    """Collect SIGINT, SIGTERM and SIGHUP instead of acting on them: no step is cut in two. The second one acts.
+
+    A signal that this process was told to ignore (by nohup, say) stays ignored.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -393,7 +267,8 @@ def _deferred_signals() -> Iterator[list[int]]:
             raise Interrupted("interrupted twice; the state last saved is kept.", 128 + number)
         caught.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield caught
     finally:

@@ -23,4 +23,5 @@ def test_a_destroyed_network_is_never_handed_over_without_a_word(tmp_path):
     agreement = [m for m in record.measures if m.name == "agreement"]
     assert len(agreement) == 1 and agreement[0].value < 0.5
     assert any("damaged" in warning for warning in record.warnings)
-    assert not (tmp_path / "out.safetensors.resume.safetensors").exists()
+    state = tmp_path / "out.safetensors.resume.safetensors"
+    assert state.exists()  # whoever writes the record deletes it: until then it can be made again

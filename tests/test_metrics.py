@@ -135,11 +135,26 @@ class Narrow(nn.Module):
 
 def test_out_of_memory_halves_the_batch_and_loses_no_image():
     images = torch.randint(0, 256, (37, 3, 2, 2), dtype=torch.uint8)
-    told, model = [], Narrow(room=5)
-    predict = Predictor(model, torch.device("cpu"), 16, told.append)
+    model = Narrow(room=5)
+    predict = Predictor(model, torch.device("cpu"), 16)
     assert torch.equal(predict(images), images[:, 0, 0, 0].long())
-    assert sum(told) == 37 and predict.batch_size == 4
+    assert predict.batch_size == 4 and sum(size for size in model.sizes if size <= 5) == 37
     assert math.prod(predict(images[:0]).shape) == 0
+
+
+def test_the_hosts_memory_counts_like_a_devices_and_other_errors_do_not():
+    class Short(Narrow):
+        def forward(self, images):
+            if len(images) > self.room:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+            if int(images.max()) == 99:
+                raise RuntimeError("a shape is wrong")
+            return super().forward(images)
+
+    images = torch.randint(0, 90, (9, 3, 2, 2), dtype=torch.uint8)
+    assert torch.equal(Predictor(Short(2), torch.device("cpu"), 8)(images), images[:, 0, 0, 0].long())
+    with pytest.raises(RuntimeError, match="shape"):
+        Predictor(Short(2), torch.device("cpu"), 2)(torch.full((2, 3, 2, 2), 99, dtype=torch.uint8))
 
 
 def test_out_of_memory_with_one_image_is_refused():

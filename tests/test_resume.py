@@ -22,12 +22,12 @@ ARGUMENTS = [
 # (out, resume, step, signal): once the state on disk has reached the step, the signal is sent after a random while.
 DRIVER = """
 import json, os, random, sys, time
-import bdclean.training
+import bdclean.saving
 from bdclean.cli import run
 import bdclean.cleanse
 import torch._dynamo  # what an optimiser would import in every child
 
-bdclean.training.SAVE_EVERY_SECONDS = -1.0
+bdclean.saving.SAVE_EVERY_SECONDS = -1.0
 arguments, runs = json.load(sys.stdin)
 drawn = random.Random(0)
 codes = []

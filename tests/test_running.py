@@ -1,11 +1,14 @@
 import errno
 import json
+import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from bdclean import gate
 from bdclean.defects import digest_of, problem_of
-from bdclean.errors import Interrupted, Refused, UsageError
+from bdclean.errors import Interrupted, Refused, UsageError, attach
 from bdclean.output import Shown
 from bdclean.record import CheckpointEntry, Measure, RunRecord, parse_records
 from bdclean.running import Records, check_place, guarded, run_all
@@ -118,6 +121,9 @@ class OutOfMemoryError(RuntimeError):
         (OutOfMemoryError("CUDA"), 3),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3),
         (OSError(errno.ENOSPC, "full"), 3),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 3),
+        (ImportError("libx.so: failed to map segment from shared object"), 3),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 3),
         (OSError(errno.EIO, "broken"), 70),
         (SystemExit(0), 70),
         (SystemExit(1), 70),
@@ -186,12 +192,24 @@ def test_the_record_beside_an_output_outlives_a_run_that_did_not_end(tmp_path):
 
 
 def test_a_record_that_cannot_be_written_is_not_passed_over(tmp_path, capsys):
-    place = tmp_path / "gone" / "r.json"
+    (tmp_path / "there").mkdir()
+    place = tmp_path / "there" / "r.json"
     records = Records.at(place, [])
-    (tmp_path / "gone").write_text("a file now")
+    (tmp_path / "there").rmdir()
+    (tmp_path / "there").write_text("a file now")
     assert play(["a"], {"a": "no-evidence"}, records=records) == 3
     assert "cannot be written" in capsys.readouterr().err
     assert play(["a"], {"a": "backdoored"}, records=records) == 1
+
+
+def test_a_folder_of_records_that_goes_away_meanwhile_is_made_again(tmp_path):
+    for place, name in ((tmp_path / "runs", "m-abababab.json"), (tmp_path / "deep" / "r.json", "r.json")):
+        place.parent.mkdir(exist_ok=True)
+        records = Records.at(place, [])
+        if place.parent != tmp_path:
+            place.parent.rmdir()
+        assert play(["m"], {"m": "no-evidence"}, records=records) == 0
+        assert [path.name for path in tmp_path.rglob(name)] == [name]
 
 
 def test_places_are_checked_before_work(tmp_path):
@@ -203,4 +221,80 @@ def test_places_are_checked_before_work(tmp_path):
         check_place(tmp_path, [])
     with pytest.raises(Refused, match="is not a folder"):
         check_place(model / "below" / "r.json", [])
-    check_place(tmp_path / "new" / "r.json", [model])
+    with pytest.raises(Refused, match="new is not a folder: make it"):
+        check_place(tmp_path / "new" / "r.json", [model])
+    with pytest.raises(Refused, match="gone is not a folder: make it"):
+        Records.at(tmp_path / "gone" / "runs", [model])
+    assert Records.at(tmp_path / "runs", [model]).folder == tmp_path / "runs"
+    check_place(tmp_path / "r.json", [model])
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_whatever_ends_a_run_its_record_has_what_was_measured():
+    for raised, outcome in (
+        (ZeroDivisionError("x"), "failed"),
+        (KeyboardInterrupt(), "interrupted"),
+        (Interrupted("terminated.", 143), "interrupted"),
+        (MemoryError(), "refused"),
+    ):
+
+        def work(raised=raised):
+            attach(raised, known := result("m", "backdoored"))
+            attach(raised, RunRecord("scan"))  # further out: less is known there
+            known.measures.append(Measure("clean_accuracy", 0.5, 10))
+            raise raised
+
+        record = guarded("scan", "m", work)
+        assert record.outcome == outcome and record.verdict == "not-assessed" and record.measures
+
+
+def test_the_record_of_a_defect_goes_elsewhere_where_one_is_kept(tmp_path, capsys):
+    place = tmp_path / "m.clean.json"
+    result("m").write(place)
+    earlier = place.read_text()
+    assert play(["a"], {"a": ZeroDivisionError()}, records=Records.at(place, [], keep=True)) == 70
+    assert place.read_text() == earlier and len(list(tmp_path.glob("bdclean-defect-*.json"))) == 1
+
+
+def test_the_record_of_a_run_that_did_not_end_is_never_kept(tmp_path):
+    place = tmp_path / "m.clean.json"
+    for raised in (Refused("one."), Refused("two.")):
+        play(["a"], {"a": raised}, records=Records.at(place, [], keep=True))
+    assert parse_records(place.read_text(), "x")[0].problem.message == "two."
+
+
+def test_the_resume_state_goes_when_the_record_is_written_and_not_before(tmp_path):
+    state, place = tmp_path / "m.resume.safetensors", tmp_path / "r.json"
+    state.write_bytes(b"x")
+    records = Records.at(place, [], spent=(state,))
+    assert play(["a"], {"a": Refused("x.")}, records=records) == 3 and state.exists()
+    place.unlink()
+    place.mkdir()
+    assert play(["a"], {"a": "no-evidence"}, records=records) == 3 and state.exists()
+    place.rmdir()
+    assert play(["a"], {"a": "no-evidence"}, records=records) == 0 and not state.exists()
+
+
+def test_a_result_that_cannot_be_shown_hides_no_verdict(tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    judge, records = gate.parse(()), Records()
+    for verdict, code in (("no-evidence", 3), ("backdoored", 1)):
+        work = partial(lambda verdict, model, progress: result(model, verdict), verdict)
+        assert run_all("scan", ["a"], work, judge, Shown("json", out, False), records, True) == code
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_clock_may_go_backwards(monkeypatch):
+    now = [2e9]
+
+    def backwards():
+        now[0] -= 3600
+        return now[0]
+
+    monkeypatch.setattr(time, "time", backwards)
+    record = guarded("scan", "m", lambda: (time.time(), result("m"))[1])
+    assert 0 <= record.seconds < 10
+    sources = {path.name: path.read_text() for path in Path(gate.__file__).parent.rglob("*.py")}
+    assert not [name for name, text in sources.items() if "time.time(" in text]
+    assert [name for name, text in sources.items() if "datetime.now(" in text] == ["running.py"]

@@ -2,22 +2,22 @@ import json
 import math
 import os
 import signal
-import stat
 from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from bdclean import training
 from bdclean.errors import Interrupted, Refused
 from bdclean.preprocessing import Classifier, parse_preprocess
+from bdclean.saving import Saved
+from bdclean.tensorfile import read_header, read_tensors
 from bdclean.training import (
     Augmentation,
     Precision,
     Run,
-    Saved,
     State,
     choose_augmentation,
     fit,
@@ -57,7 +57,7 @@ def pictures(n=22):
     return torch.randint(0, 256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8)
 
 
-def job(run, steps=6, optimiser="sgd", rate=0.05, average_from=3, seen=None):
+def job(run, steps=6, optimiser="sgd", rate=0.05, seen=None):
     """A model, trained for `steps`, with the schedule, averages and extra state that recipes use."""
     model = tiny(precision=run.precision).train()
     made = {
@@ -78,7 +78,7 @@ def job(run, steps=6, optimiser="sgd", rate=0.05, average_from=3, seen=None):
         loss = F.cross_entropy(logits.float(), batch.labels)
         return loss, {"accuracy": (logits.argmax(1) == batch.labels).float().mean().item()}
 
-    state = State("job", model, made, images, labels, 8, steps, lambda s: rate / (1 + s), average_from, extra)
+    state = State("job", model, made, images, labels, 8, steps, lambda s: rate / (1 + s), extra)
     return state, step
 
 
@@ -157,14 +157,6 @@ def test_rows_of_the_curve_are_means_also_the_last():
     assert curve[0] == {"step": 2, "step_number": 1.5} and curve[-1] == {"step": 205, "step_number": 205}
 
 
-def test_averages_take_the_weights_place():
-    run, weights = Run(CPU, Precision(), 0), []
-    state, step = job(run)
-    run.tell = lambda *a, **m: weights.append(state.model.network.head.weight.detach().clone())
-    fit(step, state, run)
-    assert torch.allclose(state.model.network.head.weight, torch.stack(weights[3:]).mean(0), atol=1e-6)
-
-
 PRECISIONS = [Precision(), Precision(channels_last=True), Precision(True, True)]
 
 
@@ -224,16 +216,6 @@ def test_a_second_signal_ends_at_once_and_handlers_are_given_back(tmp_path):
     assert steps == [0] and signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_signal_while_writing_is_no_full_disk(tmp_path):
-    def write(path):
-        path.write_text("half")
-        raise Interrupted()
-
-    with pytest.raises(Interrupted):
-        training.replace(tmp_path / "x", write)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_divergence_is_refused():
     run = Run(CPU, Precision(), 0)
     state, step = job(run, steps=60, rate=1e30)
@@ -253,8 +235,6 @@ def test_a_state_of_a_finished_run_is_the_result(tmp_path):
     assert same(result(Run(CPU, Precision(), 7, saved=saved))[0], result(Run(CPU, Precision(), 7))[0])
     copy = json.loads(saved.json_path.read_text())
     assert copy["done"] == 6 and copy["arguments"] == ARGUMENTS
-    saved.delete()
-    assert list(tmp_path.iterdir()) == [] and saved.open() is False
 
 
 @pytest.mark.parametrize(
@@ -297,9 +277,9 @@ def hostile(path, how):
     elif how == "pickle":
         torch.save({"model": torch.zeros(2)}, path)
     elif how == "no metadata":
-        training.save_file({"x": torch.zeros(2)}, path)
+        save_file({"x": torch.zeros(2)}, path)
     else:
-        training.save_file({"x": torch.zeros(2)}, path, {"bdclean.resume": how})
+        save_file({"x": torch.zeros(2)}, path, {"bdclean.resume": how})
 
 
 ANSWERS = ['{"arguments": 5, "stage": "x", "done": 1, "curve": [], "sums": {}, "notes": {}}', "[]", "{}", "{"]
@@ -313,18 +293,50 @@ def test_an_unreadable_state_is_refused(tmp_path, how):
         Saved(path, ARGUMENTS).open()
 
 
-def test_nowhere_to_write_is_refused_and_the_old_state_stays(tmp_path):
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"done": -1}, "says step -1"),
+        ({"done": 6.0}, "says step 6.0"),
+        ({"done": True}, "says step True"),
+        ({"stage": 5}, "of stage 5"),
+        ({"curve": [{"step": 7, "loss": 1.0}]}, "steps \\[7\\] and 6 are done"),
+        ({"curve": [{"step": 2}, {"step": 2}]}, "goes through steps"),
+        ({"curve": [{"loss": 1.0}]}, "goes through steps"),
+        ({"curve": [[1]]}, "not a list of tables"),
+        ({"sums": {"loss": "1"}}, "not a list of tables"),
+        ({"check": 5}, "not those that were written"),
+        ({"arguments": 5}, "cannot be read"),
+    ],
+)
+def test_a_state_that_no_run_can_have_written_is_refused(tmp_path, changed, words):
     path = saved_run(tmp_path)
-    before = path.read_bytes()
+    header = read_header(path)
+    tensors, _ = read_tensors(path, header)
+    found = {**json.loads(header.metadata["bdclean.resume"]), **changed}
+    save_file(tensors, path, {"bdclean.resume": json.dumps(found)})
+    with pytest.raises(Refused, match=f"cannot be read.*{words}" if words != "cannot be read" else words):
+        Saved(path, ARGUMENTS).open()
 
-    def full(partial):
-        partial.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
 
-    with pytest.raises(Refused, match="No space left"):
-        training.replace(path, full)
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
-    assert stat.S_ISREG(path.stat().st_mode)
+def test_a_bit_that_flipped_in_a_state_is_noticed(tmp_path):
+    path = saved_run(tmp_path)
+    raw = bytearray(path.read_bytes())
+    for place in (len(raw) - 1, len(raw) - 500):
+        raw[place] ^= 1
+        path.write_bytes(raw)
+        with pytest.raises(Refused, match="cannot be read.*not those that were written.*delete it"):
+            Saved(path, ARGUMENTS).open()
+        raw[place] ^= 1
+    path.write_bytes(raw)
+    assert Saved(path, ARGUMENTS).open()
+
+
+def test_a_state_with_more_steps_than_the_run_has_skips_no_training(tmp_path):
+    saved = Saved(saved_run(tmp_path), ARGUMENTS)
+    assert saved.open()
+    with pytest.raises(Refused, match="says that 6 steps of job are done, and it has 5"):
+        result(Run(CPU, Precision(), 7, saved=saved), steps=5)
 
 
 def test_keep_makes_a_tensor_once(tmp_path):

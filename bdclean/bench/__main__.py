@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from bdclean.bench import cifar10, fuzz, readings, rule, speed
+from bdclean.bench import cifar10, faults, fuzz, readings, rule, speed
 
 DRIVERS = {
     "cifar10": cifar10.main,
+    "faults": faults.main,
     "fuzz": fuzz.main,
     "readings": readings.main,
     "rule": rule.main,

@@ -78,6 +78,18 @@ def bare_forward(subject: Subject) -> Callable[[], float]:
     return lambda: rate(layout, size, len(ready))
 
 
+def forwarded_through(model: nn.Module) -> Callable[[], int]:
+    """Counts, from now on, the images that go through `model`."""
+    count = 0
+
+    def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        nonlocal count
+        count += len(arguments[0])
+
+    model.register_forward_pre_hook(add)
+    return lambda: count
+
+
 def measuring(subject: Subject) -> Callable[[], float]:
     """Images a second of `assess`: triggers stamped, networks run, rates and bounds worked out, controls measured."""
     suspect, images = subject.read()
@@ -85,18 +97,13 @@ def measuring(subject: Subject) -> Callable[[], float]:
     triggers = make_triggers((), (images.images.shape[2], images.images.shape[3]))
     clock = CLOCKS[subject.clock]
 
+    forwarded = forwarded_through(bench.predict.model)
+
     def run() -> float:
-        forwarded = 0
-
-        def advance(count: int) -> None:
-            nonlocal forwarded
-            forwarded += count
-
-        bench.predict.advance = advance
-        start = clock()
+        before, start = forwarded(), clock()
         assess(bench, triggers[::6])
         settled(suspect.device)
-        return forwarded / (clock() - start)
+        return (forwarded() - before) / (clock() - start)
 
     return run
 

@@ -15,7 +15,7 @@ import torch
 
 from bdclean import gate, registry
 from bdclean.bench.mutations import blurred, edited, respelled, tensor_file
-from bdclean.data.labels import read_class_names
+from bdclean.data.classfile import read_class_file
 from bdclean.errors import BdcleanError
 from bdclean.preprocessing import claim, parse_preprocess
 from bdclean.record import Rate, RunRecord, TriggerRow, parse_records
@@ -151,7 +151,7 @@ def read_names(content: bytes, folder: Path) -> None:
     """Reads class names, as lines and as JSON."""
     path = folder / ("c.json" if content[:1] in (b"[", b"{") else "c.txt")
     path.write_bytes(content)
-    read_class_names(path)
+    read_class_file(path)
 
 
 def read_trigger(content: bytes, folder: Path) -> None:

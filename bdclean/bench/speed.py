@@ -31,6 +31,7 @@ from bdclean.bench.cifar10 import unpack
 from bdclean.bench.contenders import (
     Subject,
     bare_forward,
+    forwarded_through,
     measuring,
     open_bench,
     plain_steps,
@@ -87,16 +88,10 @@ def screening(place: Place) -> Iterator[Cell]:
         suspect, images = subject.read()
         bench = open_bench(subject, suspect, images)
         triggers = make_triggers((), (images.images.shape[2], images.images.shape[3]))
-        forwarded = 0
-
-        def advance(count: int) -> None:
-            nonlocal forwarded
-            forwarded += count
-
-        bench.predict.advance = advance
+        through = forwarded_through(bench.predict.model)
         rows = assess(bench, triggers)
-        controlled = [row for row in rows if row.control_rate]
-        controls = sum(int(row.control_rate["count"]) for row in controlled if row.control_rate)
+        forwarded = through()
+        controls = sum(int((row.control_rate or {}).get("count") or 0) for row in rows)
         per_control = min(CONTROL_IMAGES, len(images) - len(images) // 2)
         everything = len(triggers) * len(images)
         share = (forwarded - controls * per_control) / everything

@@ -1,0 +1,275 @@
+"""`cleanse` under faults at exact moments: the input is untouched, the output whole or absent, and --resume goes on."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bdclean
+from bdclean import training
+from bdclean.cli import run
+from bdclean.record import parse_records
+from bdclean.writing import alone
+
+SAMPLES = Path(__file__).resolve().parent.parent / "sample_models"
+ROOT = str(Path(bdclean.__file__).parent.parent)
+IMAGES = str(SAMPLES / "images" / "labeled")
+MODEL = "signs-badnets.safetensors"
+LINE = [
+    "cleanse", MODEL, "--labeled", IMAGES, "--limit", "30", "--recipe", "ft", "--set", "epochs=2",
+    "--set", "batch_size=8", "--trigger", "badnets:size=3", "--preprocess", "half", "--precision", "fp32",
+    "--device", "cpu", "--format", "json", "-q", "--out", "out.safetensors",
+]  # fmt: skip
+
+# Imports torch once, then forks a child for every run. A run is {folder, line, at, count, do}: when the child opens or
+# renames a file that `at` matches, for the count-th time, it does `do`.
+DRIVER = """
+import json, os, re, resource, shutil, sys
+import bdclean.cleanse, bdclean.saving, bdclean.recipes.ft, bdclean.triggers.badnets
+import torch._dynamo
+from bdclean.cli import run
+
+bdclean.saving.SAVE_EVERY_SECONDS = -1.0
+
+def fill(leave):
+    room = shutil.disk_usage(".").free
+    with open("ballast", "wb") as file:
+        file.write(bytes(max(0, room - leave)))
+
+def limit_memory(more):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more,) * 2)
+
+def fail(kind):
+    raise kind("a fault")
+
+def send(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+def watch(at, count, do):
+    seen = []
+    def hook(event, values):
+        if event in ("open", "os.rename") and re.search(at, f"{event} {values[0]}"):
+            seen.append(event)
+            if len(seen) == count:
+                eval(do)
+    sys.addaudithook(hook)
+
+codes = []
+for case in json.load(sys.stdin):
+    child = os.fork()
+    if child == 0:
+        os.chdir(case["folder"])
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        if case.get("do"):
+            watch(case["at"], case.get("count", 1), case["do"])
+        os._exit(run(case["line"]))
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+
+STATE = r"open .*/\.out\.safetensors\.resume\.safetensors\.\w+\.part"
+OUTPUT = r"open .*/\.out\.safetensors\.[0-9a-f]{8}\.part"
+RENAMING = OUTPUT.replace("open", "os.rename")
+RECORD = r"open .*/\.out\.json\."
+READ_BACK = r"open out\.safetensors$"
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def play(cases):
+    """Runs each {folder: Path, ...}, one after another, and returns their exit codes."""
+    for case in cases:
+        case["folder"].mkdir(exist_ok=True)
+        shutil.copy(SAMPLES / MODEL, case["folder"] / MODEL)
+    told = [{"line": LINE, **case, "folder": str(case["folder"])} for case in cases]
+    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER], input=json.dumps(told), env=environment,
+        capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check(folder, whole, code, left=()):
+    """The input is as it was; the output whole or absent; what is left is `left`; the record tells how it ended."""
+    assert digest(folder / MODEL) == digest(SAMPLES / MODEL)
+    out = folder / "out.safetensors"
+    assert not out.exists() or whole is None or digest(out) == whole
+    others = {MODEL, "stdout", "stderr", "ballast", "out.safetensors", "out.json"}
+    assert sorted({path.name for path in folder.iterdir()} - others) == sorted(left)
+    assert "Traceback" not in (folder / "stderr").read_text() or code == 70
+    (record,) = parse_records((folder / "out.json").read_text(), "out.json")
+    assert record.exit_code == code
+    return record
+
+
+RESUME = ("out.safetensors.resume.json", "out.safetensors.resume.safetensors")
+FAULTS = {
+    "Ctrl-C while images are read": ({"at": "open .*labeled/.*png", "count": 40, "do": "send(2)"}, 130, ()),
+    "SIGTERM while the output is written": ({"at": OUTPUT, "do": "send(15)"}, 143, RESUME),
+    "SIGHUP before the output is renamed": ({"at": RENAMING, "do": "send(1)"}, 129, RESUME),
+    "Ctrl-C twice in training": ({"at": STATE, "count": 3, "do": "send(2, 2)"}, 130, RESUME),
+    "SIGTERM in training": ({"at": STATE, "count": 2, "do": "send(15)"}, 143, RESUME),
+    "a defect after the output": ({"at": READ_BACK, "do": "fail(ZeroDivisionError)"}, 70, RESUME),
+    "no memory for the output": ({"at": OUTPUT, "do": "fail(MemoryError)"}, 3, RESUME),
+}
+
+
+def test_faults_at_exact_moments_lose_nothing(tmp_path):
+    cases = [{"folder": tmp_path / "whole"}]
+    for number, (fault, _, _) in enumerate(FAULTS.values()):
+        cases.append({"folder": tmp_path / str(number), **fault})
+    resumed = [{"folder": tmp_path / str(number), "line": [*LINE, "--resume"]} for number in (3, 5)]
+    vanished = {"folder": tmp_path / "gone", "at": OUTPUT, "do": "os.rmdir('records')"}
+    (tmp_path / "gone" / "records").mkdir(parents=True)
+    vanished["line"] = [*LINE, "--record", "records/out.json"]
+    codes = play([*cases, *resumed, vanished])
+    whole = digest(tmp_path / "whole" / "out.safetensors")
+    ended = check(tmp_path / "whole", whole, codes[0])
+    assert ended.outcome == "ran"
+    for number, (name, (_, code, left)) in enumerate(FAULTS.items()):
+        assert codes[number + 1] == code, name
+        if number in (3, 5):  # was told to go on
+            record = check(tmp_path / str(number), whole, codes[0])
+            assert codes[len(cases) + (3, 5).index(number)] == codes[0]
+            assert record.curve == ended.curve and record.rows() == ended.rows()
+        else:
+            record = check(tmp_path / str(number), whole, code, left)
+            assert not (tmp_path / str(number) / "out.safetensors").exists()
+            assert (record.before is not None and record.before.triggers == ended.before.triggers) == (
+                number > 0
+            )
+    assert codes[-1] == codes[0] and (tmp_path / "gone" / "records" / "out.json").exists()
+
+
+def test_a_defect_in_mid_run_leaves_what_was_measured(tmp_path):
+    fault = {"folder": tmp_path / "a", "at": READ_BACK, "do": "fail(ZeroDivisionError)"}
+    assert play([fault]) == [70]
+    record = check(tmp_path / "a", None, 70, RESUME)
+    assert record.outcome == "failed" and record.problem.kind == "ZeroDivisionError"
+    assert record.before.triggers and record.before.measures and record.curve and record.output.sha256
+    assert json.loads((tmp_path / "a" / "stdout").read_text())["runs"][0]["problem"]["digest"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or not shutil.which("mount"):
+        pytest.skip("a file system can only be mounted by root")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+FULL = {  # a fault, and what of the run is whole after it
+    "from the start": ({"at": "out.safetensors.lock", "do": "fill(0)"}, 3, False),
+    "at the state": ({"at": STATE, "do": "fill(100_000)"}, 3, False),
+    "at the third state": ({"at": STATE, "count": 3, "do": "fill(100_000)"}, 3, False),
+    "at the output": ({"at": OUTPUT, "do": "fill(100_000)"}, 3, False),
+    "at the record": ({"at": RECORD, "do": "fill(0)"}, 1, True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_disk_loses_nothing(small_disk, tmp_path, name):
+    fault, code, whole = FULL[name]
+    assert play([{"folder": small_disk, **fault}]) == [code]
+    assert digest(small_disk / MODEL) == digest(SAMPLES / MODEL)
+    assert (
+        "the disk is full" in (small_disk / "stderr").read_text()
+        or "are free" in (small_disk / "stderr").read_text()
+    )
+    assert (small_disk / "out.safetensors").exists() == whole
+    assert not list(small_disk.glob(".*"))
+    (small_disk / "ballast").unlink()
+    resumed = {"folder": small_disk, "line": [*LINE, "--resume"]}
+    unbroken = {"folder": tmp_path / "other"}  # on another file system than the temporary one
+    assert play([resumed, unbroken]) == [1, 1]
+    record = check(small_disk, digest(tmp_path / "other" / "out.safetensors"), 1)
+    assert record.outcome == "ran"
+
+
+def command(*words, **more):
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    return subprocess.run(
+        [sys.executable, "-m", "bdclean", *words], env=environment, capture_output=True, text=True, timeout=300,
+        check=False, **more,
+    )  # fmt: skip
+
+
+def test_a_second_run_on_the_same_output_is_refused(tmp_path):
+    shutil.copy(SAMPLES / MODEL, tmp_path / MODEL)
+    with alone(tmp_path / "out.safetensors"):
+        done = command(*LINE)
+    assert done.returncode == 3 and done.stdout == ""
+    assert f"out.safetensors is being written by another run (process {os.getpid()})" in done.stderr
+    assert os.listdir(tmp_path) == [MODEL]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["scan", MODEL, "--data", ".", "--out", "gone/r.md"], "gone is not a folder: make it"),
+        (["scan", MODEL, "--data", ".", "--record", "gone/r.json"], "gone is not a folder: make it"),
+        (["cleanse", MODEL, "--data", ".", "--out", "gone/o.safetensors"], "gone is not a folder: make it"),
+        (["cleanse", MODEL, "--data", ".", "--out", "/dev/null"], "no regular file"),
+        (["cleanse", MODEL, "--data", ".", "--out", "n" * 240], "too long"),
+        (["cleanse", MODEL, "--data", ".", "--out", "a", "--record", "a.resume.json"], "resume state"),
+    ],
+)
+def test_places_are_refused_before_work_and_nothing_is_made(tmp_path, capsys, words, said):
+    code = run(words)
+    captured = capsys.readouterr()
+    assert code == (2 if "resume state" in said else 3) and said in captured.err and captured.out == ""
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_state_that_is_not_used_is_announced(tmp_path, capsys):
+    (tmp_path / "o.safetensors.resume.safetensors").write_bytes(b"x")
+    assert run(["cleanse", MODEL, "--data", ".", "--out", "o.safetensors"]) == 3
+    assert "is not used and will be replaced: --resume goes on" in capsys.readouterr().err
+    assert (tmp_path / "o.safetensors.resume.safetensors").exists()
+
+
+def test_closed_streams_are_refused_before_work_and_never_written_into(tmp_path):
+    shutil.copy(SAMPLES / MODEL, tmp_path / MODEL)
+    line = " ".join([sys.executable, "-m bdclean cleanse", MODEL, "--data . --out o.safetensors"])
+    for closed in (">&-", ">&- 2>&-", "<&- >&- 2>&-"):
+        environment = {**os.environ, "PYTHONPATH": ROOT}
+        done = subprocess.run(["bash", "-c", f"{line} {closed}"], env=environment, timeout=300, check=False)
+        assert done.returncode == 3
+    assert os.listdir(tmp_path) == [MODEL]
+
+
+def test_nohup_is_obeyed(tmp_path, capsys):
+    """A run that was told to ignore SIGHUP goes on ignoring it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with training._deferred_signals() as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert caught == []
+        run(["ls", "recipes"])
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
