@@ -69,11 +69,16 @@ SHORT_OF_MEMORY = (
 """How torch, CUDA, the dynamic loader and Python say that memory, or room for a thread, is lacking."""
 
 
+WITHOUT_A_REASON = ("could not create a primitive", "could not execute a primitive")
+"""What oneDNN says where it gets no memory; of a layer that it cannot do it says more."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that the memory of this machine or of a device was not enough."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    words = str(error).lower()
-    return isinstance(error, (RuntimeError, ImportError)) and any(said in words for said in SHORT_OF_MEMORY)
+    words = str(error).lower().strip()
+    said = words in WITHOUT_A_REASON or any(said in words for said in SHORT_OF_MEMORY)
+    return said and isinstance(error, (RuntimeError, ImportError))

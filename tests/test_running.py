@@ -120,6 +120,8 @@ class OutOfMemoryError(RuntimeError):
         (MemoryError(), 3),
         (OutOfMemoryError("CUDA"), 3),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3),
+        (RuntimeError("could not create a primitive"), 3),
+        (RuntimeError("could not create a primitive descriptor for a pooling"), 70),
         (OSError(errno.ENOSPC, "full"), 3),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 3),
         (ImportError("libx.so: failed to map segment from shared object"), 3),
