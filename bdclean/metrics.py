@@ -34,14 +34,15 @@ class Predictor:
         """`images` uint8 [n 3 h w] -> int64 [n] on the CPU."""
         tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        out, first = [], 0
+        # room for all answers first: each one kept between large temporaries would let the heap grow by a temporary
+        found, first = torch.empty(len(images), dtype=torch.int64, device=self.device), 0
         try:
             with torch.inference_mode():
                 while first < len(images):
                     batch = images[first : first + self.batch_size].to(self.device)
                     try:
                         logits = self.model(batch.contiguous(memory_format=torch.channels_last))
-                        out.append(logits.argmax(dim=1))
+                        found[first : first + len(batch)] = logits.argmax(dim=1)
                     except (RuntimeError, MemoryError) as error:
                         if not out_of_memory(error):
                             raise
@@ -55,7 +56,7 @@ class Predictor:
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         # Read back once: a device that is read after every batch waits for the next one.
-        return torch.cat(out).cpu() if out else torch.zeros(0, dtype=torch.int64)
+        return found.cpu()
 
 
 def wilson(hits: int, n: int, level: float = 0.05) -> tuple[float | None, float | None]:

@@ -625,19 +625,24 @@ def test_cifar10_has_few_copies_and_no_false_ones(cifar10: Path) -> None:
 
 @pytest.mark.slow
 def test_a_set_larger_than_the_memory_that_is_allowed_is_read_and_split(tmp_path: Path) -> None:
-    """2,000 images of 224 x 224 (287 MiB), and 150 MiB of memory above what the imports take."""
+    """2,000 images of 224 x 224 (287 MiB), and 150 MiB of memory beside the imports: read, split, predicted."""
     pictures = np.random.default_rng(0).integers(0, 256, (2000, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", images=pictures)
     program = """
 import resource, torch
 from bdclean.data import load_images, split
+from bdclean.metrics import Predictor
 torch.set_num_threads(1)
 now = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (now + 150 * 2**20,) * 2)
 found = load_images("a.npz", (224, 224), memory=50 * 2**20, threads=1)
 training, held_out, _ = split(found, 0)
 assert found.on_disk and training.on_disk and len(held_out) == 200
-print(found.digest, len(training))
+class Mean(torch.nn.Module):
+    def forward(self, images):
+        return images.float().mean((2, 3))
+answers = Predictor(Mean(), torch.device("cpu"), 100)(training.images)
+print(found.digest, len(answers))
 try:
     torch.zeros(300 * 2**20, dtype=torch.uint8)
 except RuntimeError:
