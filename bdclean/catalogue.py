@@ -22,11 +22,24 @@ KINDS = {
     "ViT": "any depth, width, patch and image size, torchvision's names",
     "Swin, Swin v2, ConvNeXt, MaxViT": "any depth and width, torchvision's names",
     "RegNet, DenseNet": "any depth and width, torchvision's names, DenseNet's old ones too",
+    "ViT, ResNet, RegNet, ConvNeXt, Swin of Hugging Face": "transformers' names; ConvNeXt V2 with the extra bdclean[timm]",
+    "timm:NAME": "any classifier of timm, extra bdclean[timm]; a folder with timm's config.json needs no --arch",
     "FILE.py:NAME": "your own code, only when given with --arch; also package.module:NAME",
 }
 LISTS = ("recipes", "triggers", "detectors", "architectures", "schema")
 SINGULAR = {noun: table for noun, table in TABLES.items() if noun in ("recipe", "trigger", "detector")}
-PACKAGES = ("bdclean", "torch", "torchvision", "safetensors", "numpy", "scipy", "pillow", "typer", "rich")
+PACKAGES = (
+    "bdclean",
+    "torch",
+    "torchvision",
+    "timm",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "pillow",
+    "typer",
+    "rich",
+)
 
 
 def listing(what: str, name: str | None = None) -> str:
