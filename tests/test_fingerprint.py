@@ -129,6 +129,9 @@ def test_the_nearest_is_named_whatever_is_missing(lost):
 
 
 def test_listing_needs_no_torch():
-    code = "import sys; from bdclean.catalogue import listing; print(listing('architectures')); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from bdclean.catalogue import listing; print(listing('architectures')); "
+        "assert 'torch' not in sys.modules"
+    )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert all(row.name in shown for row in fingerprint.table())
