@@ -136,6 +136,7 @@ class Checkpoint:
             else:
                 raise Refused(f"{shown(self.source)} lacks {shown(name)}.")
         _check_tied(own, state, shown(self.source))
+        _check_tables(own, state, shown(self.source))
         network.load_state_dict(state, strict=True)
         return network.float().eval().to(device)
 
@@ -276,6 +277,15 @@ def _check_finite(tensors: Mapping[str, Tensor], match: Match, where: str) -> No
             )
         if key.endswith("running_var") and bool((tensor < 0).any()):
             raise Refused(f"{where}: {shown(key)} holds negative variances: the network cannot be run.")
+
+
+def _check_tables(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
+    """Whole numbers that the network computes itself must be the file's: others would read outside of a table."""
+    for name, tensor in own.items():
+        if tensor.is_floating_point() or name.endswith(COUNTER):
+            continue
+        if tensor.device.type != "meta" and not torch.equal(tensor, state[name].to(tensor.dtype)):
+            raise Refused(f"{where}: {shown(name)} is not the table that the network computes.")
 
 
 def _check_tied(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:

@@ -15,6 +15,7 @@ from bdclean.architectures.seeing import as_map, seeing
 from bdclean.architectures.staging import holds_weights
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet
+from bdclean.errors import Refused
 from bdclean.preprocessing import Classifier, choose, parse_preprocess
 from bdclean.recipes.bcu import reinitialise
 from bdclean.training import Precision, Run, set_batch_statistics
@@ -122,7 +123,15 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("recipe", SETTINGS)
-@pytest.mark.parametrize("name", ["vit", "swin-v2", "convnext", "maxvit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit",
+        pytest.param("swin-v2", marks=pytest.mark.slow),
+        pytest.param("convnext", marks=pytest.mark.slow),
+        pytest.param("maxvit", marks=pytest.mark.slow),
+    ],
+)
 def test_recipes_work_and_change_the_weights(name, recipe, tmp_path):
     saved(name, tmp_path / "m.safetensors")
     checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
@@ -169,3 +178,22 @@ def test_without_batch_norm_nothing_is_settled_and_the_claim_decides(tmp_path):
     assert [(c.preprocess.name, c.source) for c in claimed] == [("clip", "metadata")]
     unsaid = choose(Checkpoint.read(tmp_path / "m.safetensors"), images)
     assert {c.source for c in unsaid} == {"confidence"}
+
+
+def test_tables_of_whole_numbers_are_read_and_must_be_the_networks_own(tmp_path):
+    network = saved("swin", tmp_path / "m.safetensors")
+    key = "features.1.0.attn.relative_position_index"
+    checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
+    assert checkpoint.tensors[key].dtype == torch.int64
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(checkpoint.build()(x), network(x))
+    tensors = {k: v.clone() for k, v in network.state_dict().items()}
+    tensors[key][3] = 10**6
+    save_file(tensors, tmp_path / "far.safetensors")
+    with pytest.raises(Refused, match=f"{key} is not the table that the network computes"):
+        Checkpoint.read(tmp_path / "far.safetensors").build()
+    tensors[key] = tensors[key].to(torch.int8)
+    tensors["head.weight"] = tensors["head.weight"].to(torch.int8)
+    save_file(tensors, tmp_path / "int8.safetensors")
+    with pytest.raises(Refused, match="head.weight is I8; quantised weights"):
+        Checkpoint.read(tmp_path / "int8.safetensors")

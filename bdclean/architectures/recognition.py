@@ -106,10 +106,10 @@ def compare(shapes: Mapping[str, Shape], only: str | None = None) -> Iterator[Ne
 
 
 def classes_of(shapes: Mapping[str, Shape]) -> int:
-    """The rows of the matrix that is likeliest the head: one with a known head's name, else the last."""
+    """The rows of what is likeliest the head: a tensor with a known head's name, else the last matrix."""
     heads = {name for row in fingerprint.table() for name in row.head}
     rows = [s[0] for n, s in shapes.items() if len(s) == 2 and n.endswith("weight")]
-    rows += [s[0] for n, s in shapes.items() if len(s) == 2 and n in heads]
+    rows += [s[0] for n, s in shapes.items() if s and n in heads]
     return max(1, min(rows[-1], 100_000)) if rows else 10
 
 
