@@ -174,7 +174,7 @@ def _source(row: TriggerRow) -> str:
     worst = row.worst_source or {}
     if row.outcome not in (FAILS, INCONCLUSIVE) or not isinstance(worst.get("value"), (int, float)):
         return text.NOTHING
-    found = Measure("", worst["value"], worst.get("n") or 0, worst.get("low"), worst.get("high"))
+    found = Measure("", worst["value"], int(worst.get("n") or 0), worst.get("low"), worst.get("high"))
     return f"class {worst.get('class')}: {text.rate(found)}"
 
 
