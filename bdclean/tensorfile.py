@@ -119,6 +119,9 @@ def _instead(path: Path, length: int) -> str:
 
 
 def _parse(raw: bytes, where: str) -> dict:
+    many = Refused(f"{where} describes more than {MOST_TENSORS:,} tensors: no vision network has as many.")
+    if raw.count(b'"data_offsets"') > MOST_TENSORS:  # before anything is made of them
+        raise many
     try:
         parsed = strictjson.parse(raw, MOST_VALUES)
     except strictjson.NotJson as error:
@@ -126,7 +129,7 @@ def _parse(raw: bytes, where: str) -> dict:
     if not isinstance(parsed, dict) or raw[:1] != b"{":
         raise Refused(f"{where} has a broken header: it is not a table of tensors.")
     if len(parsed) > MOST_TENSORS:
-        raise Refused(f"{where} describes more than {MOST_TENSORS:,} tensors: no vision network has as many.")
+        raise many
     return parsed
 
 
