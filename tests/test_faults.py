@@ -71,7 +71,8 @@ for case in json.load(sys.stdin):
     if child == 0:
         os.chdir(case["folder"])
         for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            place = case.get("logs", ".") + "/" + name
+            os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         if case.get("do"):
             watch(case["at"], case.get("count", 1), case["do"])
         os._exit(run(case["line"]))
@@ -161,20 +162,24 @@ def test_faults_at_exact_moments_lose_nothing(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
+def small_disks(tmp_path):
+    """Makes file systems of 3 MB."""
     if os.geteuid() or not shutil.which("mount"):
         pytest.skip("a file system can only be mounted by root")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        yield place
-    finally:
+    mounted = []
+
+    def make(name):
+        place = tmp_path / name
+        place.mkdir()
+        mounting = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
+        done = subprocess.run(mounting, capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+        mounted.append(place)
+        return place
+
+    yield make
+    for place in mounted:
         subprocess.run(["umount", place], check=True)
 
 
@@ -188,23 +193,27 @@ FULL = {  # a fault, and what of the run is whole after it
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FULL)
-def test_a_full_disk_loses_nothing(small_disk, tmp_path, name):
-    fault, code, whole = FULL[name]
-    assert play([{"folder": small_disk, **fault}]) == [code]
-    assert digest(small_disk / MODEL) == digest(SAMPLES / MODEL)
-    assert (
-        "the disk is full" in (small_disk / "stderr").read_text()
-        or "are free" in (small_disk / "stderr").read_text()
-    )
-    assert (small_disk / "out.safetensors").exists() == whole
-    assert not list(small_disk.glob(".*"))
-    (small_disk / "ballast").unlink()
-    resumed = {"folder": small_disk, "line": [*LINE, "--resume"]}
-    unbroken = {"folder": tmp_path / "other"}  # on another file system than the temporary one
-    assert play([resumed, unbroken]) == [1, 1]
-    record = check(small_disk, digest(tmp_path / "other" / "out.safetensors"), 1)
-    assert record.outcome == "ran"
+def test_a_full_disk_loses_nothing(small_disks, tmp_path):
+    disks = {name: small_disks(f"disk{number}") for number, name in enumerate(FULL)}
+    logs = {name: tmp_path / f"logs{number}" for number, name in enumerate(FULL)}
+    for place in logs.values():
+        place.mkdir()
+    cases = [
+        {"folder": disks[name], "logs": str(logs[name]), **fault} for name, (fault, _, _) in FULL.items()
+    ]
+    codes = play(cases)
+    for name, exited in zip(FULL, codes, strict=True):
+        _, code, whole = FULL[name]
+        disk, said = disks[name], (logs[name] / "stderr").read_text()
+        assert exited == code and digest(disk / MODEL) == digest(SAMPLES / MODEL), name
+        assert "the disk is full" in said or "MB are free" in said, name
+        assert (disk / "out.safetensors").exists() == whole and not list(disk.glob(".*")), name
+        (disk / "ballast").unlink()
+    resumed = [{"folder": disk, "line": [*LINE, "--resume"]} for disk in disks.values()]
+    codes = play([*resumed, {"folder": tmp_path / "other"}])  # the last one on another file system
+    assert codes == [1] * len(codes)
+    for disk in disks.values():
+        assert check(disk, digest(tmp_path / "other" / "out.safetensors"), 1).outcome == "ran"
 
 
 def command(*words, **more):

@@ -1,10 +1,11 @@
 """Nothing is lost: `cleanse` killed with SIGKILL at random moments, again and again, for every recipe.
 
 `python -m bdclean.bench faults --kills 200` cleanses a small model with few images. Half of the kills come at a random
-time, half at a random operation on a file of the run (a file opened, renamed, deleted) or up to 2 ms after it, so that
-many fall into the writing of something; the state is saved after every step. After each: is the input untouched, is
-the output whole (the bytes of an unbroken run) or absent; does the run, told to go on, end in the same bytes and the
-same measures; what lies about afterwards. Prints a Markdown table; exits 1 if anything was lost.
+time, half at a random operation on the state, the output, the record or another file of the run (it is opened, renamed
+or deleted) or up to 2 ms after it, so that many fall into the writing of each; the state is saved after every step.
+After each: is the input untouched, is the output whole (the bytes of an unbroken run) or absent; does the run, told to
+go on, end in the same bytes and the same measures; what lies about afterwards. Prints a Markdown table; exits 1 if
+anything was lost.
 
 torch is imported once: every run is a fork of this process, which has one thread and has computed nothing.
 """
@@ -46,7 +47,9 @@ RECIPES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "inoculate": (UNLABELED, HASTY),
     "auto": (UNLABELED, {}),  # has no settings: what it runs is made hasty
 }
-PHASES = ("before training", "training", "writing the state", "writing the output", "after")
+PHASES = (
+    "before training", "training", "writing the state", "writing the output", "writing the record", "after",
+)  # fmt: skip
 SAME = ("curve", "triggers", "measures", "findings", "verdict", "before", "after")
 
 
@@ -58,7 +61,8 @@ class Unbroken:
     digest: str
     record: dict[str, Any]
     seconds: float
-    operations: int
+    operations: dict[str, list[int]]
+    """By what they were done to, their numbers in the order of the run, from 1."""
 
 
 @dataclass
@@ -136,7 +140,8 @@ def _try(name: str, kills: int, drawn: random.Random, work: Path) -> Tally:
             killed = _run(name, folder, seconds=drawn.random() * unbroken.seconds)
         else:
             delay = drawn.choice((None, drawn.random() * 0.002))
-            killed = _run(name, folder, operation=drawn.randint(1, unbroken.operations), delay=delay)
+            kind = drawn.choice(sorted(unbroken.operations))
+            killed = _run(name, folder, operation=drawn.choice(unbroken.operations[kind]), delay=delay)
         if killed.code == -signal.SIGKILL:
             tally.kills += 1
             sentence = _judge(name, folder, unbroken, tally)
@@ -183,6 +188,8 @@ def _phase(files: Sequence[str]) -> str:
         return "writing the state"
     if any(name.startswith(".out.safetensors") for name in parts):
         return "writing the output"
+    if any(name.startswith(".out.json") for name in parts):
+        return "writing the record"
     if "out.safetensors" in files:
         return "after"
     return "training" if "out.safetensors.resume.safetensors" in files else "before training"
@@ -213,7 +220,7 @@ def _run(
     """Forks a `cleanse` into `folder` and waits for it; it is killed after `seconds`, or at its n-th `operation`.
 
     With `delay`, that many seconds after that operation; by itself, where `delay` is None. `counter`: where the child
-    writes a byte for each operation.
+    writes a letter for each operation.
     """
     reading, writing = os.pipe()
     start = time.monotonic()
@@ -266,7 +273,7 @@ def _be_killed(
             return
         seen += 1
         if counter is not None:
-            os.write(counter, b".")
+            os.write(counter, _letter(str(values[0])).encode())
         if seen == operation:
             if delay is None:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -280,13 +287,23 @@ def _unbroken(name: str, work: Path) -> Unbroken:
     folder.mkdir()
     with tempfile.TemporaryFile() as counter:
         ended = _run(name, folder, counter=counter.fileno())
-        operations = os.fstat(counter.fileno()).st_size
+        counter.seek(0)
+        letters = counter.read().decode()
     if not (folder / "out.json").exists() or not (folder / "out.safetensors").exists():
         raise SystemExit(f"{name} does not end: {(folder / 'log').read_text()[-500:]}")
     record = json.loads((folder / "out.json").read_text())
     digest = _digest(folder / "out.safetensors")
     shutil.rmtree(folder)
+    operations = {kind: [n for n, letter in enumerate(letters, 1) if letter == kind] for kind in set(letters)}
     return Unbroken(ended.code, digest, record, ended.seconds, operations)
+
+
+def _letter(path: str) -> str:
+    """Which kind of file an operation is on: state, output, record or another."""
+    name = Path(path).name
+    if ".resume." in name:
+        return "s"
+    return "o" if name.startswith(".out.safetensors.") else "r" if name.startswith(".out.json.") else "a"
 
 
 def _digest(path: Path) -> str:
