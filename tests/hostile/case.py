@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 import zlib
 from collections.abc import Callable
@@ -81,7 +82,13 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 def prepare(folder: Path) -> None:
     """Puts the good model and 24 good images into a folder."""
     (folder / MODEL).write_bytes(good_model())
-    (folder / IMAGES).mkdir()
+    pictures(folder / IMAGES, 0)
+
+
+def pictures(folder: Path, seed: int) -> None:
+    """Puts 24 images into a new folder, no two alike."""
+    folder.mkdir()
+    draw = random.Random(seed)
     for number in range(24):
-        shade = bytes([10 * number, 255 - 10 * number, 128])
-        (folder / IMAGES / f"{number:02}.png").write_bytes(png(32, 32, rows=(b"\0" + shade * 32) * 32))
+        rows = b"".join(b"\0" + draw.randbytes(96) for _ in range(32))
+        (folder / f"{number:02}.png").write_bytes(png(32, 32, rows=rows))

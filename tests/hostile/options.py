@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from bdclean.record import RunRecord
 from hostile.case import IMAGES, MODEL, Case, png, raw
+from hostile.case import pictures as pictures_of
 from hostile.pictures import _contents as pictures
 from hostile.pictures import _flat
 
@@ -255,7 +256,7 @@ def _deep(levels: int) -> object:
 
 
 def _resume_states() -> Iterator[Case]:
-    argv = ("cleanse", MODEL, "--data", IMAGES, "--test", IMAGES, "--resume", "--record", "r.json", *BADNETS, "-q",
+    argv = ("cleanse", MODEL, "--data", IMAGES, "--test", "more", "--resume", "--preprocess", "none", "--record", "r.json", *BADNETS, "-q",
             "--recipe", "inoculate", "--set", "epochs=1", "--set", "least_steps=1")  # fmt: skip
     name = "good.clean.safetensors.resume.safetensors"
     one = {"x": torch.zeros(2)}
@@ -272,11 +273,15 @@ def _resume_states() -> Iterator[Case]:
         ("nan", save(one, {"bdclean.resume": _state({}).replace('"done": 0', '"done": NaN')})),
         ("huge", save(one, {"bdclean.resume": _state({}).replace('"done": 0', '"done": ' + "9" * 5000)})),
     )
+
+    def beside(write: Callable[[Path], object]) -> Callable[[Path], object]:
+        return lambda folder: (pictures_of(folder / "more", 1), write(folder))
+
     for kind, content in states:
-        yield Case(f"resume-{kind}", _put(name, content), "resume", argv, slow=True)
-    pipe = lambda folder: os.mkfifo(folder / name)  # noqa: E731
+        yield Case(f"resume-{kind}", beside(_put(name, content)), "resume", argv, slow=True)
+    pipe = beside(lambda folder: os.mkfifo(folder / name))
     yield Case("resume-pipe", pipe, "resume", argv, slow=True)
-    link = lambda folder: (folder / name).symlink_to("/dev/zero")  # noqa: E731
+    link = beside(lambda folder: (folder / name).symlink_to("/dev/zero"))
     yield Case("resume-dev-zero", link, "resume", argv, slow=True)
 
 
