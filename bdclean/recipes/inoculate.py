@@ -16,7 +16,7 @@ from bdclean.architectures import Arch
 from bdclean.data import ImageSet
 from bdclean.errors import UsageError
 from bdclean.inversion import Inverted, Pursuit, invert, outliers
-from bdclean.losses import distillation_kl
+from bdclean.losses import distillation_kl, divergence
 from bdclean.preprocessing import Classifier
 from bdclean.recipes import Cleansed
 from bdclean.training import (
@@ -66,7 +66,8 @@ class Inoculate:
     weight_decay: float = 5e-4
     temperature: float = 4.0  # on clean images: high, so that logits are matched, not the answer alone
     corrupted_temperature: float = 1.0  # on corrupted ones the answer is enough
-    corrupted_weight: float = 0.3  # of the corrupted half's loss beside the clean one's: more costs accuracy
+    corrupted_weight: float = 0.3  # of counterfeits' loss beside that of clean images: more costs accuracy
+    adversary_weight: float = 1.0  # of adversaries' and inverted triggers': less leaves more of a backdoor
     settle: bool = True  # in the second phase batch norm keeps the statistics of clean images
     adversary_share: float = 0.5  # of the corrupted images
     adversary_steps: int = 3
@@ -86,16 +87,14 @@ class Inoculate:
             )
         if (
             not 0 <= self.adversary_share <= 1
-            or self.temperature <= 0
+            or min(self.temperature, self.corrupted_temperature) <= 0
             or min(self.adversary_steps, self.inversion_steps) < 0
         ):
             raise UsageError(
-                "inoculate: adversary_share is in [0, 1], temperature positive, steps are not negative."
+                "inoculate: adversary_share is in [0, 1], temperatures positive, steps are not negative."
             )
-        if not 0 <= self.momentum < 1 or self.corrupted_temperature <= 0 or self.corrupted_weight < 0:
-            raise UsageError(
-                "inoculate: momentum is in [0, 1), temperatures positive, corrupted_weight not negative."
-            )
+        if not 0 <= self.momentum < 1 or min(self.corrupted_weight, self.adversary_weight) < 0:
+            raise UsageError("inoculate: momentum is in [0, 1), and neither weight is negative.")
 
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
@@ -120,12 +119,16 @@ class Inoculate:
             with run.precision.autocast(run.device):
                 return student(run.precision.layout(pixels))
 
-        def corrupted(batch: Batch, pixels: Tensor, answers: Tensor) -> Tensor:
-            """Each image under a counterfeit, `adversary_share` of them under this step's adversary instead."""
+        def corrupted(batch: Batch, pixels: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+            """Each image under a counterfeit, `adversary_share` of them under this step's adversary; weights [n]."""
             shuffled = torch.randperm(len(pixels), generator=batch.generator, device=run.device)
             count = round(self.adversary_share * len(pixels)) if turns else 0
             foes, rest = shuffled[:count], shuffled[count:]
-            out = pixels.clone()
+            out, weights = (
+                pixels.clone(),
+                torch.full((len(pixels),), self.corrupted_weight, device=run.device),
+            )
+            weights[foes] = self.adversary_weight
             out[rest] = corruptions.corrupt(pixels[rest], families, batch.generator)
             if count:
                 turn, kind = batch.step // len(turns), turns[batch.step % len(turns)]
@@ -139,7 +142,7 @@ class Inoculate:
                         kind, evaluated, pixels[foes], probabilities, batch.generator, self.adversary_steps
                     )
                 train()
-            return out
+            return out, weights
 
         def train() -> None:
             """Training mode; once settled, batch norm keeps its running statistics."""
@@ -163,12 +166,13 @@ class Inoculate:
             with torch.no_grad(), run.precision.autocast(run.device):
                 answers = teacher(run.precision.layout(pixels))
             n = len(pixels)
+            stamped, weights = corrupted(batch, pixels, answers)
             with run.precision.autocast(run.device):
-                logits = student(run.precision.layout(torch.cat([corrupted(batch, pixels, answers), pixels])))
+                logits = student(run.precision.layout(torch.cat([stamped, pixels])))
             loss = self.temperature**2 * distillation_kl(logits[n:], answers, self.temperature)
-            loss = loss + self.corrupted_weight * self.corrupted_temperature**2 * distillation_kl(
-                logits[:n], answers, self.corrupted_temperature
-            )
+            warm = self.corrupted_temperature
+            harm = divergence(logits[:n].float() / warm, (answers.float() / warm).softmax(1))
+            loss = loss + warm**2 * (weights * harm).mean()
             agreement = (logits[n:].argmax(1) == answers.argmax(1)).float().mean()
             return loss, {"agreement": agreement.item()}
 
