@@ -66,8 +66,8 @@ class Inoculate:
     weight_decay: float = 5e-4
     temperature: float = 4.0  # on clean images: high, so that logits are matched, not the answer alone
     corrupted_temperature: float = 1.0  # on corrupted ones the answer is enough
-    corrupted_weight: float = 0.3  # of counterfeits' loss beside that of clean images: more costs accuracy
-    adversary_weight: float = 1.0  # of adversaries' and inverted triggers': less leaves more of a backdoor
+    corrupted_weight: float = 0.3  # of the corrupted half's loss beside the clean one's: more costs accuracy
+    inverted_weight: float = 1.0  # of images under an inverted trigger: there is something to take out
     settle: bool = True  # in the second phase batch norm keeps the statistics of clean images
     adversary_share: float = 0.5  # of the corrupted images
     adversary_steps: int = 3
@@ -93,7 +93,7 @@ class Inoculate:
             raise UsageError(
                 "inoculate: adversary_share is in [0, 1], temperatures positive, steps are not negative."
             )
-        if not 0 <= self.momentum < 1 or min(self.corrupted_weight, self.adversary_weight) < 0:
+        if not 0 <= self.momentum < 1 or min(self.corrupted_weight, self.inverted_weight) < 0:
             raise UsageError("inoculate: momentum is in [0, 1), and neither weight is negative.")
 
     def __call__(
@@ -128,13 +128,13 @@ class Inoculate:
                 pixels.clone(),
                 torch.full((len(pixels),), self.corrupted_weight, device=run.device),
             )
-            weights[foes] = self.adversary_weight
             out[rest] = corruptions.corrupt(pixels[rest], families, batch.generator)
             if count:
                 turn, kind = batch.step // len(turns), turns[batch.step % len(turns)]
                 student.eval()
                 if kind == "inverted" and pursuit is not None and not pursuit.over:
                     out[foes] = pursuit.stamp(evaluated, pixels[foes], turn)
+                    weights[foes] = self.inverted_weight
                 else:
                     kind = kinds[turn % len(kinds)] if kind == "inverted" else kind
                     probabilities = answers[foes].softmax(1)
