@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bdclean.architectures.fingerprint import table
 from bdclean.errors import UsageError
 from bdclean.registry import DETECTORS, RECIPES, TABLES, TRIGGERS, closest, describe
 from bdclean.report import text
@@ -68,6 +67,8 @@ def listing(what: str, name: str | None = None) -> str:
 
 def _architectures() -> str:
     """Returns the named networks of the shipped fingerprint, a line each, then the kinds that are read off shapes."""
+    from bdclean.architectures.fingerprint import table
+
     rows = [("NAME", "SOURCE", "PARAMETERS", "INPUT", "TENSORS")]
     for known in table():
         parameters = f"{known.parameters / 1e6:.2f} M"
