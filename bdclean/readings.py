@@ -132,7 +132,7 @@ def read_off(
     if told or reading.doubt or reading.arch.name in known or not any(a.unusual for a in candidates):
         return reading
     unseen = (
-        f"without batch norm and labels nothing tells whether {reading.arch.name} is the right reading of these tensors or "
+        f"without batch norm and labels nothing tells whether {reading.arch.name} is the right reading or "
         f"one with another activation ({candidates[-1].name}, ...): labeled images, or --arch, would."
     )
     return replace(reading, warning=unseen)
