@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdclean.architectures import Arch
+from bdclean.architectures import Arch, fingerprint
 from bdclean.architectures.variants import at_size
 from bdclean.checkpoint import Checkpoint
 from bdclean.deciding import layer_distance
@@ -127,7 +127,15 @@ def read_off(
     for arch in candidates[1:]:
         if not arch.unusual or told:
             tried.append(fit(checkpoint, arch, choice, images, labels))
-    return decide(tried, told)
+    reading = decide(tried, told)
+    known = {row.name for row in fingerprint.table()}
+    if told or reading.doubt or reading.arch.name in known or not any(a.unusual for a in candidates):
+        return reading
+    unseen = (
+        f"without batch norm and labels nothing tells whether {reading.arch.name} is the right reading or "
+        f"one with another activation ({candidates[-1].name}, ...): labeled images, or --arch, would."
+    )
+    return replace(reading, warning=unseen)
 
 
 def decide(tried: Sequence[Fit], told: bool) -> Reading:

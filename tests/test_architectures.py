@@ -228,7 +228,8 @@ def test_biased_wide_resnet_is_the_raw_one():
 
 
 def test_older_bottlenecks_have_their_stride_on_the_first_convolution():
-    first, second = recognise(shapes_of(on_meta(NAMED["resnet50"].build)))
+    found = recognise(shapes_of(on_meta(NAMED["resnet50"].build)))
+    first, second = (m for m in found if not m.arch.unusual)
     assert [m.arch.name for m in (first, second)] == ["resnet50", "resnet50_stride1x1"]
     strides = [on_meta(m.arch.build).layer2[0].conv1.stride for m in (first, second)]
     assert strides == [(1, 1), (2, 2)]
@@ -365,3 +366,19 @@ def test_recognition_draws_no_random_numbers():
     before = torch.random.get_rng_state()
     recognise(shapes_of(on_meta(NAMED["resnet20-cifar-a"].build)))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_readings_that_nobody_names_keep_names_and_shapes():
+    found = recognise(shapes_of(on_meta(NAMED["resnet18"].build)))
+    expected = shapes_of(on_meta(found[0].arch.build))
+    names = [m.arch.name for m in found]
+    assert {"resnet18+silu", "resnet18+no-pool", "resnet18+stride1-no-pool"} <= set(names)
+    assert [m.arch.unusual for m in found] == [False] + [True] * (len(found) - 1)
+    for match in found:
+        network = on_meta(match.arch.build)
+        assert shapes_of(network) == expected
+    network = on_meta(next(m for m in found if m.arch.name == "resnet18+stride1-no-pool").arch.build)
+    assert isinstance(network.maxpool, nn.Identity) and network.conv1.stride == (1, 1)
+    chosen = identify(expected, "resnet18+silu+64px")[0].arch
+    assert (chosen.name, chosen.input) == ("resnet18+silu+64px", (3, 64, 64))
+    assert any(isinstance(m, nn.SiLU) for m in on_meta(chosen.build).modules())

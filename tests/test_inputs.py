@@ -44,7 +44,7 @@ def test_statistics_part_architectures_that_fit_the_same_tensors(tmp_path, short
     suspect = understand(checkpoint, images, Inputs(preprocess="cifar10", device="cpu"), record)
     assert suspect.arch.name == best == record.checkpoint.architecture
     assert record.checkpoint.alternatives[0]["name"] == second
-    assert record.checkpoint.architecture_margin == pytest.approx(scores[second] / scores[best])
+    assert record.checkpoint.architecture_margin == pytest.approx(scores[second] / scores[best], rel=0.01)
 
 
 class Answers:

@@ -134,3 +134,17 @@ def test_a_fit_repeats_bit_for_bit(tmp_path):
     checkpoint = settled(residual(), images, tmp_path / "m.safetensors")
     one, two = (fit(checkpoint, checkpoint.arch, HALF, images, None).distance for _ in range(2))
     assert one == two < 0.01
+
+
+def test_what_nothing_can_tell_is_said(tmp_path):
+    """A VGG without batch norm, read without labels: its activation leaves no trace."""
+    from bdclean.architectures.vgg import SmallVGG
+
+    torch.manual_seed(0)
+    network = SmallVGG((8, "M", 8, "M", 8, "M"), False, 4, ((None, 128, 5),))
+    save_file(network.state_dict(), tmp_path / "m.safetensors")
+    checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
+    reading = read_off(checkpoint, HALF, pictures(), None, False)
+    assert reading.doubt is None and "nothing tells whether vgg-3x8-8-cifar is the right" in reading.warning
+    named = Checkpoint.read(tmp_path / "m.safetensors", "vgg-3x8-8-cifar")
+    assert read_off(named, HALF, pictures(), None, True).warning is None
