@@ -206,14 +206,16 @@ def own_size(checkpoint: Checkpoint, load: Callable[[Arch], Tensor], settled: bo
     tried = []
     for side in (usual.input[1], *(s for s in SIDES if s != usual.input[1])):
         arch = usual if side == usual.input[1] else at_size(usual, side)
+        images, _ = sample(load(arch), None)
         try:
-            images, _ = sample(load(arch), None)
             chosen = choose(replace(checkpoint, arch=arch), images)[0]
             tried.append(fit(checkpoint, arch, chosen, images, None))
             if tried[0].distance is not None and tried[0].distance < GOOD:
                 return checkpoint
         except (RuntimeError, ValueError):
             continue  # too small for its pools
+    if not tried:
+        return checkpoint
     best = min(tried, key=order)
     if best.arch is usual or not better(best, tried[0]):
         return checkpoint

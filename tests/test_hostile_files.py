@@ -219,3 +219,26 @@ class TestPickles:
         (tmp_path / "m.pt").write_bytes(b"PK\x03\x04" + bytes(100))
         with pytest.raises(Refused, match="is a damaged zip archive: fetch it again"):
             Checkpoint.read(tmp_path / "m.pt", allow_pickle=True)
+
+
+class TestContainers:
+    def test_a_tar_without_a_single_image_is_refused(self, tmp_path):
+        import tarfile
+
+        from bdclean.data.opening import open_images
+
+        with tarfile.open(tmp_path / "d.tar", "w") as archive:
+            link = tarfile.TarInfo("0.png")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            archive.addfile(link)
+        with pytest.raises(Refused, match="holds no images"):
+            open_images(tmp_path / "d.tar")
+
+    def test_what_reading_images_raises_is_not_taken_for_a_size_that_does_not_fit(self, model):
+        from bdclean.readings import own_size
+
+        def load(arch):
+            raise ValueError("a defect")
+
+        with pytest.raises(ValueError, match="a defect"):
+            own_size(Checkpoint.read(model), load, False)

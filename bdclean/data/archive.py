@@ -55,7 +55,9 @@ def list_tars(where: str, paths: Sequence[Path], inside: str = "") -> Listing:
     # a name that comes again replaces what came before, as it does when a tar is unpacked
     order = [
         i
-        for i, after in zip(order, [*order[1:], None], strict=True)
+        for i, after in zip(
+            order, [*order[1:], None], strict=False
+        )  # where there is none, nothing is after it
         if after is None or found.names[i] != found.names[after]
     ]
     keys = [_key(found.names[i]) for i in order] if found.labels else []

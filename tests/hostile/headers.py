@@ -98,7 +98,7 @@ def _not_safetensors() -> Iterator[tuple[str, bytes | Callable[[], bytes], str]]
         yield f"pickle-{protocol}", pickle.dumps({"a": [1] * 99}, protocol), said
     yield "pickle-with-a-length", raw(pickle.dumps({"a": 1}, 4)), "broken header"
     yield "zip", _zip(), "is a pickle"
-    yield "gzip", gzip.compress(bytes(4096)), "not a safetensors file"
+    yield "gzip", gzip.compress(bytes(4096)), "gzip archive"
     yield "html", b"<!DOCTYPE html>\n<html><script>alert(1)</script></html>", "web page"
     yield "lfs", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS"
     yield "script", b"#!/bin/sh\necho owned > /tmp/owned\n", "not a safetensors file"

@@ -256,10 +256,8 @@ def _deep(levels: int) -> object:
 
 
 def _resume_states() -> Iterator[Case]:
-    argv = (
-        "cleanse", MODEL, "--data", IMAGES, "--test", "more", "--resume", "--preprocess", "none", "--record",
-        "r.json", *BADNETS, "-q", "--recipe", "inoculate", "--set", "epochs=1", "--set", "least_steps=1",
-    )  # fmt: skip
+    argv = ("cleanse", MODEL, "--data", IMAGES, "--test", "more", "--resume", "--preprocess", "none", "-q", *BADNETS,
+            "--record", "r.json", "--recipe", "inoculate", "--set", "epochs=1", "--set", "least_steps=1")  # fmt: skip
     name = "good.clean.safetensors.resume.safetensors"
     one = {"x": torch.zeros(2)}
     states: tuple[tuple[str, bytes], ...] = (

@@ -6,6 +6,7 @@ after a while, and whose peak memory the system tells apart from that of its par
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -64,13 +65,13 @@ class Runner:
 def _serve() -> None:
     import torch
 
-    from bdclean.architectures import recognition
+    from bdclean.architectures.recognition import recognise
     from bdclean.cli import run
+    from bdclean.errors import Refused
 
     torch.set_num_threads(1)
-    if hasattr(recognition, "well_known"):  # built once, or in every child
-        for family in range(len(recognition.FAMILIES)):
-            recognition.well_known(family, 10)
+    with contextlib.suppress(Refused):  # what is built to be compared with is built once, or in every child
+        recognise({"conv1.weight": (4, 3, 3, 3), "fc.weight": (10, 16), "x": (1,)})
     gc.collect()
     gc.freeze()  # a child that collects garbage would copy every page that it looks at
     answers = os.fdopen(os.dup(1), "w")
