@@ -201,7 +201,7 @@ class Inoculate:
             if findings
             else "no inversion",
             f"distilled for {steps} updates, {augment.describe()}",
-            f"adversaries: {', '.join(turns) or 'none'}",
+            f"adversaries: {', '.join(dict.fromkeys(turns)) or 'none'}",
         ]
         return Cleansed(
             student.eval(), arch, curve, asdict(self), stages,
