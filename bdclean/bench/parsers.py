@@ -265,7 +265,9 @@ def _whole_record() -> dict[str, Any]:
         "device": "cpu", "checkpoint": checkpoint, "data": data, "threshold": 0.2, "measures": [measure],
         "triggers": [row],
         "findings": [{"detector": "d", "verdict": "fires", "score": 1.0, "reason": "r"}],
-        "pictures": [{"role": "given", "png_base64": "AAAA", "before": 1, "after": 2}], "confusion": [[1, 2], [3, 4]],
+        "pictures": [{"role": "given", "png_base64": "AAAA", "before": 1, "after": 2}], "confusion": [
+            {"model": "suspect", "trigger": "badnets", "target": 0, "counts": [[1, 2], [3, 4]]}
+        ],
         "skipped": [{"what": "a", "reason": "b"}], "warnings": ["w"], "advice": "more images",
         "recipe": {"name": "bcu", "source": "s", "settings": {"a": 1}, "stages": ["x"], "families": ["patch"]},
         "before": side, "after": side, "curve": [{"step": 1, "loss": 0.5}], "output": {"path": "o", "sha256": "0"},

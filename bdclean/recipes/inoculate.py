@@ -112,7 +112,9 @@ class Inoculate:
         families = self._trained_on()
         turns = [kind for kind in adversaries.KINDS if adversaries.FAMILY[kind] in families]
         kinds = list(turns)
-        if pursuit is not None:  # every other step: one in five left a patch behind on a network of 43 classes
+        if (
+            pursuit is not None
+        ):  # every other step: one in five left a patch behind on a network of 43 classes
             turns = [turn for kind in kinds for turn in (kind, "inverted")]
 
         def evaluated(pixels: Tensor) -> Tensor:
