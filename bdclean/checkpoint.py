@@ -129,8 +129,9 @@ class Checkpoint:
         own = network.state_dict()
         twin = twins(network)
         for name in own.keys() - state.keys():
-            if twin.get(name, name) in state:
-                state[name] = state[twin[name]]
+            held = next((n for n in twin.get(name, ()) if n in state), None)
+            if held is not None:
+                state[name] = state[held]
             elif name.endswith(COUNTER) or not own[name].is_floating_point():
                 state[name] = own[name]
             else:

@@ -51,16 +51,18 @@ def differences(own: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list
     return found
 
 
-def twins(network: nn.Module) -> dict[str, str]:
-    """Names of parameters that are one tensor: each with the first of the others' names, and that with the second."""
-    seen: dict[int, str] = {}
-    found: dict[str, str] = {}
+def twins(network: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each name of a parameter that has several, all of them."""
+    names: dict[int, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
-        first = seen.setdefault(id(parameter), name)
-        if first != name:
-            found[name] = first
-            found.setdefault(first, name)
-    return found
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(same) for same in names.values() if len(same) > 1 for name in same}
+
+
+def needed(expected: Mapping[str, Shape], own: Mapping[str, Shape], network: nn.Module) -> dict[str, Shape]:
+    """What a file must hold of `expected`: of tied weights one is enough, as safetensors' save_model leaves them."""
+    twin = twins(network)
+    return {n: s for n, s in expected.items() if n in own or not any(t in own for t in twin.get(n, ()))}
 
 
 def listed(differing: list[str]) -> str:

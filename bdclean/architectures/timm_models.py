@@ -19,7 +19,7 @@ from torch import nn
 
 from bdclean.architectures.arch import Proposal, Shape, Shapes
 from bdclean.architectures.dialects import views
-from bdclean.architectures.matching import Match, differences, listed, shown
+from bdclean.architectures.matching import Match, differences, listed, needed, shown
 from bdclean.architectures.staging import describe
 from bdclean.errors import Refused, UsageError
 
@@ -198,7 +198,8 @@ def compare(
         return None, [f"it cannot be built with these settings ({shown(f'{type(error).__name__}: {error}')})"]
     best: list[str] = []
     for names, unread in views(shapes, expected):
-        differing = differences({new: tuple(shapes[old]) for old, new in names.items()}, expected)
+        own = {new: tuple(shapes[old]) for old, new in names.items()}
+        differing = differences(own, needed(expected, own, network))
         if not differing:
             return described(f"timm:{name}", build, network, names, unread, config), []
         if not best or len(differing) < len(best):

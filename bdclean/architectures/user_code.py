@@ -18,7 +18,7 @@ from torch import nn
 
 from bdclean.architectures.arch import Arch, Shape
 from bdclean.architectures.dialects import views
-from bdclean.architectures.matching import Match, differences, listed, shown, twins
+from bdclean.architectures.matching import Match, differences, listed, needed, shown
 from bdclean.architectures.staging import describe
 from bdclean.errors import Refused, UsageError
 
@@ -48,12 +48,9 @@ def fit_user_code(spec: str, shapes: Mapping[str, Shape]) -> Match:
                 "torch.nn.Module."
             )
         expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        twin = twins(network)
         for names, unread in views(shapes, expected):
             own = {names[n]: tuple(shapes[n]) for n in names}
-            # Of tied weights a file may hold one alone.
-            wanted = {n: s for n, s in expected.items() if n in own or twin.get(n) not in own}
-            differing = differences(own, wanted)
+            differing = differences(own, needed(expected, own, network))
             if not differing:
                 return Match(described(spec, build, network), names, unread)
             if nearest is None or len(differing) < nearest[0]:
