@@ -127,7 +127,7 @@ def _npz() -> Iterator[tuple[str, bytes | Callable[[], bytes]]]:
     yield "images-huge-side", _archive({"images.npy": _npy("(24, 1, 99999999, 3)", bytes(999), "'|u1'")})
     yield "bomb", lambda: _archive({"images.npy": _npy("(100, 2048, 2048, 3)", bytes(300_000_000), "'|u1'")})
     yield "many-members", lambda: _archive({f"{n}.npy": b"" for n in range(20_000)}, zipfile.ZIP_STORED)
-    yield "no-images", _archive({"x.npy": _npy(shape, bytes(4608), "'|u1'")})
+    yield "no-images", _archive({"y.npy": _npy(shape, bytes(4608), "'|u1'")})
     fine = _npy(shape, bytes(4608), "'|u1'")
     objects = io.BytesIO()
     np.save(objects, np.array([print] * 24, dtype=object), allow_pickle=True)
