@@ -36,7 +36,7 @@ class Case:
     argv: tuple[str, ...] = SCAN
     codes: tuple[int, ...] = (3,)
     slow: bool = False
-    memory: int = 64 * 2**20
+    memory: int = 96 * 2**20
     seconds: float = 5.0
 
     @property
