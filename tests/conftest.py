@@ -1,12 +1,16 @@
 """Every test runs in its own empty folder, on one thread: two libraries' threads on a small machine fight."""
 
 import os
+import signal
 import tarfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A suite in a shell's background inherits that, and would hand it on to the commands that it interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
