@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-DRAWING = {
-    torch.Tensor.normal_,
-    torch.Tensor.uniform_,
-    torch.Tensor.exponential_,
-    torch.Tensor.bernoulli_,
-    torch.Tensor.erfinv_,
+# What a direct draw leaves instead: torch's trunc_normal_ draws again until every number is within its bounds, which
+# memory as it was may never be.
+DRAWING: dict[Callable[..., Any], tuple[str, float]] = {
+    torch.Tensor.normal_: ("mean", 0.0),
+    torch.Tensor.uniform_: ("from", 0.0),
+    torch.Tensor.exponential_: ("", 1.0),
+    torch.Tensor.bernoulli_: ("", 0.0),
 }
 
 
 class Undrawn(TorchFunctionMode):
-    """Within it, initial weights stay as their memory was: a network of 600 million parameters is there in a second.
+    """Within it, initial weights stay as their memory was, or are one number: 600 million take a second.
 
     Only for networks that are loaded strictly afterwards. What is computed rather than drawn (tables of positions) is
     right, and no random number is used.
@@ -31,6 +32,11 @@ class Undrawn(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init" or func in DRAWING:
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return func(*args, **(kwargs or {}))
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return given.get("tensor", args[0] if args else None)
+        if func in DRAWING:
+            name, usual = DRAWING[func]
+            value = given.get(name, args[1] if name and len(args) > 1 else usual)
+            return args[0].fill_(value)
+        return func(*args, **given)
