@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # A suite in a shell's background inherits that, and would hand it on to the commands that it interrupts.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A suite in a shell's background, or under nohup, inherits ignored signals, and would hand that on to the commands
+# that it interrupts.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 
 @pytest.fixture(autouse=True)

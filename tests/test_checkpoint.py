@@ -188,10 +188,10 @@ class TestOutputs:
 
 class TestFolders:
     def test_a_folder_with_one_file_and_its_config(self, model, tmp_path):
-        (tmp_path / "config.json").write_text('{"architecture": "x"}')
+        (tmp_path / "config.json").write_text('{"crop_pct": 0.9}')
         (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
         checkpoint = Checkpoint.read(tmp_path)
-        assert checkpoint.config == {"architecture": "x"} and checkpoint.preprocessor == {"image_mean": [0.5]}
+        assert checkpoint.config == {"crop_pct": 0.9} and checkpoint.preprocessor == {"image_mean": [0.5]}
         assert checkpoint.sha256 == Checkpoint.read(model).sha256
 
     @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"[" * 100_000])
