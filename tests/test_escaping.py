@@ -119,7 +119,11 @@ def test_markdown_holds_no_markup_of_strangers(record, capsys):
     assert "http://" not in shown and "|x" not in shown
 
 
-@pytest.mark.parametrize("name", ["path", "option", "trigger", "set", "fail-on", "arch", "classes"])
+@pytest.mark.parametrize(
+    "name",
+    ["path", "option", "trigger", "fail-on"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("set", "arch", "classes")],
+)
 def test_what_was_typed(name, tmp_path):
     prepare(tmp_path)
     evil = EVIL.replace("\x00", "").replace("\ud800", "\udcff").replace("/", "")

@@ -131,6 +131,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 def test_faults_at_exact_moments_lose_nothing(tmp_path):
     folders = {name: tmp_path / str(number) for number, name in enumerate(FAULTS)}
     cases = [{"folder": folders[name], **fault} for name, (fault, _, _) in FAULTS.items()]

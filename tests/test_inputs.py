@@ -27,7 +27,7 @@ from bdclean.record import RunRecord
 from bdclean.training import quiet, set_batch_statistics
 
 
-@pytest.mark.parametrize("shortcut", ["a", "a-end"])
+@pytest.mark.parametrize("shortcut", ["a", pytest.param("a-end", marks=pytest.mark.slow)])
 def test_statistics_part_architectures_that_fit_the_same_tensors(tmp_path, shortcut):
     torch.manual_seed(0)
     network = ResidualNetwork((3, 3, 3), (16, 32, 64), 16, 10, shortcut=shortcut)

@@ -108,6 +108,7 @@ def test_mcnemars_test_is_the_binomial_tail():
             assert more_accurate(Fit(arch, None, one), Fit(arch, None, two)) == expected
 
 
+@pytest.mark.slow
 def test_the_size_that_a_network_was_trained_at(tmp_path):
     """torchvision's ResNet trained on 32x32 pictures: at 224 its batch norm sees something else."""
     from PIL import Image

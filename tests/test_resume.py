@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SAMPLES = Path(__file__).resolve().parent.parent / "sample_models"
 ARGUMENTS = [
     "cleanse", str(SAMPLES / "signs-badnets.safetensors"), "--data", str(SAMPLES / "images" / "unlabeled"),
@@ -73,6 +75,7 @@ def digest(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_interrupted_goes_on_to_the_same_file(tmp_path):
     (tmp_path / "whole").mkdir()
     whole = tmp_path / "whole" / "out.safetensors"

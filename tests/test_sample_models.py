@@ -141,6 +141,7 @@ def test_training_repeats_to_the_bit(make):
     assert not all(torch.equal(a, b) for a, b in zip(states[0], states[2], strict=True))
 
 
+@pytest.mark.slow
 def test_training_learns(make):
     training = make.signs(8, "train")
     model = make.train(training, 0, 40, make.Precision())

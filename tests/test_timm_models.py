@@ -49,7 +49,7 @@ def same(network, checkpoint):
         ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2}),
         pytest.param("convnextv2_atto", {}, marks=pytest.mark.slow),
         pytest.param("regnety_002", {}, marks=pytest.mark.slow),
-        pytest.param("coat_lite_tiny", {}, marks=pytest.mark.slow),
+        pytest.param("coat_lite_tiny", {"img_size": 64}, marks=pytest.mark.slow),
         ("deit_tiny_distilled_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2}),
     ],
 )

@@ -111,7 +111,8 @@ def _thumbnails(images: Tensor) -> Tensor:
     # Room for all of it first: small results kept between large temporaries would break up the heap until it grows
     # by a temporary at every block (measured: 330 MB for 10,000 images of 96 x 96).
     thumbnails = torch.empty(len(images), SIDE * SIDE)
-    for rows, block in zip(thumbnails.split(64), images.split(64), strict=True):
+    at_once = _at_once(images)
+    for rows, block in zip(thumbnails.split(at_once), images.split(at_once), strict=True):
         rows.copy_(
             _unit(functional.adaptive_avg_pool2d(block.float().mean(1, keepdim=True), SIDE).flatten(1))
         )
@@ -123,10 +124,16 @@ def _normalised(images: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     size = (height, width) if max(height, width) <= FULL else (FULL, FULL)
     small = torch.empty(len(images), images.shape[1], *size)
-    for rows, block in zip(small.split(64), images.split(64), strict=True):
+    at_once = _at_once(images)
+    for rows, block in zip(small.split(at_once), images.split(at_once), strict=True):
         pixels = block.float()
         rows.copy_(functional.adaptive_avg_pool2d(pixels, size) if pixels.shape[-2:] != size else pixels)
     return _unit((small - small.mean((2, 3), keepdim=True)).flatten(1))
+
+
+def _at_once(images: Tensor) -> int:
+    """So many images that they are about 4 MiB as floats: large ones must not make large temporaries."""
+    return max(1, 2**20 // max(1, images.shape[1:].numel()))
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Case:
     argv: tuple[str, ...] = SCAN
     codes: tuple[int, ...] = (3,)
     slow: bool = False
-    memory: int = 256 * 2**20  # of what is imported and built late
+    memory: int = 80 * 2**20  # of what is imported and built late: timm and pyarrow among it
     seconds: float = 5.0
 
     @property

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ def _serve() -> None:
     from bdclean.architectures.recognition import recognise
     from bdclean.cli import run
     from bdclean.errors import Refused
+    from hostile.case import IMAGES, MODEL, prepare
 
     torch.set_num_threads(1)
     with contextlib.suppress(Refused):  # what is built to be compared with is built once, or in every child
@@ -75,7 +77,10 @@ def _serve() -> None:
     quiet, kept = os.open(os.devnull, os.O_WRONLY), [os.dup(1), os.dup(2)]
     for number in (1, 2):
         os.dup2(quiet, number)
-    run(["scan", "nothing", "--data", "nothing", "-q"])  # what is imported late, too
+    with tempfile.TemporaryDirectory() as folder:  # what is imported and built late, too
+        prepare(Path(folder))
+        model, images = os.path.join(folder, MODEL), os.path.join(folder, IMAGES)
+        assert run(["scan", model, "--data", images, "-q", "--trigger", "badnets"]) in (0, 1, 3)
     for number, file in zip((1, 2), kept, strict=True):
         os.dup2(file, number)
     gc.collect()
