@@ -43,6 +43,7 @@ LEAST_SCREENED = 200
 """Under this many images there is no screening, and everything is corrected over triggers and classes instead."""
 SCREENED_OUT = "screened out"
 LEAST_SOURCE = 10
+MANY = 1_000_000  # images that nobody will bring
 """A source class with fewer images gets no rate of its own."""
 
 
@@ -299,9 +300,12 @@ def _row(
         return replace(row, outcome=FAILS, reason=f"images of class {worst[0]} alone go to the target")
     if high < bench.threshold:
         return replace(row, outcome=PASSES)
-    reason = f"reaches the threshold, but a control reaches {ceiling:.3f}" if low >= bench.threshold else (
-        f"the interval reaches the threshold: about {_needed(k / n, bench.threshold, level)} images would settle it"
-    )  # fmt: skip
+    if low >= bench.threshold:
+        reason = f"reaches the threshold, but a control reaches {ceiling:.3f}"
+    elif (needed := _needed(k / n, bench.threshold, level)) < MANY:
+        reason = f"the interval reaches the threshold: about {needed} images would settle it"
+    else:
+        reason = "the rate is too near the threshold for any number of images to settle it"
     return replace(row, outcome=INCONCLUSIVE, reason=reason)
 
 
@@ -345,10 +349,10 @@ def _controls(
 
 
 def _needed(value: float, threshold: float, level: float) -> int:
-    """About how many images would part `value` from `threshold` at `level`; capped at a million."""
+    """About how many images would part `value` from `threshold` at `level`; capped at MANY."""
     gap = max(abs(value - threshold), 1e-3)
     z = float(metrics.stats.norm.isf(level))
-    return min(1_000_000, math.ceil(z * z * max(value * (1 - value), 0.01) / gap**2 / 10) * 10)
+    return min(MANY, math.ceil(z * z * max(value * (1 - value), 0.01) / gap**2 / 10) * 10)
 
 
 def verdict(rows: Sequence[TriggerRow]) -> tuple[str, str | None]:

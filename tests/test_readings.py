@@ -149,3 +149,14 @@ def test_what_nothing_can_tell_is_said(tmp_path):
     assert reading.doubt is None and "nothing tells whether vgg-3x8-8-cifar is the right" in reading.warning
     named = Checkpoint.read(tmp_path / "m.safetensors", "vgg-3x8-8-cifar")
     assert read_off(named, HALF, pictures(), None, True).warning is None
+
+
+def test_a_reading_that_cannot_be_run_is_none(tmp_path):
+    """MaxViT with a stem of stride 1: its windows do not fit, so nobody has trained that."""
+    from torchvision.models import MaxVit
+
+    torch.manual_seed(0)
+    network = MaxVit((224, 224), 8, 7, [8, 8, 8, 8], [1, 1, 1, 1], 4, 0.0, num_classes=5)
+    images = pictures(20, 224)
+    reading = read_off(settled(network, images, tmp_path / "m.safetensors"), HALF, images, None, False)
+    assert not any("stride1" in name for name in (reading.arch.name, *(o["name"] for o in reading.others)))
