@@ -43,8 +43,8 @@ LEAST_SCREENED = 200
 """Under this many images there is no screening, and everything is corrected over triggers and classes instead."""
 SCREENED_OUT = "screened out"
 LEAST_SOURCE = 10
-MANY = 1_000_000  # images that nobody will bring
 """A source class with fewer images gets no rate of its own."""
+MANY = 1_000_000  # images: more than anybody will bring
 
 
 class Trigger(Protocol):
