@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bdclean.architectures import Arch, fingerprint
-from bdclean.architectures.variants import at_size
+from bdclean.architectures.variants import at_size, keeps_resolution
 from bdclean.checkpoint import Checkpoint
 from bdclean.deciding import layer_distance
 from bdclean.preprocessing import Choice, Classifier, choose
@@ -38,6 +38,8 @@ GOOD = 0.05
 others)."""
 SIDES = (32, 64)
 """Image sides, beside the usual one, that people train convolutional networks at."""
+SMALL = 64
+"""Up to this side images are small: cheap, and networks for them have stems of their own."""
 SHOWN = 4
 """Other readings in a record."""
 
@@ -108,7 +110,7 @@ def more_accurate(one: Fit, other: Fit) -> bool:
 
 def sample(images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """A seeded draw: 256 images, 16 of large ones (a folder is read class by class, so the first would be of one)."""
-    count = 256 if images.shape[2] <= 64 else 16
+    count = 256 if images.shape[2] <= SMALL else 16
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     return images[order], None if labels is None else labels[order]
 
@@ -126,6 +128,8 @@ def read_off(
     told = first.distance is not None or labels is not None
     tried = [first]
     for arch in candidates[1:]:
+        if images.shape[2] > SMALL and keeps_resolution(arch):
+            continue
         if not arch.unusual or told:
             with contextlib.suppress(RuntimeError, ValueError, AssertionError):  # another stem: no windows fit
                 tried.append(fit(checkpoint, arch, choice, images, labels))

@@ -58,6 +58,11 @@ def variants(proposal: Proposal, network: nn.Module) -> tuple[tuple[Proposal, st
     return tuple(found)
 
 
+def keeps_resolution(arch: Arch) -> bool:
+    """Whether it is a reading with another stem, which people use for small images alone: it costs up to 16 times."""
+    return arch.name.endswith(("+no-pool", "+stride1", "+stride1-no-pool"))
+
+
 def reading(
     proposal: Proposal, suffix: str, change: Callable[[nn.Module], nn.Module], reason: str
 ) -> tuple[Proposal, str]:
