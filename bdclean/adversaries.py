@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from bdclean.corruptions import identity_grid, rectangles, uniform
+from bdclean.corruptions import Shared, corrupt, identity_grid, integers, rectangles, uniform
 from bdclean.losses import divergence
 
 Forward = Callable[[Tensor], Tensor]
@@ -71,6 +71,27 @@ def attack(
 
         return _ascend(bend, start, reach, (-reach, reach), forward, answers, steps).clamp(0, 1)
     raise ValueError(f"unknown adversary {kind!r}: known are {', '.join(KINDS)}")
+
+
+def worst_counterfeit(
+    forward: Forward, pixels: Tensor, answers: Tensor, families: Sequence[str], generator: Generator,
+    draws: int = 24, judged: int = 6,
+) -> Tensor:  # fmt: skip
+    """`pixels` [n 3 h w] under the most harmful of `draws` random counterfeits of `families`, the same for all images.
+
+    Harm is judged on the first `judged` images. Gradients lead to the easiest way off the answers, again and again, and
+    not to a trigger that acts only as a whole, such as stripes of one frequency; draws come by it.
+    """
+    seeds = integers((draws,), 0, 2**31, pixels, generator).tolist()
+
+    def counterfeit(images: Tensor, seed: int) -> Tensor:
+        return corrupt(images, families, Shared(torch.Generator(images.device).manual_seed(seed)))
+
+    few = pixels[:judged]
+    with torch.no_grad():
+        logits = forward(torch.cat([counterfeit(few, seed) for seed in seeds]))
+        harm = divergence(logits, answers[:judged].repeat(draws, 1)).view(draws, -1).mean(1)
+        return counterfeit(pixels, seeds[int(harm.argmax())])
 
 
 def _ascend(

@@ -131,7 +131,9 @@ def read_off(
         if images.shape[2] > SMALL and keeps_resolution(arch):
             continue
         if not arch.unusual or told:
-            with contextlib.suppress(RuntimeError, ValueError, AssertionError):  # another stem: no windows fit
+            with contextlib.suppress(
+                RuntimeError, ValueError, AssertionError
+            ):  # another stem: no windows fit
                 tried.append(fit(checkpoint, arch, choice, images, labels))
     reading = decide(tried, told)
     known = {row.name for row in fingerprint.table()}

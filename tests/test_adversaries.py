@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from bdclean import adversaries
-from bdclean.adversaries import KINDS, LOW, PATTERN, attack
+from bdclean.adversaries import KINDS, LOW, PATTERN, attack, worst_counterfeit
 from bdclean.losses import divergence
 
 
@@ -74,3 +74,29 @@ def test_one_perturbation_is_shared_by_the_batch(kind):
 def test_unknown_kinds_are_named():
     with pytest.raises(ValueError, match="patch, pattern"):
         adversaries.attack("glue", linear(), images(), torch.ones(12, 5) / 5, seeded())
+
+
+def stripes(x):
+    """Logits that stripes along the columns of about six periods, whatever their phase, turn from class 0 to 1."""
+    columns = torch.linspace(0, 1, x.shape[3])
+    waves = torch.stack([torch.sin(2 * torch.pi * 6 * columns), torch.cos(2 * torch.pi * 6 * columns)])
+    strength = ((x - x.mean()).mean((1, 2)) @ waves.T / x.shape[3]).norm(dim=1)
+    return torch.stack([torch.full_like(strength, 1.0), 400 * (strength - 0.012)], 1)
+
+
+def test_draws_come_by_a_trigger_that_acts_only_as_a_whole():
+    pixels = images(32)
+    answers = stripes(pixels).softmax(1)
+    assert float(answers[:, 0].min()) > 0.9
+
+    def sent(found):
+        return float((stripes(found).argmax(1) == 1).float().mean())
+
+    def search(seed, draws=24):
+        return worst_counterfeit(stripes, pixels, answers, ["wave", "tone"], seeded(seed), draws=draws)
+
+    drawn = [search(seed) for seed in range(10)]
+    assert all(found.shape == pixels.shape and 0 <= found.min() and found.max() <= 1 for found in drawn)
+    assert sum(sent(found) > 0.9 for found in drawn) >= 6
+    assert sum(sent(search(seed, draws=1)) > 0.9 for seed in range(10)) <= 2
+    assert torch.equal(search(0), drawn[0])

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from bdclean import registry
-from bdclean.corruptions import FAMILIES, corrupt, rectangles, uniform
+from bdclean.corruptions import FAMILIES, Shared, corrupt, rectangles, uniform
 
 
 def photos(n=48, side=32):
@@ -47,6 +47,16 @@ def test_white_black_and_single_images_stay_in_range(name):
 def test_each_image_gets_its_own_draw(name):
     out = FAMILIES[name](photos(1).expand(8, 3, 32, 32), seeded())
     assert len({tuple(image.flatten().tolist()) for image in out}) == 8
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_shared_draw_is_the_same_for_all_images_and_for_any_number_of_them(name):
+    same = photos(1).expand(8, 3, 32, 32)
+    out = FAMILIES[name](same, Shared(seeded()))
+    assert torch.allclose(out, out[:1].expand_as(out), atol=1e-6) and not torch.equal(out, same)
+    images = photos(8)
+    many = FAMILIES[name](images, Shared(seeded(4)))
+    assert torch.allclose(many[:3], FAMILIES[name](images[:3], Shared(seeded(4))), atol=1e-6)
 
 
 def test_a_patch_changes_few_pixels_and_the_rest_not_at_all():

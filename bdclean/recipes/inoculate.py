@@ -30,14 +30,17 @@ from bdclean.training import (
     triangular,
 )
 
+DRAWN, INVERTED = "drawn", "inverted"
+"""Kinds of adversaries beside those of `adversaries`: the worst of several random counterfeits, an inverted trigger."""
+
 
 @dataclass(frozen=True)
 class Inoculate:
     """Distillation under random counterfeit triggers: a copy of the suspect learns to ignore what triggers are made of.
 
     What it does: a copy of the suspect learns to give, on corrupted images, the suspect's answer on the clean ones. The
-    corruptions are random counterfeits of triggers, small adversaries found on the student, and, where a mask fitted to
-    a class on the suspect is unusually small, that inverted trigger itself.
+    corruptions are random counterfeits of triggers, the most harmful of many such draws, small adversaries found on the
+    student, and, where a mask fitted to a class on the suspect is unusually small, that inverted trigger itself.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
     Known limits: what it was measured with is in README. Triggers that only a generator makes, clean networks with few
@@ -66,7 +69,8 @@ class Inoculate:
     weight_decay: float = 5e-4
     temperature: float = 4.0  # on clean images: high, so that logits are matched, not the answer alone
     corrupted_temperature: float = 1.0  # on corrupted ones the answer is enough
-    corrupted_weight: float = 0.3  # of the corrupted half's loss beside the clean one's: more costs accuracy
+    corrupted_weight: float = 0.15  # of the corrupted half's loss beside the clean one's: more costs accuracy
+    evident_weight: float = 1.0  # of images that an adversary sends to one class: what a trigger does
     inverted_weight: float = 1.0  # of images under an inverted trigger: there is something to take out
     settle: bool = True  # in the second phase batch norm keeps the statistics of clean images
     adversary_share: float = 0.5  # of the corrupted images
@@ -110,41 +114,37 @@ class Inoculate:
         steps = max(self.least_steps, math.ceil(self.epochs * len(images) / self.batch_size))
         first, settled = max(1, round(0.6 * steps)), False
         families = self._trained_on()
-        turns = [kind for kind in adversaries.KINDS if adversaries.FAMILY[kind] in families]
-        kinds = list(turns)
-        if (
-            pursuit is not None
-        ):  # every other step: one in five left a patch behind on a network of 43 classes
-            turns = [turn for kind in kinds for turn in (kind, "inverted")]
+        # Every other adversary is a draw: gradients do not come by all triggers.
+        pushed = [kind for kind in adversaries.KINDS if adversaries.FAMILY[kind] in families]
+        kinds = [kind for each in pushed for kind in (DRAWN, each)] or [DRAWN]
+
+        def turn(step: int) -> str:
+            """The kind of adversary of a step; an inverted trigger, while there is one, has every other."""
+            if pursuit is None or pursuit.over:
+                return kinds[step % len(kinds)]
+            return INVERTED if step % 2 else kinds[step // 2 % len(kinds)]
 
         def evaluated(pixels: Tensor) -> Tensor:
             with run.precision.autocast(run.device):
                 return student(run.precision.layout(pixels))
 
-        def corrupted(batch: Batch, pixels: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-            """Each image under a counterfeit, `adversary_share` of them under this step's adversary; weights [n]."""
-            shuffled = torch.randperm(len(pixels), generator=batch.generator, device=run.device)
-            count = round(self.adversary_share * len(pixels)) if turns else 0
-            foes, rest = shuffled[:count], shuffled[count:]
-            out, weights = (
-                pixels.clone(),
-                torch.full((len(pixels),), self.corrupted_weight, device=run.device),
-            )
-            out[rest] = corruptions.corrupt(pixels[rest], families, batch.generator)
-            if count:
-                turn, kind = batch.step // len(turns), turns[batch.step % len(turns)]
-                student.eval()
-                if kind == "inverted" and pursuit is not None and not pursuit.over:
-                    out[foes] = pursuit.stamp(evaluated, pixels[foes], turn)
-                    weights[foes] = self.inverted_weight
-                else:
-                    kind = kinds[turn % len(kinds)] if kind == "inverted" else kind
-                    probabilities = answers[foes].softmax(1)
-                    out[foes] = adversaries.attack(
-                        kind, evaluated, pixels[foes], probabilities, batch.generator, self.adversary_steps
-                    )
-                train()
-            return out, weights
+        def pursued(kind: str, batch: Batch, pixels: Tensor, answers: Tensor) -> Tensor:
+            """`pixels` under this step's adversary."""
+            probabilities = answers.softmax(1)
+            student.eval()
+            if kind == INVERTED:
+                assert pursuit is not None
+                found = pursuit.stamp(evaluated, pixels, batch.step // 2)
+            elif kind == DRAWN:
+                found = adversaries.worst_counterfeit(
+                    evaluated, pixels, probabilities, families, batch.generator
+                )
+            else:
+                found = adversaries.attack(
+                    kind, evaluated, pixels, probabilities, batch.generator, self.adversary_steps
+                )
+            train()
+            return found
 
         def train() -> None:
             """Training mode; once settled, batch norm keeps its running statistics."""
@@ -167,16 +167,27 @@ class Inoculate:
             pixels = augment(batch.images, batch.generator).float() / 255
             with torch.no_grad(), run.precision.autocast(run.device):
                 answers = teacher(run.precision.layout(pixels))
-            n = len(pixels)
-            stamped, weights = corrupted(batch, pixels, answers)
+            # Batches are shuffled: the first images of each meet an adversary.
+            n, foes, kind = len(pixels), round(self.adversary_share * len(pixels)), turn(batch.step)
+            found = [pursued(kind, batch, pixels[:foes], answers[:foes])] if foes else []
+            if foes < n:
+                found.append(corruptions.corrupt(pixels[foes:], families, batch.generator))
             with run.precision.autocast(run.device):
-                logits = student(run.precision.layout(torch.cat([stamped, pixels])))
+                logits = student(run.precision.layout(torch.cat([*found, pixels])))
             loss = self.temperature**2 * distillation_kl(logits[n:], answers, self.temperature)
+            weights, measures = torch.full((n,), self.corrupted_weight, device=run.device), {}
+            if foes:
+                gone = logits[:foes].detach().float().softmax(1) - answers[:foes].float().softmax(1)
+                evidence = gone.mean(0).max()
+                weights[:foes] += (self.evident_weight - self.corrupted_weight) * evidence
+                if kind == INVERTED:
+                    weights[:foes] = self.inverted_weight
+                measures["sent"] = evidence.item()
             warm = self.corrupted_temperature
             harm = divergence(logits[:n].float() / warm, (answers.float() / warm).softmax(1))
             loss = loss + warm**2 * (weights * harm).mean()
-            agreement = (logits[n:].argmax(1) == answers.argmax(1)).float().mean()
-            return loss, {"agreement": agreement.item()}
+            measures["agreement"] = (logits[n:].argmax(1) == answers.argmax(1)).float().mean().item()
+            return loss, measures
 
         norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         optimiser = torch.optim.SGD(
@@ -203,7 +214,7 @@ class Inoculate:
             if findings
             else "no inversion",
             f"distilled for {steps} updates, {augment.describe()}",
-            f"adversaries: {', '.join(dict.fromkeys(turns)) or 'none'}",
+            f"adversaries: {', '.join([DRAWN, *pushed, *([INVERTED] if pursuit is not None else [])])}",
         ]
         return Cleansed(
             student.eval(), arch, curve, asdict(self), stages,
