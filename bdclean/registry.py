@@ -151,7 +151,9 @@ def configure(cls: type[Any], settings: Mapping[str, str], name: str | None = No
     values: dict[str, Any] = {}
     for key, text in settings.items():
         if key not in fields:
-            listing = ", ".join(f"{field} ({_wording(hints[field])})" for field in fields) or "it has none"
+            if not fields:
+                raise UsageError(f"{name} has no settings of its own: name the one that has {key!r}.")
+            listing = ", ".join(f"{field} ({_wording(hints[field])})" for field in fields)
             from difflib import get_close_matches
 
             near = get_close_matches(key, fields, n=1, cutoff=0.6)

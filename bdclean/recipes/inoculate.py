@@ -34,6 +34,10 @@ DRAWN, INVERTED = "drawn", "inverted"
 """Kinds of adversaries beside those of `adversaries`: the worst of several random counterfeits, an inverted trigger."""
 
 
+USUAL = 0.2
+"""Up to about this share of images an adversary sends to one class of a network without a backdoor, too."""
+
+
 @dataclass(frozen=True)
 class Inoculate:
     """Distillation under random counterfeit triggers: a copy of the suspect learns to ignore what triggers are made of.
@@ -179,7 +183,8 @@ class Inoculate:
             if foes:
                 gone = logits[:foes].detach().float().softmax(1) - answers[:foes].float().softmax(1)
                 evidence = gone.mean(0).max()
-                weights[:foes] += (self.evident_weight - self.corrupted_weight) * evidence
+                share = ((evidence - USUAL) / (1 - USUAL)).clamp_min(0)
+                weights[:foes] += (self.evident_weight - self.corrupted_weight) * share
                 if kind == INVERTED:
                     weights[:foes] = self.inverted_weight
                 measures["sent"] = evidence.item()
