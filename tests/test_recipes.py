@@ -133,7 +133,7 @@ def test_labels_that_are_needed_and_missing_are_asked_for(name, suspect, arch, i
         ("bcu", "head_ratio=1.1"), ("bcu", "epochs=0"), ("bcu", "batch_size=1"), ("ft", "rate=0"),
         ("sft", "first_epochs=200"), ("sft", "up=0"), ("inoculate", "adversary_share=2"),
         ("inoculate", "temperature=0"), ("inoculate", "floor=1"), ("inoculate", "inversion_steps=-1"),
-        ("inoculate", "leave_out=fog"),
+        ("inoculate", "leave_out=fog"), ("inoculate", "evident_weight=-1"),
         ("inoculate", "leave_out=patch/blend/wave/low/noise/warp/tone/quantise/blur"),
     ],
 )  # fmt: skip

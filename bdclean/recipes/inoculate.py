@@ -101,8 +101,9 @@ class Inoculate:
             raise UsageError(
                 "inoculate: adversary_share is in [0, 1], temperatures positive, steps are not negative."
             )
-        if not 0 <= self.momentum < 1 or min(self.corrupted_weight, self.inverted_weight) < 0:
-            raise UsageError("inoculate: momentum is in [0, 1), and neither weight is negative.")
+        weights = (self.corrupted_weight, self.evident_weight, self.inverted_weight)
+        if not 0 <= self.momentum < 1 or min(weights) < 0:
+            raise UsageError("inoculate: momentum is in [0, 1), and no weight is negative.")
 
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
