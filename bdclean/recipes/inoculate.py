@@ -47,13 +47,14 @@ class Inoculate:
     student, and, where a mask fitted to a class on the suspect is unusually small, that inverted trigger itself.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
-    Known limits: what it was measured with is in README. Triggers that only a generator makes, clean networks with few
-    images, and networks with very many classes (the inversion takes long: inversion_steps=0 leaves it out) are untried.
+    Known limits: what it was measured with is in README; a weak low-frequency trigger kept a third of its success.
+    Triggers that only a generator makes, clean networks with few images, and networks with very many classes (the
+    inversion takes long: inversion_steps=0 leaves it out) are untried.
 
     Kin: NNoculation (Veldanda et al. 2020), SAU (Wei et al. 2023), Neural Cleanse (Wang et al. 2019), and SFT's
     learning rate in two phases (arXiv 2212.09067). Each batch is seen twice in one pass, clean and corrupted, so that
     the student keeps the suspect's answers on clean images; the temperature makes it match logits, which costs less
-    accuracy.
+    accuracy. `sent` in the curve is the largest share of images that a step's adversary sent to one class.
     """
 
     name: ClassVar[str] = "inoculate"
