@@ -26,8 +26,8 @@ class Case:
     """`write` gets a folder that holds a good model and good images, and puts the hostile file there.
 
     `said`: words of the one sentence on standard error. Where `codes` has more than 3, the file may be taken as well,
-    and only a crash, a hang or memory is wrong. `memory`: bytes beyond twice the files on the disk that an idle run
-    does not take; `seconds` of processor time, of which a loaded machine needs no more.
+    and only a crash, a hang or memory is wrong. `memory`: bytes beyond twice the files on the disk that a run on
+    good files does not take; `seconds` of processor time, of which a loaded machine needs no more.
     """
 
     name: str

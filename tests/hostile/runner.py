@@ -17,13 +17,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from hostile.case import IMAGES, MODEL, prepare
+
 HERE = Path(__file__).resolve()
+GOOD_SCAN = ("scan", MODEL, "--data", IMAGES, "-q", "--trigger", "badnets")
 LARGEST = 6 * 2**30  # bytes of address space beyond the parent's: a bomb shall not take the machine
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `code` is None where it hung; `cpu` in seconds; `peak`: bytes beyond an idle run's."""
+    """How a run ended. `code` is None where it hung; `cpu` in seconds; `peak`: bytes beyond a run's on good files."""
 
     code: int | None
     out: str
@@ -43,7 +46,10 @@ class Runner:
             [sys.executable, str(HERE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
         self.idle = 0
-        self.idle = self.run(["scan", "nothing", "--data", "nothing", "-q"], scratch).peak
+        good = scratch / "good"
+        good.mkdir()
+        prepare(good)
+        self.idle = self.run([*GOOD_SCAN], good).peak
 
     def run(self, argv: list[str], folder: Path, wait: float = 60) -> Outcome:
         """Runs `bdclean ARGV` in `folder`; after `wait` seconds it is killed."""
@@ -69,7 +75,6 @@ def _serve() -> None:
     from bdclean.architectures.recognition import recognise
     from bdclean.cli import run
     from bdclean.errors import Refused
-    from hostile.case import IMAGES, MODEL, prepare
 
     torch.set_num_threads(1)
     with contextlib.suppress(Refused):  # what is built to be compared with is built once, or in every child
@@ -79,8 +84,9 @@ def _serve() -> None:
         os.dup2(quiet, number)
     with tempfile.TemporaryDirectory() as folder:  # what is imported and built late, too
         prepare(Path(folder))
-        model, images = os.path.join(folder, MODEL), os.path.join(folder, IMAGES)
-        assert run(["scan", model, "--data", images, "-q", "--trigger", "badnets"]) in (0, 1, 3)
+        os.chdir(folder)
+        assert run([*GOOD_SCAN]) in (0, 1, 3)
+        os.chdir("/")
     for number, file in zip((1, 2), kept, strict=True):
         os.dup2(file, number)
     gc.collect()
