@@ -76,7 +76,7 @@ class Inoculate:
     corrupted_temperature: float = 1.0  # on corrupted ones the answer is enough
     corrupted_weight: float = 0.15  # of the corrupted half's loss beside the clean one's: more costs accuracy
     evident_weight: float = 1.0  # of images that an adversary sends to one class: what a trigger does
-    inverted_weight: float = 1.0  # of images under an inverted trigger: there is something to take out
+    inverted_weight: float = 2.0  # of images under an inverted trigger: there is something to take out
     settle: bool = True  # in the second phase batch norm keeps the statistics of clean images
     adversary_share: float = 0.5  # of the corrupted images
     adversary_steps: int = 3
