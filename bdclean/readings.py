@@ -128,13 +128,11 @@ def read_off(
     told = first.distance is not None or labels is not None
     tried = [first]
     for arch in candidates[1:]:
-        if images.shape[2] > SMALL and keeps_resolution(arch):
+        if (arch.unusual and not told) or (images.shape[2] > SMALL and keeps_resolution(arch)):
             continue
-        if not arch.unusual or told:
-            with contextlib.suppress(
-                RuntimeError, ValueError, AssertionError
-            ):  # another stem: no windows fit
-                tried.append(fit(checkpoint, arch, choice, images, labels))
+        # With another stem some networks cannot be run at all: their windows do not fit.
+        with contextlib.suppress(RuntimeError, ValueError, AssertionError):
+            tried.append(fit(checkpoint, arch, choice, images, labels))
     reading = decide(tried, told)
     known = {row.name for row in fingerprint.table()}
     if told or reading.doubt or reading.arch.name in known or not any(a.unusual for a in candidates):

@@ -32,8 +32,6 @@ from bdclean.training import (
 
 DRAWN, INVERTED = "drawn", "inverted"
 """Kinds of adversaries beside those of `adversaries`: the worst of several random counterfeits, an inverted trigger."""
-
-
 USUAL = 0.2
 """Up to about this share of images an adversary sends to one class of a network without a backdoor, too."""
 
