@@ -79,8 +79,9 @@ def worst_counterfeit(
 ) -> Tensor:  # fmt: skip
     """`pixels` [n 3 h w] under the most harmful of `draws` random counterfeits of `families`, the same for all images.
 
-    Harm is judged on the first `judged` images. Gradients lead to the easiest way off the answers, again and again, and
-    not to a trigger that acts only as a whole, such as stripes of one frequency; draws come by it.
+    Harm is how much of the first `judged` images goes to one class, which is what a trigger does; heavy corruptions
+    scatter them. Gradients lead to the easiest way off the answers, again and again, and not to a trigger that acts only
+    as a whole, such as stripes of one frequency; draws come by it.
     """
     seeds = integers((draws,), 0, 2**31, pixels, generator).tolist()
 
@@ -90,8 +91,8 @@ def worst_counterfeit(
     few = pixels[:judged]
     with torch.no_grad():
         logits = forward(torch.cat([counterfeit(few, seed) for seed in seeds]))
-        harm = divergence(logits, answers[:judged].repeat(draws, 1)).view(draws, -1).mean(1)
-        return counterfeit(pixels, seeds[int(harm.argmax())])
+        gone = logits.float().softmax(1).view(draws, len(few), -1) - answers[:judged].float()
+        return counterfeit(pixels, seeds[int(gone.mean(1).amax(1).argmax())])
 
 
 def _ascend(

@@ -1,14 +1,15 @@
-"""Inverted triggers: the smallest soft mask and pattern that send images to a class, for many classes together.
+"""Inverted triggers: the smallest change that sends images to a class, fitted for many classes together.
 
-After Neural Cleanse (Wang et al. 2019, IEEE S&P): stamped = (1 - mask) * image + mask * pattern, cross-entropy towards
-the class plus a weight on the mask's L1 norm, the weight raised while the success rate is above a goal and lowered
-otherwise. Departures: all classes are optimised in one batch; success is averaged over steps; fewer steps (150), and
-classes that fall far behind stop early where there are many.
+Three forms: a soft mask and pattern, after Neural Cleanse (Wang et al. 2019, IEEE S&P); and, bdclean's own, something
+added to the whole picture, pixel by pixel or smooth, in kin a targeted universal perturbation (Moosavi-Dezfooli et al.
+2017). The loss is the cross-entropy towards the class plus a weight on the change's size, the weight raised while the
+success rate is above a goal and lowered otherwise. Departures from Neural Cleanse: all classes are optimised in one
+batch; success is averaged over steps; fewer steps, and classes that fall far behind stop early where there are many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,127 +18,211 @@ from torch.nn import functional as F
 
 from bdclean.training import Batch, Run, State, fit
 
-STEP = 0.2
-GOAL = 0.95
 RAISE = 1.15
-LEAST_SUCCESS = 0.8
 TOGETHER = 24
+"""How many classes go on after a third of the steps: those with the smallest changes.
+
+A trigger's class leads from early on (measured: a mask of 23 pixels against 38 to 53 after 60 steps); the rest of the
+steps shows by how much, for which several others must go on.
+"""
+SIDE = 8
+"""The side of what is enlarged to something smooth."""
+ADDED = {"pattern": "a pattern", "smooth": "something smooth"}
+"""Kinds of what is added to a picture, in words."""
+GROWN = 3.0
+"""How many times its first size an inverted trigger may grow to while it is refitted."""
+SMALL = 0.3
+"""The share of the median size under which a change is unusually small.
+
+Over the three forms of six networks the smallest of a class without a trigger was 0.42; the triggers of ten classes
+(blends of noise and of a picture, stripes, smooth, checker, white, quantised) were at 0.28 or less in one form at
+least, a warp was not.
+"""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of change with parameters [k ...], one row a class, and what steers its fit."""
+
+    name: str
+    family: str
+    """The family of `corruptions` that it belongs to."""
+    shape: tuple[int, ...]
+    """Of one row of parameters, which start uniform in [-spread, spread]."""
+    spread: float
+    stamp: Callable[[Tensor, Tensor], Tensor]
+    """Parameters [k ...] and pixels [n 3 h w] in [0, 1] to changed pixels [k n 3 h w] in [0, 1]."""
+    sizes: Callable[[Tensor], Tensor]
+    """Parameters [k ...] to sizes [k]."""
+    picture: Callable[[Tensor], Tensor]
+    """One row of parameters to a picture, float [3 h w] in [0, 1]."""
+    said: str
+    """A size in words."""
+    steps: float
+    """How many it needs, as a share of a mask's."""
+    rate: float
+    last_rate: float
+    """Adam's learning rate in the first and the last step."""
+    push: float
+    """A sign step, when it is refitted."""
+    reach: float
+    """Parameters beyond it are brought back before that."""
+    weight: float
+    """The first weight on the size."""
+    goal: float
+    least: float
+    """The success rate under which a change is never unusually small."""
+
+
+def mask(height: int, width: int) -> Form:
+    """A soft mask and a pattern as logits [k 4 h w]; its size is the mask's L1 norm, in pixels."""
+
+    def halves(parameters: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.sigmoid(parameters)
+        return both[:, :1], both[:, 1:]
+
+    def stamp(parameters: Tensor, pixels: Tensor) -> Tensor:
+        masks, patterns = halves(parameters)
+        return (1 - masks[:, None]) * pixels + (masks * patterns)[:, None]
+
+    return Form(
+        "mask", "patch", (4, height, width), 1.0, stamp,
+        sizes=lambda parameters: halves(parameters)[0].sum(dim=(1, 2, 3)),
+        picture=lambda row: stamp(row[None], row.new_full((1, 3, height, width), 0.5))[0, 0],
+        said="a mask of {:.1f} pixels",
+        steps=1.0, rate=0.2, last_rate=0.2, push=0.2, reach=6.9,
+        weight=1e-3 * 1024 / (height * width),  # Neural Cleanse's first weight, for 32 x 32 pixels
+        goal=0.95, least=0.8,
+    )  # fmt: skip
+
+
+def added(height: int, width: int, kind: str) -> Form:
+    """Something added to every picture; its size is its root mean square, in grey levels of 255.
+
+    Kinds: `pattern` [k 3 h w]; `smooth` [k 3 SIDE SIDE], enlarged. The fewer parameters, the more a class without a
+    trigger needs, and the clearer a trigger of that kind stands out. (A row and a column repeated, for stripes, did
+    not tell: 0.42 of the median for the stripes' class, and for one without a trigger.)
+    """
+    shapes = {"pattern": (3, height, width), "smooth": (3, SIDE, SIDE)}
+
+    def field(parameters: Tensor) -> Tensor:
+        if kind == "smooth":
+            return F.interpolate(parameters, size=(height, width), mode="bicubic", align_corners=False)
+        return parameters
+
+    def picture(row: Tensor) -> Tensor:
+        one = field(row[None])[0]
+        return 0.5 + 0.5 * one / one.abs().max().clamp_min(1e-6)
+
+    return Form(
+        kind, {"pattern": "noise", "smooth": "low"}[kind], shapes[kind], 0.035,
+        stamp=lambda parameters, pixels: (pixels + field(parameters)[:, None]).clamp(0, 1),
+        # the floor keeps the root's gradient finite where nothing is added
+        sizes=lambda parameters: 255 * field(parameters).pow(2).mean(dim=(1, 2, 3)).clamp_min(1e-12).sqrt(),
+        picture=picture,
+        said=f"{ADDED[kind]} of {{:.1f}} grey levels added to the picture",
+        steps=0.6, rate=0.02, last_rate=0.002, push=0.006, reach=1.0, weight=0.02,
+        goal=0.85, least=0.6,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Inverted:
-    """Masks [k 1 h w] and patterns [k 3 h w] in [0, 1], of `classes` [k], with the success rate of each [k]."""
+    """Fitted `parameters` [k ...] of a form, for `classes` [k], with the success rate of each [k]."""
 
+    form: Form
     classes: Tensor
-    masks: Tensor
-    patterns: Tensor
+    parameters: Tensor
     success: Tensor
 
     @property
-    def pixels(self) -> Tensor:
-        """The L1 norm of each mask, in pixels [k]."""
-        return self.masks.sum(dim=(1, 2, 3))
+    def sizes(self) -> Tensor:
+        return self.form.sizes(self.parameters)
 
     def select(self, chosen: Tensor) -> Inverted:
-        return Inverted(self.classes[chosen], self.masks[chosen], self.patterns[chosen], self.success[chosen])
+        return Inverted(self.form, self.classes[chosen], self.parameters[chosen], self.success[chosen])
 
     def pack(self) -> Tensor:
-        """One tensor [k 4hw + 2] with everything in it, for the resume state."""
+        """One tensor [k p + 2] with everything in it, for the resume state."""
         k = len(self.classes)
-        parts = [self.masks.reshape(k, -1), self.patterns.reshape(k, -1), self.success.view(k, 1)]
-        return torch.cat([*parts, self.classes.view(k, 1).to(self.masks.dtype)], dim=1)
+        kind = self.parameters.dtype
+        return torch.cat(
+            [self.parameters.reshape(k, -1), self.success.view(k, 1), self.classes.view(k, 1).to(kind)], dim=1
+        )
 
     @staticmethod
-    def unpack(packed: Tensor, height: int, width: int) -> Inverted:
-        area, k = height * width, len(packed)
-        masks, patterns, success, classes = packed.split([area, 3 * area, 1, 1], dim=1)
-        shape = (k, -1, height, width)
-        return Inverted(classes[:, 0].long(), masks.reshape(shape), patterns.reshape(shape), success[:, 0])
+    def unpack(packed: Tensor, form: Form) -> Inverted:
+        parameters, success, classes = packed.split([packed.shape[1] - 2, 1, 1], dim=1)
+        return Inverted(form, classes[:, 0].long(), parameters.reshape(-1, *form.shape), success[:, 0])
 
 
 class _Fitted(nn.Module):
-    """Masks and patterns of all classes as logits, and what steers them: all of it is in the resume state."""
+    """Parameters of all classes, and what steers them: all of it is in the resume state."""
 
     weights: Tensor
     success: Tensor
     active: Tensor
 
-    def __init__(self, classes: int, height: int, width: int, generator: torch.Generator):
+    def __init__(self, form: Form, classes: int, generator: torch.Generator):
         super().__init__()
-
-        def start(channels: int) -> nn.Parameter:
-            shape = (classes, channels, height, width)
-            return nn.Parameter(torch.rand(shape, generator=generator, device=generator.device) * 2 - 1)
-
-        self.masks, self.patterns = start(1), start(3)
         device = generator.device
-        # Neural Cleanse's first weight, for masks of 32 x 32 pixels
-        self.register_buffer("weights", torch.full((classes,), 1e-3 * 1024 / (height * width), device=device))
+        start = torch.rand((classes, *form.shape), generator=generator, device=device)
+        self.changes = nn.Parameter(form.spread * (start * 2 - 1))
+        self.register_buffer("weights", torch.full((classes,), form.weight, device=device))
         self.register_buffer("success", torch.zeros(classes, device=device))
         self.register_buffer("active", torch.ones(classes, dtype=torch.bool, device=device))
-
-    def sizes(self) -> Tensor:
-        return torch.sigmoid(self.masks.detach()).sum(dim=(1, 2, 3))
 
 
 def invert(
     model: nn.Module,
     images: Tensor,
+    form: Form,
     classes: Tensor,
     run: Run,
     *,
-    steps: int = 150,
-    batch_size: int = 64,
-    name: str = "invert",
+    steps: int = 100,
+    batch_size: int = 32,
 ) -> Inverted:
-    """Fit a mask and a pattern for each of `classes` [k] on `model`, which is put into evaluation mode.
+    """Fit a change of `form` for each of `classes` [k] on `model`, which is put into evaluation mode.
 
     `images` are uint8 [n 3 h w]. Each step shows every class `batch_size` images, whatever class they are of. Returned
-    are the `going_on` classes that were fitted to the end.
+    are the classes that were fitted to the end.
     """
     model.eval()
-    classes, (height, width) = classes.to(run.device), images.shape[2:]
-    fitted = _Fitted(len(classes), height, width, run.generator(name, "start"))
-    optimiser = torch.optim.Adam(fitted.parameters(), lr=STEP, betas=(0.5, 0.9))
+    classes, stage = classes.to(run.device), f"invert-{form.name}"
+    fitted = _Fitted(form, len(classes), run.generator(stage, "start"))
+    optimiser = torch.optim.Adam(fitted.parameters(), lr=form.rate, betas=(0.5, 0.9))
 
     def step(batch: Batch) -> tuple[None, dict[str, float]]:
         if batch.step == max(1, steps // 3):
             fitted.active.zero_()
-            fitted.active[fitted.sizes().argsort()[: going_on(len(classes))]] = True
+            smallest = form.sizes(fitted.changes.detach()).argsort()
+            fitted.active[smallest[:TOGETHER]] = True
         pixels = batch.images.float() / 255
         optimiser.zero_grad()
         active, rate = fitted.active.nonzero().squeeze(1), fitted.success.clone()
         for part in chunks(len(active), max(1, 1024 // len(pixels))):
             rows = active[part.to(run.device)]
-            masks, patterns = torch.sigmoid(fitted.masks[rows]), torch.sigmoid(fitted.patterns[rows])
-            stamped = (1 - masks[:, None]) * pixels + (masks * patterns)[:, None]
+            changes = fitted.changes[rows]
             with run.precision.autocast(run.device):
-                logits = model(run.precision.layout(stamped.flatten(0, 1))).float()
+                logits = model(run.precision.layout(form.stamp(changes, pixels).flatten(0, 1))).float()
             targets = classes[rows].repeat_interleave(len(pixels))
             losses = F.cross_entropy(logits, targets, reduction="none").view(len(rows), -1).mean(1)
-            total = (losses + fitted.weights[rows] * masks.sum(dim=(1, 2, 3))).sum()
-            # only the masks' and patterns' gradients: the network's own weights get none
-            total.backward(inputs=[fitted.masks, fitted.patterns])
+            total = (losses + fitted.weights[rows] * form.sizes(changes)).sum()
+            # only the changes' gradients: the network's own weights get none
+            total.backward(inputs=[fitted.changes])
             rate[rows] = (logits.argmax(1) == targets).float().view(len(rows), -1).mean(1)
         optimiser.step()
         fitted.success.copy_(rate if batch.step == 0 else fitted.success.lerp(rate, 0.2))
-        rising = rate > GOAL
-        fitted.weights.mul_(torch.where(rising, RAISE, 1 / RAISE)).clamp_(1e-6, 1.0)
+        fitted.weights.mul_(torch.where(rate > form.goal, RAISE, 1 / RAISE)).clamp_(1e-6, 1.0)
         return None, {"success": fitted.success.mean().item()}
 
-    fit(step, State(name, fitted, optimiser, images, None, batch_size, steps), run)
+    def schedule(step: int) -> float:
+        return form.rate + (form.last_rate - form.rate) * step / max(1, steps)
+
+    fit(step, State(stage, fitted, optimiser, images, None, batch_size, steps, schedule), run)
     with torch.no_grad():
-        found = Inverted(classes, torch.sigmoid(fitted.masks), torch.sigmoid(fitted.patterns), fitted.success)
-        return found.select(fitted.active)
-
-
-def going_on(classes: int) -> int:
-    """How many classes go on after a third of the steps: the half with the smallest masks, 5 to TOGETHER of them.
-
-    A trigger's class leads from early on (measured: 23 pixels against 38 to 53 after 60 steps), and the rest of the
-    steps is only needed to see by how much.
-    """
-    return min(classes, max(5, min(TOGETHER, -(-classes // 2))))
+        return Inverted(form, classes, fitted.changes.detach(), fitted.success).select(fitted.active)
 
 
 def chunks(total: int, size: int) -> Iterator[Tensor]:
@@ -147,62 +232,69 @@ def chunks(total: int, size: int) -> Iterator[Tensor]:
 
 
 def outliers(inverted: Inverted) -> tuple[Tensor, Tensor, float]:
-    """Which masks are unusually small, bool [k]; each mask's anomaly index [k]; and the size under which one counts.
+    """Which changes are unusually small, bool [k]; each one's anomaly index [k]; and the size under which one counts.
 
-    That size is half the median of the masks that reach LEAST_SUCCESS (0 where fewer than three do): unlike the index,
-    (median - size) / (1.4826 * median absolute deviation) as in Neural Cleanse, it does not depend on how alike the
-    other classes happen to be.
+    That size is SMALL of the median (0 of fewer than three classes): unlike the index, (median - size) /
+    (1.4826 * median absolute deviation) as in Neural Cleanse, it does not depend on how alike the other classes happen
+    to be. A class that does not reach its success would need more than its size, so it can raise the median, and is
+    never small itself.
     """
-    valid, pixels = inverted.success >= LEAST_SUCCESS, inverted.pixels
-    if int(valid.sum()) < 3:
-        return torch.zeros_like(valid), torch.zeros_like(pixels), 0.0
-    median = pixels[valid].median()
-    spread = 1.4826 * (pixels[valid] - median).abs().median()
-    index = (median - pixels) / spread.clamp_min(1e-6 * float(median) + 1e-9)
-    limit = float(median) / 2
-    return valid & (pixels < limit), index, limit
+    sizes = inverted.sizes
+    if len(sizes) < 3:
+        return torch.zeros_like(sizes, dtype=torch.bool), torch.zeros_like(sizes), 0.0
+    median = sizes.median()
+    spread = 1.4826 * (sizes - median).abs().median()
+    index = (median - sizes) / spread.clamp_min(1e-6 * float(median) + 1e-9)
+    limit = float(median) * SMALL
+    return (inverted.success >= inverted.form.least) & (sizes < limit), index, limit
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """One inverted trigger that is unusually small: `parameters` of `form` that send images to class `target`."""
+
+    form: Form
+    target: int
+    parameters: Tensor
+    size: float
+    limit: float
 
 
 class Pursuit:
-    """Inverted triggers that are refitted on a student at each use, and retire when grown past `limit` pixels.
+    """Inverted triggers that are refitted on a student at each use, and start anew when they have grown.
 
-    `tensors` is all its state, changed in place, for the resume state.
+    Of each class, the form that stands out most is taken. `tensors` is all the state, changed in place, for the resume
+    state.
     """
 
-    def __init__(self, inverted: Inverted, limit: float, device: torch.device):
-        self.limit = limit
-        self.classes = inverted.classes.to(device)
-        self.tensors = {
-            "masks": torch.logit(inverted.masks.clamp(1e-3, 1 - 1e-3)).to(device),
-            "patterns": torch.logit(inverted.patterns.clamp(1e-3, 1 - 1e-3)).to(device),
-            "weights": torch.full((len(inverted.classes),), 1e-3, device=device),
-            "retired": torch.zeros(len(inverted.classes), device=device),
-        }
+    def __init__(self, found: Sequence[Outlier], device: torch.device):
+        clearest: dict[int, Outlier] = {}
+        for outlier in sorted(found, key=lambda outlier: outlier.size / outlier.limit):
+            clearest.setdefault(outlier.target, outlier)
+        self.triggers = list(clearest.values())
+        self.tensors: dict[str, Tensor] = {}
+        for k, trigger in enumerate(self.triggers):
+            self.tensors[f"change.{k}"] = self._first(trigger).to(device).clone()
+            self.tensors[f"weight.{k}"] = torch.tensor(trigger.form.weight, device=device)
 
-    @property
-    def over(self) -> bool:
-        """Whether every trigger has retired."""
-        return bool(self.tensors["retired"].all())
+    @staticmethod
+    def _first(trigger: Outlier) -> Tensor:
+        return trigger.parameters[None].clamp(-trigger.form.reach, trigger.form.reach)
 
     def stamp(self, model: Callable[[Tensor], Tensor], pixels: Tensor, turn: int, steps: int = 5) -> Tensor:
-        """`pixels` [n 3 h w] in [0, 1] under one of the triggers still active, after `steps` sign steps on `model`."""
-        active = (self.tensors["retired"] == 0).nonzero().squeeze(1)
-        k = int(active[turn % len(active)])
-        masks, patterns, weights = (self.tensors[name] for name in ("masks", "patterns", "weights"))
-        targets = self.classes[k].expand(len(pixels))
+        """`pixels` [n 3 h w] in [0, 1] under the trigger whose turn it is, after `steps` sign steps on `model`."""
+        k = turn % len(self.triggers)
+        trigger, change, weight = self.triggers[k], self.tensors[f"change.{k}"], self.tensors[f"weight.{k}"]
+        form, targets = trigger.form, torch.full((len(pixels),), trigger.target, device=pixels.device)
+        if float(form.sizes(change)) > min(trigger.limit, GROWN * trigger.size):
+            change.copy_(self._first(trigger))
+            weight.fill_(form.weight)
         for _ in range(steps):
-            mask_logits = masks[k].clone().requires_grad_(True)
-            pattern_logits = patterns[k].clone().requires_grad_(True)
-            mask = torch.sigmoid(mask_logits)
-            logits = model(pixels + mask * (torch.sigmoid(pattern_logits) - pixels))
-            loss = F.cross_entropy(logits, targets) + weights[k] * mask.sum()
-            for leaf, gradient in zip(
-                (masks, patterns), torch.autograd.grad(loss, [mask_logits, pattern_logits]), strict=True
-            ):
-                leaf[k] -= STEP * gradient.sign()
-            rising = float((logits.argmax(1) == targets).float().mean()) > GOAL
-            weights[k] = (weights[k] * (RAISE if rising else 1 / RAISE)).clamp(1e-6, 1.0)
-        mask = torch.sigmoid(masks[k])
-        if float(mask.sum()) > self.limit:
-            self.tensors["retired"][k] = 1
-        return pixels + mask * (torch.sigmoid(patterns[k]) - pixels)
+            leaf = change.clone().requires_grad_(True)
+            logits = model(form.stamp(leaf, pixels)[0])
+            loss = F.cross_entropy(logits, targets) + (weight * form.sizes(leaf)).sum()
+            (gradient,) = torch.autograd.grad(loss, [leaf])
+            change -= form.push * gradient.sign()
+            rising = float((logits.argmax(1) == targets).float().mean()) > form.goal
+            weight.mul_(RAISE if rising else 1 / RAISE).clamp_(1e-6, 1.0)
+        return form.stamp(change, pixels)[0]

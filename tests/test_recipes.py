@@ -1,5 +1,7 @@
 import ast
 import math
+import os
+import signal
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
@@ -12,9 +14,11 @@ from bdclean import adversaries, corruptions, registry
 from bdclean.architectures import describe
 from bdclean.architectures.residual import ResidualNetwork
 from bdclean.data import ImageSet
-from bdclean.errors import Refused, UsageError
+from bdclean.errors import Interrupted, Refused, UsageError
 from bdclean.preprocessing import Classifier, parse_preprocess
+from bdclean.recipes import inoculate
 from bdclean.recipes.bcu import by_depth, reinitialise
+from bdclean.saving import Saved
 from bdclean.training import Precision, Run
 
 CPU = torch.device("cpu")
@@ -155,6 +159,32 @@ def test_families_that_are_left_out_are_not_trained_on(suspect, arch, images, mo
     assert cleansed.stages[0] == "no inversion" and cleansed.stages[-1] == "adversaries: drawn"
     assert not cleansed.findings
     assert set(adversaries.FAMILY.values()) <= set(corruptions.FAMILIES)
+
+
+def test_inverted_triggers_are_worked_against_and_resumed(suspect, arch, images, monkeypatch, tmp_path):
+    """A run stopped and resumed amid such triggers, of all forms, ends in the same weights."""
+    first = lambda inverted: (torch.arange(4) == 0, torch.zeros(4), 1e6)  # noqa: E731
+    monkeypatch.setattr(inoculate, "outliers", first)
+    settings = QUICK["inoculate"] | {"least_steps": "8"}
+    recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), settings)
+    whole = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
+    assert [f["verdict"] for f in whole.findings] == ["outlier"] * 3
+    assert whole.stages[-1].endswith("warp, inverted") and len(whole.pictures) == 3
+
+    def stop(stage, done, total, **measures):
+        if (stage, done) == ("inoculate", 5):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    state, arguments = tmp_path / "s.safetensors", {"recipe": "inoculate"}
+    with pytest.raises(Interrupted, match="step 5 of 8"):
+        recipe(suspect, arch, images, None, Run(CPU, Precision(), 0, stop, Saved(state, arguments)))
+    saved = Saved(state, arguments)
+    saved.open()
+    resumed = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0, saved=saved))
+    assert same(tensors(resumed.model), tensors(whole.model))
+    without = registry.configure(type(recipe), settings | {"inversion_steps": "0"})
+    alone = without(suspect, arch, images, None, Run(CPU, Precision(), 0))
+    assert not same(tensors(alone.model), tensors(whole.model)) and not alone.findings
 
 
 def test_auto_is_inoculate():

@@ -138,15 +138,18 @@ def bcu(place: Place) -> Iterator[Cell]:
 def inoculation(place: Place) -> Iterator[Cell]:
     """(4) Seconds of inoculate over those of bcu at its 100 epochs: updates timed, then multiplied by their number."""
     subject = place.subjects[0]
-    short = 9
+    short = 10
     with (
         Worker(recipe_steps, subject, "inoculate", {"inversion_steps": str(short)}, "inoculate", 10) as ours,
         Worker(recipe_steps, subject, "bcu", {}, "bcu", 4) as theirs,
     ):
         mine, others = interleaved(ours, theirs, max(2, place.repetitions // 2))
-    inversion = Inoculate().inversion_steps
+    whole = Inoculate().inversion_steps / short
     estimates = [
-        (inversion * found["invert"][1] + math.prod(found["inoculate"]), math.prod(other["bcu"]))
+        (
+            sum(math.prod(found[name]) * (whole if name.startswith("invert") else 1) for name in found),
+            math.prod(other["bcu"]),
+        )
         for found, other in zip(mine, others, strict=True)
     ]
     seconds = sorted(estimates)[len(estimates) // 2]

@@ -15,7 +15,7 @@ from bdclean import adversaries, corruptions
 from bdclean.architectures import Arch
 from bdclean.data import ImageSet
 from bdclean.errors import UsageError
-from bdclean.inversion import Inverted, Pursuit, invert, outliers
+from bdclean.inversion import ADDED, Form, Inverted, Outlier, Pursuit, added, invert, mask, outliers
 from bdclean.losses import distillation_kl, divergence
 from bdclean.preprocessing import Classifier
 from bdclean.recipes import Cleansed
@@ -30,8 +30,10 @@ from bdclean.training import (
     triangular,
 )
 
-DRAWN, INVERTED = "drawn", "inverted"
-"""Kinds of adversaries beside those of `adversaries`: the worst of several random counterfeits, an inverted trigger."""
+DRAWN = "drawn"
+"""The kind of adversary beside those of `adversaries`: the most harmful of several random counterfeits."""
+HUNTED = 0.25
+"""How many images more, as a share of the batch, are seen under an inverted trigger, where there is one."""
 USUAL = 0.2
 """Up to about this share of images an adversary sends to one class of a network without a backdoor, too."""
 
@@ -42,7 +44,8 @@ class Inoculate:
 
     What it does: a copy of the suspect learns to give, on corrupted images, the suspect's answer on the clean ones. The
     corruptions are random counterfeits of triggers, the most harmful of many such draws, small adversaries found on the
-    student, and, where a mask fitted to a class on the suspect is unusually small, that inverted trigger itself.
+    student, and inverted triggers: where a class of the suspect is reached by an unusually small mask, or by unusually
+    little that is added to the picture, that change itself, refitted on the student at each use.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
     Known limits: what it was measured with is in README; a weak low-frequency trigger kept a third of its success.
@@ -78,7 +81,7 @@ class Inoculate:
     settle: bool = True  # in the second phase batch norm keeps the statistics of clean images
     adversary_share: float = 0.5  # of the corrupted images
     adversary_steps: int = 3
-    inversion_steps: int = 150  # 0 leaves the inversion out
+    inversion_steps: int = 100  # of masks, 60 of what is added to the picture; 0 leaves both out
     leave_out: tuple[str, ...] = ()  # families not trained on, to measure triggers of unseen ones
 
     def __post_init__(self) -> None:
@@ -122,33 +125,20 @@ class Inoculate:
         pushed = [kind for kind in adversaries.KINDS if adversaries.FAMILY[kind] in families]
         kinds = [kind for each in pushed for kind in (DRAWN, each)] or [DRAWN]
 
-        def turn(step: int) -> str:
-            """The kind of adversary of a step; an inverted trigger, while there is one, has every other."""
-            if pursuit is None or pursuit.over:
-                return kinds[step % len(kinds)]
-            return INVERTED if step % 2 else kinds[step // 2 % len(kinds)]
-
         def evaluated(pixels: Tensor) -> Tensor:
             with run.precision.autocast(run.device):
                 return student(run.precision.layout(pixels))
 
-        def pursued(kind: str, batch: Batch, pixels: Tensor, answers: Tensor) -> Tensor:
+        def attacked(kind: str, batch: Batch, pixels: Tensor, answers: Tensor) -> Tensor:
             """`pixels` under this step's adversary."""
             probabilities = answers.softmax(1)
-            student.eval()
-            if kind == INVERTED:
-                assert pursuit is not None
-                found = pursuit.stamp(evaluated, pixels, batch.step // 2)
-            elif kind == DRAWN:
-                found = adversaries.worst_counterfeit(
+            if kind == DRAWN:
+                return adversaries.worst_counterfeit(
                     evaluated, pixels, probabilities, families, batch.generator
                 )
-            else:
-                found = adversaries.attack(
-                    kind, evaluated, pixels, probabilities, batch.generator, self.adversary_steps
-                )
-            train()
-            return found
+            return adversaries.attack(
+                kind, evaluated, pixels, probabilities, batch.generator, self.adversary_steps
+            )
 
         def train() -> None:
             """Training mode; once settled, batch norm keeps its running statistics."""
@@ -171,27 +161,40 @@ class Inoculate:
             pixels = augment(batch.images, batch.generator).float() / 255
             with torch.no_grad(), run.precision.autocast(run.device):
                 answers = teacher(run.precision.layout(pixels))
-            # Batches are shuffled: the first images of each meet an adversary.
-            n, foes, kind = len(pixels), round(self.adversary_share * len(pixels)), turn(batch.step)
-            found = [pursued(kind, batch, pixels[:foes], answers[:foes])] if foes else []
+            # Batches are shuffled: the first images of each meet an adversary, the last an inverted trigger, too.
+            n, foes, kind = (
+                len(pixels),
+                round(self.adversary_share * len(pixels)),
+                kinds[batch.step % len(kinds)],
+            )
+            hunted = round(HUNTED * n) if pursuit is not None else 0
+            found, aims = [], torch.cat([answers, answers[n - hunted :]]).float()
+            student.eval()
+            if foes:
+                found.append(attacked(kind, batch, pixels[:foes], answers[:foes]))
             if foes < n:
                 found.append(corruptions.corrupt(pixels[foes:], families, batch.generator))
+            if pursuit is not None:
+                found.append(pursuit.stamp(evaluated, pixels[n - hunted :], batch.step))
+            train()
             with run.precision.autocast(run.device):
-                logits = student(run.precision.layout(torch.cat([*found, pixels])))
-            loss = self.temperature**2 * distillation_kl(logits[n:], answers, self.temperature)
-            weights, measures = torch.full((n,), self.corrupted_weight, device=run.device), {}
+                logits = student(run.precision.layout(torch.cat([pixels, *found])))
+            loss = self.temperature**2 * distillation_kl(logits[:n], answers, self.temperature)
+            corrupted = logits[n:].float()
+            gone = corrupted.detach().softmax(1) - aims.softmax(1)
+            weights, measures = torch.full((n + hunted,), self.corrupted_weight, device=run.device), {}
+            if hunted:
+                share = (gone[n:].mean(0).max() / USUAL).clamp(0, 1)
+                weights[n:] += (self.inverted_weight - self.corrupted_weight) * share
             if foes:
-                gone = logits[:foes].detach().float().softmax(1) - answers[:foes].float().softmax(1)
-                evidence = gone.mean(0).max()
-                share = ((evidence - USUAL) / (1 - USUAL)).clamp_min(0)
+                sent = gone[:foes].mean(0).max()
+                share = ((sent - USUAL) / (1 - USUAL)).clamp_min(0)
                 weights[:foes] += (self.evident_weight - self.corrupted_weight) * share
-                if kind == INVERTED:
-                    weights[:foes] = self.inverted_weight
-                measures["sent"] = evidence.item()
+                measures["sent"] = sent.item()
             warm = self.corrupted_temperature
-            harm = divergence(logits[:n].float() / warm, (answers.float() / warm).softmax(1))
-            loss = loss + warm**2 * (weights * harm).mean()
-            measures["agreement"] = (logits[n:].argmax(1) == answers.argmax(1)).float().mean().item()
+            harm = divergence(corrupted / warm, (aims / warm).softmax(1))
+            loss = loss + warm**2 * (weights * harm).sum() / n
+            measures["agreement"] = (logits[:n].argmax(1) == answers.argmax(1)).float().mean().item()
             return loss, measures
 
         norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -215,11 +218,9 @@ class Inoculate:
         if not self.settle or first >= steps:
             set_batch_statistics(student, uncorrupted)
         stages = [
-            f"inverted {arch.classes} classes in {self.inversion_steps} steps"
-            if findings
-            else "no inversion",
+            f"inverted {arch.classes} classes: {len(findings)} findings" if findings else "no inversion",
             f"distilled for {steps} updates, {augment.describe()}",
-            f"adversaries: {', '.join([DRAWN, *pushed, *([INVERTED] if pursuit is not None else [])])}",
+            f"adversaries: {', '.join([DRAWN, *pushed, *(['inverted'] if pursuit is not None else [])])}",
         ]
         return Cleansed(
             student.eval(), arch, curve, asdict(self), stages,
@@ -242,36 +243,39 @@ class Inoculate:
     def _inversion(
         self, teacher: Classifier, arch: Arch, images: Tensor, run: Run
     ) -> tuple[Pursuit | None, list[dict[str, Any]], dict[str, Tensor]]:
-        """The outlying masks to work against, findings about them, and their pictures by caption."""
-        if self.inversion_steps == 0 or "patch" in self.leave_out:
-            return None, [], {}
-        classes = torch.arange(arch.classes)
-        packed = run.keep(
-            "inverted", lambda: invert(teacher, images, classes, run, steps=self.inversion_steps).pack()
-        )
-        inverted = Inverted.unpack(packed, *images.shape[2:])
-        small, index, limit = outliers(inverted)
-        told = small.nonzero().squeeze(1).tolist() or [int(inverted.pixels.argmin())]
-        findings = [_finding(inverted, index, limit, k) for k in told]
-        shown = {
-            f"inverted for class {int(inverted.classes[k])}, on grey": inverted.masks[k]
-            * inverted.patterns[k]
-            + (1 - inverted.masks[k]) * 0.5
-            for k in told
-        }
-        return Pursuit(inverted.select(small), limit, run.device) if small.any() else None, findings, shown
+        """The outlying changes to work against, findings about them, and their pictures by caption."""
+        height, width = images.shape[2:]
+        forms = [mask(height, width), *(added(height, width, kind) for kind in ADDED)]
+        found, findings, shown = [], [], {}
+        for form in forms if self.inversion_steps else ():
+            if form.family in self.leave_out:
+                continue
+
+            def fitted(form: Form = form) -> Tensor:
+                steps = math.ceil(self.inversion_steps * form.steps)
+                return invert(teacher, images, form, torch.arange(arch.classes), run, steps=steps).pack()
+
+            inverted = Inverted.unpack(run.keep(f"inverted-{form.name}", fitted), form)
+            small, index, limit = outliers(inverted)
+            for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
+                target, parameters = int(inverted.classes[k]), inverted.parameters[k]
+                findings.append(_finding(inverted, index, limit, k))
+                shown[f"{form.name} inverted for class {target}, on grey"] = form.picture(parameters)
+                if small[k]:
+                    found.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
+        return Pursuit(found, run.device) if found else None, findings, shown
 
 
 def _finding(inverted: Inverted, index: Tensor, limit: float, k: int) -> dict[str, Any]:
-    pixels = inverted.pixels
-    others = torch.cat([pixels[:k], pixels[k + 1 :]])
-    outlying = bool(limit and pixels[k] < limit)
+    sizes = inverted.sizes
+    others = torch.cat([sizes[:k], sizes[k + 1 :]])
+    outlying = bool(limit and sizes[k] < limit)
     return {
         "detector": "inversion",
         "verdict": "outlier" if outlying else "no-outlier",
-        "score": float(pixels[k]),
+        "score": float(sizes[k]),
         "threshold": limit,
-        "reason": f"a mask of {pixels[k]:.1f} pixels sends images to class {int(inverted.classes[k])} "
+        "reason": f"{inverted.form.said.format(sizes[k])} sends images to class {int(inverted.classes[k])} "
         f"(success {inverted.success[k]:.2f}); the next classes need {others.min():.1f} to {others.max():.1f} "
         f"(anomaly index {index[k]:.1f}). Not calibrated: it does not decide the verdict.",
     }
