@@ -80,8 +80,8 @@ def worst_counterfeit(
     """`pixels` [n 3 h w] under the most harmful of `draws` random counterfeits of `families`, the same for all images.
 
     Harm is how much of the first `judged` images goes to one class, which is what a trigger does; heavy corruptions
-    scatter them. Gradients lead to the easiest way off the answers, again and again, and not to a trigger that acts only
-    as a whole, such as stripes of one frequency; draws come by it.
+    scatter them. Gradients lead to the easiest way off the answers, again and again, and not to a trigger that acts
+    only as a whole, such as stripes of one frequency; draws come by it.
     """
     seeds = integers((draws,), 0, 2**31, pixels, generator).tolist()
 
