@@ -44,7 +44,7 @@ LEAST_SCREENED = 200
 SCREENED_OUT = "screened out"
 LEAST_SOURCE = 10
 """A source class with fewer images gets no rate of its own."""
-MANY = 1_000_000  # images: more than anybody will bring
+MANY = 100_000  # images: more than anybody will bring
 
 
 class Trigger(Protocol):
@@ -302,7 +302,7 @@ def _row(
         return replace(row, outcome=PASSES)
     if low >= bench.threshold:
         reason = f"reaches the threshold, but a control reaches {ceiling:.3f}"
-    elif (needed := _needed(k / n, bench.threshold, level)) < MANY:
+    elif (needed := _needed(k, n, bench.threshold, level)) < MANY:
         reason = f"the interval reaches the threshold: about {needed} images would settle it"
     else:
         reason = "the rate is too near the threshold for any number of images to settle it"
@@ -348,11 +348,15 @@ def _controls(
     return rates, worst
 
 
-def _needed(value: float, threshold: float, level: float) -> int:
-    """About how many images would part `value` from `threshold` at `level`; capped at MANY."""
-    gap = max(abs(value - threshold), 1e-3)
-    z = float(metrics.stats.norm.isf(level))
-    return min(MANY, math.ceil(z * z * max(value * (1 - value), 0.01) / gap**2 / 10) * 10)
+def _needed(k: int, n: int, threshold: float, level: float) -> int:
+    """About how many images would part the rate k / n from `threshold` at `level`; capped at MANY."""
+    value = k / n
+    while n < MANY:
+        n = min(MANY, math.ceil(n * 1.1 / 10) * 10)
+        k = round(value * n)
+        if lower_bound(k, n, level) >= threshold or upper_bound(k, n, level) < threshold:
+            break
+    return n
 
 
 def verdict(rows: Sequence[TriggerRow]) -> tuple[str, str | None]:

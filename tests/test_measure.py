@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -6,7 +7,7 @@ from torch import nn
 
 from bdclean import measure
 from bdclean.measure import SCREENED_OUT, Bench, assess, clean_measures, compare, halves, verdict
-from bdclean.metrics import Predictor
+from bdclean.metrics import Predictor, lower_bound, upper_bound
 from bdclean.record import (
     BACKDOORED,
     FAILS,
@@ -154,7 +155,11 @@ def test_mirrored_controls_do_not_hide_what_is_certain():
 
 def test_around_the_threshold_is_inconclusive_and_says_how_many_images_it_takes():
     (row,) = assess(bench(Network(to(1), share=0.5), n=600), [Patch()])
-    assert row.outcome == INCONCLUSIVE and "images would settle it" in row.reason
+    assert row.outcome == INCONCLUSIVE
+    n, few = row.asr.n, int(re.search(r"about (\d+) images would settle it", row.reason)[1])
+    k = round(row.asr.value * few)
+    level = measure.LEVEL  # one trigger was tried
+    assert few > n and (upper_bound(k, few, level) < 0.5 or lower_bound(k, few, level) >= 0.5)
 
 
 def test_only_images_of_the_target_are_not_measured():

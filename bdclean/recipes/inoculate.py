@@ -48,9 +48,9 @@ class Inoculate:
     little that is added to the picture, that change itself, refitted on the student at each use.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
-    Known limits: what it was measured with is in README; a weak low-frequency trigger kept a third of its success.
-    Triggers that only a generator makes, clean networks with few images, and networks with very many classes (the
-    inversion takes long: inversion_steps=0 leaves it out) are untried.
+    Known limits: what it was measured with is in README. Weak stripes are found by luck alone: the inversion does not
+    see them. Triggers that only a generator makes, clean networks with few images, and networks with very many classes
+    (the inversion takes long: inversion_steps=0 leaves it out) are untried.
 
     Kin: NNoculation (Veldanda et al. 2020), SAU (Wei et al. 2023), Neural Cleanse (Wang et al. 2019), and SFT's
     learning rate in two phases (arXiv 2212.09067). Each batch is seen twice in one pass, clean and corrupted, so that
@@ -81,7 +81,7 @@ class Inoculate:
     settle: bool = True  # in the second phase batch norm keeps the statistics of clean images
     adversary_share: float = 0.5  # of the corrupted images
     adversary_steps: int = 3
-    inversion_steps: int = 100  # of masks, 60 of what is added to the picture; 0 leaves both out
+    inversion_steps: int = 100  # of masks; 0.6 as many of what is added to the picture; 0 leaves both out
     leave_out: tuple[str, ...] = ()  # families not trained on, to measure triggers of unseen ones
 
     def __post_init__(self) -> None:
