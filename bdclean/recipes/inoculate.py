@@ -157,17 +157,13 @@ class Inoculate:
             if self.settle and batch.step == first:
                 set_batch_statistics(student, uncorrupted)
             settled = self.settle and batch.step >= first
-            train()
             pixels = augment(batch.images, batch.generator).float() / 255
             with torch.no_grad(), run.precision.autocast(run.device):
                 answers = teacher(run.precision.layout(pixels))
             # Batches are shuffled: the first images of each meet an adversary, the last an inverted trigger, too.
-            n, foes, kind = (
-                len(pixels),
-                round(self.adversary_share * len(pixels)),
-                kinds[batch.step % len(kinds)],
-            )
-            hunted = round(HUNTED * n) if pursuit is not None else 0
+            n, kind = len(pixels), kinds[batch.step % len(kinds)]
+            foes = round(self.adversary_share * n)
+            hunted = max(1, round(HUNTED * n)) if pursuit is not None else 0
             found, aims = [], torch.cat([answers, answers[n - hunted :]]).float()
             student.eval()
             if foes:
