@@ -9,6 +9,7 @@ batch; success is averaged over steps; fewer steps, and classes that fall far be
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -258,6 +259,46 @@ class Outlier:
     parameters: Tensor
     size: float
     limit: float
+
+
+STRIPES = 20 / 255
+PERIODS = range(1, 13)
+MOST_SENT = 0.7
+"""The share of images above which stripes are a trigger's: over 0.95 where they were, about 0.5 at most in five other
+networks."""
+
+
+def striped(height: int, width: int) -> tuple[Form, Tensor, list[str]]:
+    """Sinusoids of 20 grey levels along one axis, [m 3 h w], as parameters of their form, and each in words."""
+    fields, words = [], []
+    for periods in PERIODS:
+        for phase in range(4):
+            for axis, length in (("width", width), ("height", height)):
+                wave = torch.sin(2 * torch.pi * (periods * torch.linspace(0, 1, length) + phase / 4))
+                lines = wave[None, None, :] if axis == "width" else wave[None, :, None]
+                fields.append(STRIPES * lines.expand(3, height, width))
+                words.append(f"{periods} periods along the {axis}")
+    form = dataclasses.replace(added(height, width, "pattern"), name="stripes", family="wave")
+    return form, torch.stack(fields), words
+
+
+def sent_by(form: Form, changes: Tensor, model: nn.Module, images: Tensor, run: Run) -> Tensor:
+    """The share of `images` uint8 [n 3 h w] of other classes that each of `changes` [m ...] sends to each class.
+
+    Returns [m classes], at most 1; negative where a class loses its own. Little is said of a class that has nearly all.
+
+    Stripes act only as a whole: gradients do not find them, and there are few enough to try all.
+    """
+    model.eval()
+    pixels = images.to(run.device).float() / 255
+
+    def answers(x: Tensor) -> Tensor:
+        with torch.no_grad(), run.precision.autocast(run.device):
+            return model(run.precision.layout(x)).float().softmax(1)
+
+    usual = answers(pixels).mean(0)
+    rows = [answers(form.stamp(one[None].to(run.device), pixels)[0]).mean(0) - usual for one in changes]
+    return torch.stack(rows) / (1 - usual).clamp_min(0.2)
 
 
 class Pursuit:

@@ -5,6 +5,7 @@ from torch import nn
 from bdclean.inversion import (
     ADDED,
     GROWN,
+    MOST_SENT,
     TOGETHER,
     Inverted,
     Outlier,
@@ -14,6 +15,8 @@ from bdclean.inversion import (
     invert,
     mask,
     outliers,
+    sent_by,
+    striped,
 )
 from bdclean.training import Precision, Run
 
@@ -217,6 +220,18 @@ def test_a_pursuits_state_is_all_in_its_tensors(inverted):
         tensor.copy_(first.tensors[name])
     for turn in range(5, 8):
         assert torch.equal(resumed.stamp(model, pixels, turn), whole.stamp(model, pixels, turn))
+
+
+def test_stripes_that_send_to_a_class_are_told_from_those_that_do_not():
+    form, changes, words = striped(SIDE, SIDE)
+    assert changes.shape == (96, *form.shape) and len(words) == 96
+    assert changes.abs().max().item() == pytest.approx(20 / 255, abs=1e-3)
+    at = words.index("3 periods along the height")
+    planted = Planted(field=200 * changes[at] / changes[at].norm())
+    sent = sent_by(form, changes, planted, pictures(24), run())
+    assert sent.shape == (96, CLASSES)
+    assert int(sent[at].argmax()) == TARGET and sent[at, TARGET] > MOST_SENT
+    assert sent_by(form, changes, Planted(False), pictures(24), run()).max() < MOST_SENT
 
 
 def test_chunks():

@@ -15,7 +15,20 @@ from bdclean import adversaries, corruptions
 from bdclean.architectures import Arch
 from bdclean.data import ImageSet
 from bdclean.errors import UsageError
-from bdclean.inversion import ADDED, Form, Inverted, Outlier, Pursuit, added, invert, mask, outliers
+from bdclean.inversion import (
+    ADDED,
+    MOST_SENT,
+    Form,
+    Inverted,
+    Outlier,
+    Pursuit,
+    added,
+    invert,
+    mask,
+    outliers,
+    sent_by,
+    striped,
+)
 from bdclean.losses import distillation_kl, divergence
 from bdclean.preprocessing import Classifier
 from bdclean.recipes import Cleansed
@@ -34,6 +47,8 @@ DRAWN = "drawn"
 """The kind of adversary beside those of `adversaries`: the most harmful of several random counterfeits."""
 HUNTED = 0.25
 """How many images more, as a share of the batch, are seen under an inverted trigger, where there is one."""
+STRIPED_IMAGES = 24
+"""How many images all stripes are tried on."""
 USUAL = 0.2
 """Up to about this share of images an adversary sends to one class of a network without a backdoor, too."""
 
@@ -45,12 +60,13 @@ class Inoculate:
     What it does: a copy of the suspect learns to give, on corrupted images, the suspect's answer on the clean ones. The
     corruptions are random counterfeits of triggers, the most harmful of many such draws, small adversaries found on the
     student, and inverted triggers: where a class of the suspect is reached by an unusually small mask, or by unusually
-    little that is added to the picture, that change itself, refitted on the student at each use.
+    little that is added to the picture, or where stripes send most images to it, that change itself, refitted on the
+    student at each use.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
-    Known limits: what it was measured with is in README. Weak stripes are found by luck alone: the inversion does not
-    see them. Triggers that only a generator makes, clean networks with few images, and networks with very many classes
-    (the inversion takes long: inversion_steps=0 leaves it out) are untried.
+    Known limits: what it was measured with is in README. Stripes that are not along an axis, and warps, are met by
+    random draws alone. Triggers that only a generator makes, clean networks with few images, and networks with very
+    many classes (the inversion takes long: inversion_steps=0 leaves it out) are untried.
 
     Kin: NNoculation (Veldanda et al. 2020), SAU (Wei et al. 2023), Neural Cleanse (Wang et al. 2019), and SFT's
     learning rate in two phases (arXiv 2212.09067). Each batch is seen twice in one pass, clean and corrupted, so that
@@ -259,7 +275,29 @@ class Inoculate:
                 shown[f"{form.name} inverted for class {target}, on grey"] = form.picture(parameters)
                 if small[k]:
                     found.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
+        if self.inversion_steps and "wave" not in self.leave_out:
+            form, changes, words = striped(height, width)
+            few = images[:: max(1, len(images) // STRIPED_IMAGES)][:STRIPED_IMAGES]  # of all classes
+            sent = run.keep("sent-by-stripes", lambda: sent_by(form, changes, teacher, few, run))
+            share, which = sent.max(0)
+            for k in (share > MOST_SENT).nonzero().squeeze(1).tolist() or [int(share.argmax())]:
+                at = int(which[k])
+                size = float(form.sizes(changes[at : at + 1]))
+                findings.append(_striped(words[at], float(share[k]), k, len(few)))
+                if share[k] > MOST_SENT:
+                    found.append(Outlier(form, k, changes[at], size, 2 * size))
         return Pursuit(found, run.device) if found else None, findings, shown
+
+
+def _striped(words: str, share: float, target: int, n: int) -> dict[str, Any]:
+    return {
+        "detector": "stripes",
+        "verdict": "outlier" if share > MOST_SENT else "no-outlier",
+        "score": share,
+        "threshold": MOST_SENT,
+        "reason": f"stripes of {words}, 20 grey levels, send {100 * share:.0f} % of {n} images to class {target}. "
+        "Not calibrated: it does not decide the verdict.",
+    }
 
 
 def _finding(inverted: Inverted, index: Tensor, limit: float, k: int) -> dict[str, Any]:
