@@ -17,6 +17,7 @@ from bdclean.data import ImageSet
 from bdclean.errors import UsageError
 from bdclean.inversion import (
     ADDED,
+    GROWN,
     MOST_SENT,
     Form,
     Inverted,
@@ -271,7 +272,7 @@ class Inoculate:
             small, index, limit = outliers(inverted)
             for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
                 target, parameters = int(inverted.classes[k]), inverted.parameters[k]
-                findings.append(_finding(inverted, index, limit, k))
+                findings.append(_finding(inverted, bool(small[k]), index, limit, k))
                 shown[f"{form.name} inverted for class {target}, on grey"] = form.picture(parameters)
                 if small[k]:
                     found.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
@@ -285,7 +286,7 @@ class Inoculate:
                 size = float(form.sizes(changes[at : at + 1]))
                 findings.append(_striped(words[at], float(share[k]), k, len(few)))
                 if share[k] > MOST_SENT:
-                    found.append(Outlier(form, k, changes[at], size, 2 * size))
+                    found.append(Outlier(form, k, changes[at], size, GROWN * size))
         return Pursuit(found, run.device) if found else None, findings, shown
 
 
@@ -300,10 +301,9 @@ def _striped(words: str, share: float, target: int, n: int) -> dict[str, Any]:
     }
 
 
-def _finding(inverted: Inverted, index: Tensor, limit: float, k: int) -> dict[str, Any]:
+def _finding(inverted: Inverted, outlying: bool, index: Tensor, limit: float, k: int) -> dict[str, Any]:
     sizes = inverted.sizes
     others = torch.cat([sizes[:k], sizes[k + 1 :]])
-    outlying = bool(limit and sizes[k] < limit)
     return {
         "detector": "inversion",
         "verdict": "outlier" if outlying else "no-outlier",
