@@ -66,10 +66,9 @@ class Place:
 def scanning(place: Place) -> Iterator[Cell]:
     """(1) Images a second of a scan over those of a bare forward loop of the same network at its best batch."""
     for subject in place.subjects:
-        small = replace(subject, limit=min(subject.limit, 400))
-        with Worker(bare_forward, small) as bare:
+        with Worker(bare_forward, subject) as bare:
             for make, what in ((measuring, "measuring"), (whole_scan, "file to record")):
-                with Worker(make, small) as ours:
+                with Worker(make, subject) as ours:
                     mine, theirs = interleaved(ours, bare, place.repetitions)
                 yield Cell.of(
                     f"scan-{'measure' if make is measuring else 'whole'}-{subject.name}",

@@ -130,7 +130,11 @@ class Inoculate:
         images = unlabeled.images
         teacher = frozen(suspect, run)
         augment = choose_augmentation(teacher, images, run)
-        pursuit, findings, inverted = self._inversion(teacher, arch, images, run)
+        outlying, findings, inverted = self._inverted(teacher, arch, images, run)
+        if self.inversion_steps and "wave" not in self.leave_out:
+            striking, told = _stripes(teacher, images, run)
+            outlying, findings = outlying + striking, findings + told
+        pursuit = Pursuit(outlying, run.device) if outlying else None
         student = copy.deepcopy(teacher).requires_grad_(True).train()
         for module in student.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -253,10 +257,10 @@ class Inoculate:
 
         return rate
 
-    def _inversion(
+    def _inverted(
         self, teacher: Classifier, arch: Arch, images: Tensor, run: Run
-    ) -> tuple[Pursuit | None, list[dict[str, Any]], dict[str, Tensor]]:
-        """The outlying changes to work against, findings about them, and their pictures by caption."""
+    ) -> tuple[list[Outlier], list[dict[str, Any]], dict[str, Tensor]]:
+        """The outlying masks and added patterns, findings about them, and their pictures by caption."""
         height, width = images.shape[2:]
         forms = [mask(height, width), *(added(height, width, kind) for kind in ADDED)]
         found, findings, shown = [], [], {}
@@ -276,18 +280,23 @@ class Inoculate:
                 shown[f"{form.name} inverted for class {target}, on grey"] = form.picture(parameters)
                 if small[k]:
                     found.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
-        if self.inversion_steps and "wave" not in self.leave_out:
-            form, changes, words = striped(height, width)
-            few = images[:: max(1, len(images) // STRIPED_IMAGES)][:STRIPED_IMAGES]  # of all classes
-            sent = run.keep("sent-by-stripes", lambda: sent_by(form, changes, teacher, few, run))
-            share, which = sent.max(0)
-            for k in (share > MOST_SENT).nonzero().squeeze(1).tolist() or [int(share.argmax())]:
-                at = int(which[k])
-                size = float(form.sizes(changes[at : at + 1]))
-                findings.append(_striped(words[at], float(share[k]), k, len(few)))
-                if share[k] > MOST_SENT:
-                    found.append(Outlier(form, k, changes[at], size, GROWN * size))
-        return Pursuit(found, run.device) if found else None, findings, shown
+        return found, findings, shown
+
+
+def _stripes(teacher: Classifier, images: Tensor, run: Run) -> tuple[list[Outlier], list[dict[str, Any]]]:
+    """The stripes that send most images to one class, and findings about them."""
+    form, changes, words = striped(*images.shape[2:])
+    few = images[:: max(1, len(images) // STRIPED_IMAGES)][:STRIPED_IMAGES]  # of all classes
+    sent = run.keep("sent-by-stripes", lambda: sent_by(form, changes, teacher, few, run))
+    share, which = sent.max(0)
+    found, findings = [], []
+    for k in (share > MOST_SENT).nonzero().squeeze(1).tolist() or [int(share.argmax())]:
+        at = int(which[k])
+        findings.append(_striped(words[at], float(share[k]), k, len(few)))
+        if share[k] > MOST_SENT:
+            size = float(form.sizes(changes[at : at + 1]))
+            found.append(Outlier(form, k, changes[at], size, GROWN * size))
+    return found, findings
 
 
 def _striped(words: str, share: float, target: int, n: int) -> dict[str, Any]:
