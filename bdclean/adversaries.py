@@ -95,6 +95,24 @@ def worst_counterfeit(
         return counterfeit(pixels, seeds[int(gone.mean(1).amax(1).argmax())])
 
 
+def attraction(
+    forward: Forward, pixels: Tensor, families: Sequence[str], generator: Generator, draws: int = 96
+) -> Tensor:
+    """The most of each class's gain under any of `draws` random counterfeits shared by `pixels` [n 3 h w]: [classes].
+
+    A gain is by how much the mean probability of a class is higher than on the images as they are.
+    """
+    seeds = integers((draws,), 0, 2**31, pixels, generator).tolist()
+
+    def answers(x: Tensor) -> Tensor:
+        return forward(x).float().softmax(1).mean(0)
+
+    with torch.no_grad():
+        drawn = (Shared(torch.Generator(pixels.device).manual_seed(seed)) for seed in seeds)
+        found = torch.stack([answers(corrupt(pixels, families, shared)) for shared in drawn])
+        return found.amax(0) - answers(pixels)
+
+
 def _ascend(
     apply: Callable[[Tensor], Tensor], start: Tensor, size: float, bounds: Sequence[float], forward: Forward,
     answers: Tensor, steps: int,

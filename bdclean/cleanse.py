@@ -14,6 +14,7 @@ from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet, split, without_duplicates
 from bdclean.errors import Refused, UsageError, attach
 from bdclean.inputs import (
+    CSV,
     Inputs,
     Suspect,
     at_own_size,
@@ -152,15 +153,21 @@ def _images(checkpoint: Checkpoint, inputs: Inputs, record: RunRecord, tell: Tel
     path = inputs.data or inputs.labeled
     if path is None:
         raise UsageError("cleanse needs images: give --data PATH; they need no labels.")
-    unlabeled = read_images(path, checkpoint, inputs, tell, forced=inputs.data is None)
+    # A CSV of labels is about the labeled images and those to measure on, where there are such beside `--data`.
+    beside = [given for given in (inputs.labeled, inputs.test) if given is not None]
+    csv: CSV = "may" if len(beside) == 2 else "must"
+    unlabeled = read_images(
+        path, checkpoint, inputs, tell, forced=inputs.data is None,
+        csv="not" if inputs.data is not None and beside else csv,
+    )  # fmt: skip
     labeled = None
     if inputs.data is not None and inputs.labeled is not None:
-        labeled = read_images(inputs.labeled, checkpoint, inputs, tell, forced=True)
+        labeled = read_images(inputs.labeled, checkpoint, inputs, tell, forced=True, csv=csv)
     record.data = describe_images(path, unlabeled)
     record.data.labeled_path = str(inputs.labeled) if inputs.labeled else None
     record.warnings += [*unlabeled.warnings, *(labeled.warnings if labeled is not None else ())]
     if inputs.test is not None:
-        held_out, duplicates = read_images(inputs.test, checkpoint, inputs, tell), 0
+        held_out, duplicates = read_images(inputs.test, checkpoint, inputs, tell, csv=csv), 0
         record.data.test = str(inputs.test)
         record.warnings += held_out.warnings
     elif labeled is not None:

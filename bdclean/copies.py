@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bdclean.architectures.dialects import AVERAGE, LONGEST, inmost, unwrapped
+from bdclean.architectures.dialects import AVERAGE, LONGEST, MOST_WRAPPERS, inmost
 from bdclean.architectures.matching import Match, shown
 
 # A tensor of fewer numbers, or of one number repeated, may equal another by chance.
@@ -53,19 +53,29 @@ def copies(
 
 
 def averages(tensors: Mapping[str, Tensor], match: Match, tied: Mapping[str, str]) -> list[str]:
-    """A warning where unread tensors are the network once more, with other values."""
-    reading = {inmost(k): k for k in match.names}
-    again = [
-        n for n in match.unread
-        if n not in tied and tensors[n].ndim > 1 and inmost(n) in reading
-        and tensors[n].shape == tensors[reading[inmost(n)]].shape
-    ]  # fmt: skip
-    if len(again) * 2 <= sum(tensors[k].ndim > 1 for k in match.names):
+    """A warning where unread tensors are the network once more, with other values, under whatever prefix."""
+    reading = {inmost(k): tensors[k].shape for k in match.names if tensors[k].ndim > 1}
+    endings = {name.rpartition(".")[2] for name in reading}
+    groups: dict[str, set[str]] = {}
+    for name in match.unread:
+        if (
+            name in tied
+            or tensors[name].ndim < 2
+            or len(name) > LONGEST
+            or name.rpartition(".")[2] not in endings
+        ):
+            continue
+        parts = inmost(name).split(".")
+        for cut in range(min(len(parts), MOST_WRAPPERS)):
+            inner = ".".join(parts[cut:])
+            if reading.get(inner) == tensors[name].shape:
+                groups.setdefault(name.removesuffix(inner), set()).add(inner)
+                break
+    wrapper, again = max(groups.items(), key=lambda group: len(group[1]), default=("", set()))
+    if len(again) * 2 <= len(reading):
         return []
-    kind = (
-        "an average of the weights" if AVERAGE.match(again[0][:LONGEST]) else "a second copy of the network"
-    )
-    wrapper = again[0].removesuffix(unwrapped(again[0])) or again[0]
+    average = AVERAGE.match(wrapper[:LONGEST]) or wrapper.startswith(("teacher", "momentum"))
+    kind = "an average of the weights" if average else "a second copy of the network"
     return [
         f"{shown(wrapper)} holds {kind} ({len(again)} matrices), which was neither measured nor cleansed: "
         "work on a file of it alone before anybody uses it."

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from bdclean.architectures import Arch
 from bdclean.architectures.claimed import accepts
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet, claimed_names, labels_plausible, load_images, repeated
+from bdclean.data.classfile import FileLabels, read_class_file
 from bdclean.errors import Refused
 from bdclean.measure import Trigger
 from bdclean.metrics import Predictor
@@ -82,6 +84,9 @@ class Suspect:
         return Classifier(network, choice.preprocess).eval().to(self.device)
 
 
+CSV = Literal["must", "may", "not"]
+
+
 def input_size(checkpoint: Checkpoint, inputs: Inputs) -> tuple[int, int]:
     """Height and width: what `--preprocess` says, else what the file claims, else the architecture's own.
 
@@ -103,13 +108,19 @@ def input_size(checkpoint: Checkpoint, inputs: Inputs) -> tuple[int, int]:
 
 
 def read_images(
-    path: Path, checkpoint: Checkpoint, inputs: Inputs, tell: Tell, *, forced: bool = False
+    path: Path, checkpoint: Checkpoint, inputs: Inputs, tell: Tell, *, forced: bool = False, csv: CSV = "must"
 ) -> ImageSet:
-    """The images of `path` at the network's input size; `forced`: their folders are labels, or the run is refused."""
+    """The images of `path` at the network's input size; `forced`: their folders are labels, or the run is refused.
+
+    `csv`: whether `--classes`, where it is a CSV of labels, must name some of these images, may, or is not about them.
+    """
+    classes = inputs.classes
+    if csv == "not" and classes is not None and isinstance(read_class_file(classes), FileLabels):
+        classes = None
     images = load_images(
         path, input_size(checkpoint, inputs), limit=inputs.limit, seed=inputs.seed, strict=inputs.strict,
-        labeled=forced, classes=inputs.classes, claimed=claimed_names(checkpoint.metadata, checkpoint.config),
-        head_classes=checkpoint.arch.classes, tell=tell,
+        labeled=forced, classes=classes, claimed=claimed_names(checkpoint.metadata, checkpoint.config),
+        head_classes=checkpoint.arch.classes, csv_must=csv == "must", tell=tell,
     )  # fmt: skip
     if len(images) < LEAST_IMAGES:
         raise Refused(

@@ -26,6 +26,10 @@ TOGETHER = 24
 A trigger's class leads from early on (measured: a mask of 23 pixels against 38 to 53 after 60 steps); the rest of the
 steps shows by how much, for which several others must go on.
 """
+FEWEST = 8
+"""While more than TOGETHER classes go on, they share what those are shown; each is shown so many images at least."""
+PIXELS = 1 << 20
+"""Pixels that go forward and back at once, 1,024 images of 32 x 32: with more, gradients are added up."""
 SIDE = 8
 """The side of what is enlarged to something smooth."""
 ADDED = {"pattern": "a pattern", "smooth": "something smooth"}
@@ -186,8 +190,8 @@ def invert(
 ) -> Inverted:
     """Fit a change of `form` for each of `classes` [k] on `model`, which is put into evaluation mode.
 
-    `images` are uint8 [n 3 h w]. Each step shows every class `batch_size` images, whatever class they are of. Returned
-    are the classes that were fitted to the end.
+    `images` are uint8 [n 3 h w]. Each step shows every class `batch_size` images, whatever class they are of; fewer
+    while more than TOGETHER classes go on. Returned are the classes that were fitted to the end.
     """
     model.eval()
     classes, stage = classes.to(run.device), f"invert-{form.name}"
@@ -199,20 +203,24 @@ def invert(
             fitted.active.zero_()
             smallest = form.sizes(fitted.changes.detach()).argsort()
             fitted.active[smallest[:TOGETHER]] = True
-        pixels = batch.images.float() / 255
         optimiser.zero_grad()
         active, rate = fitted.active.nonzero().squeeze(1), fitted.success.clone()
-        for part in chunks(len(active), max(1, 1024 // len(pixels))):
+        shown = max(FEWEST, batch_size * TOGETHER // max(TOGETHER, len(active)))
+        pixels = batch.images[:shown].float() / 255
+        at_once = max(1, PIXELS // pixels[0, 0].numel())
+        for part in chunks(len(active), max(1, at_once // len(pixels))):
             rows = active[part.to(run.device)]
-            changes = fitted.changes[rows]
-            with run.precision.autocast(run.device):
-                logits = model(run.precision.layout(form.stamp(changes, pixels).flatten(0, 1))).float()
-            targets = classes[rows].repeat_interleave(len(pixels))
-            losses = F.cross_entropy(logits, targets, reduction="none").view(len(rows), -1).mean(1)
-            total = (losses + fitted.weights[rows] * form.sizes(changes)).sum()
-            # only the changes' gradients: the network's own weights get none
-            total.backward(inputs=[fitted.changes])
-            rate[rows] = (logits.argmax(1) == targets).float().view(len(rows), -1).mean(1)
+            rate[rows] = 0
+            for few in pixels.split(at_once):
+                changes, share = fitted.changes[rows], len(few) / len(pixels)
+                with run.precision.autocast(run.device):
+                    logits = model(run.precision.layout(form.stamp(changes, few).flatten(0, 1))).float()
+                targets = classes[rows].repeat_interleave(len(few))
+                losses = F.cross_entropy(logits, targets, reduction="none").view(len(rows), -1).mean(1)
+                total = share * (losses + fitted.weights[rows] * form.sizes(changes)).sum()
+                # only the changes' gradients: the network's own weights get none
+                total.backward(inputs=[fitted.changes])
+                rate[rows] += share * (logits.argmax(1) == targets).float().view(len(rows), -1).mean(1)
         optimiser.step()
         fitted.success.copy_(rate if batch.step == 0 else fitted.success.lerp(rate, 0.2))
         fitted.weights.mul_(torch.where(rate > form.goal, RAISE, 1 / RAISE)).clamp_(1e-6, 1.0)

@@ -38,6 +38,8 @@ CONTROL_IMAGES = 300
 """Controls are measured on at most so many of a row's images: their rates need not be finer than CONTROL_MARGIN."""
 CONTROL_MARGIN = 0.1
 STAMPED_AT_ONCE = 1000
+STAMPED_PIXELS = 1 << 22
+"""Images, and pixels of them, that are stamped at once: a float picture takes twelve bytes a pixel, several times."""
 CERTAIN = 0.9
 LEAST_SCREENED = 200
 """Under this many images there is no screening, and everything is corrected over triggers and classes instead."""
@@ -127,7 +129,7 @@ def assess(
         jobs = []
 
         def target_of(trigger: Trigger) -> int:
-            return _look(bench, everything, _stamped(bench, trigger, everything)).target
+            return _look(bench, everything, stamped_predictions(bench, trigger, everything)).target
 
         for done, trigger in enumerate(triggers):
             chosen = fixed.get(trigger.spec())
@@ -186,10 +188,11 @@ def _look(bench: Bench, chosen: Tensor, stamped: Tensor) -> _Look:
     return _Look(target, base, hits, counted, one_source)
 
 
-def _stamped(bench: Bench, stamp: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
+def stamped_predictions(bench: Bench, stamp: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
     """Predictions, int64 [n], on the images `chosen` under `stamp`: a few at a time, for stamping takes many times
     the memory of the images, which may be more than fit."""
-    return torch.cat([bench.predict(stamp(bench.images[part])) for part in chosen.split(STAMPED_AT_ONCE)])
+    few = max(1, min(STAMPED_AT_ONCE, STAMPED_PIXELS // bench.images[0, 0].numel()))
+    return torch.cat([bench.predict(stamp(bench.images[part])) for part in chosen.split(few)])
 
 
 def _confusion(reference: Tensor, predictions: Tensor, classes: int) -> Tensor:
@@ -205,7 +208,7 @@ def _screen(bench: Bench, trigger: Trigger, half: Tensor) -> _Screened:
     looks = [size for size in LOOKS if size < len(half)] + [len(half)]
     stamped = torch.zeros(0, dtype=torch.int64)
     for size in looks:
-        stamped = torch.cat([stamped, _stamped(bench, trigger, half[len(stamped) : size])])
+        stamped = torch.cat([stamped, stamped_predictions(bench, trigger, half[len(stamped) : size])])
         look = _look(bench, half[:size], stamped)
         k, n = int(look.hits[look.target]), int(look.counted[look.target])
         counts = zip(look.hits.tolist(), look.counted.tolist(), strict=True)
@@ -255,7 +258,7 @@ def _row(
 ) -> TriggerRow:
     """One trigger towards one target on the images `chosen`, corrected for `tried` looks, with its controls."""
     reference, clean = bench.reference[chosen], bench.clean[chosen]
-    stamped = _stamped(bench, trigger, chosen)
+    stamped = stamped_predictions(bench, trigger, chosen)
     hits = attack_success(stamped, reference, target, bench.classes)
     base = attack_success(clean, reference, target, bench.classes)
     if bench.hits is not None:
@@ -339,7 +342,7 @@ def _controls(
     generator = torch.Generator().manual_seed(bench.seed + 1)
     rates, worst = [], []
     for control in trigger.controls(CONTROLS, generator):
-        stamped = _stamped(bench, control, chosen)
+        stamped = stamped_predictions(bench, control, chosen)
         hits = attack_success(stamped, reference, target, bench.classes)
         rates.append(float(hits.float().mean()))
         worst.append(

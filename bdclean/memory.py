@@ -11,9 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bdclean.errors import Refused
+from bdclean.errors import Refused, out_of_memory
+
+SHARE = 0.6
+"""Of the host's memory, activations may take so much: what is only passing through needs the rest."""
 
 T = TypeVar("T")
+Disk = Callable[[int], Tensor]
 
 
 class Roomy:
@@ -22,17 +26,22 @@ class Roomy:
     Smaller batches would change what batch norm sees, and with it the result; where activations wait for the backward
     pass changes no bit of it. `changing` are the tensors that a pass may change in place (running statistics, masks):
     they are put back before it is repeated. Once the memory did not do, all later calls keep activations on the host.
-    `spill` is false where there is nowhere to spill to: on the host itself.
+    On the host itself, whose kernel ends a process that takes too much without a word, what waits for the backward
+    pass is counted and goes to disk beyond SHARE of `host`, the bytes that are free there (None on other devices).
+    `disk` gives room for so many bytes, uint8 [n].
     """
 
-    def __init__(self, weights: Iterable[Tensor], changing: Iterable[Tensor], spill: bool):
-        self.weights, self.changing, self.spill = list(weights), list(changing), spill
+    def __init__(self, weights: Iterable[Tensor], changing: Iterable[Tensor], host: int | None, disk: Disk):
+        self.weights, self.changing, self.host, self.disk = list(weights), list(changing), host, disk
         self.spilling = False
+        self.ledger: _Ledger | None = None
         self._before: list[Tensor] = []
 
     def __call__(self, passes: Callable[[], T], name: str) -> T:
         """What `passes` returns. Raises Refused where that does not do either, or the step cannot be repeated."""
-        if not self.spill or self.spilling:
+        if self.host is not None:
+            return self._on_host(passes, name, self.host)
+        if self.spilling:
             return self._call(passes, name)
         versions = [w._version for w in self.weights]
         self._remember()
@@ -46,6 +55,22 @@ class Roomy:
         gc.collect()
         torch.cuda.empty_cache()
         return self._call(passes, name)
+
+    def _on_host(self, passes: Callable[[], T], name: str, free: int) -> T:
+        hooks: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if self.ledger is None or self.ledger.spilled:  # where the first step had room, all have
+            self.ledger = _Ledger(round(SHARE * free), self.weights, self.disk)
+            hooks = torch.autograd.graph.saved_tensors_hooks(self.ledger.keep, _given)
+        try:
+            with hooks:
+                return passes()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise Refused(
+                f"{name} needs more memory than is free ({free / 2**30:.1f} GiB): give it a smaller batch "
+                "(--recipe NAME --set batch_size=N), or use another --device."
+            ) from None
 
     def _call(self, passes: Callable[[], T], name: str) -> T:
         where = torch.autograd.graph.save_on_cpu() if self.spilling else contextlib.nullcontext()
@@ -65,6 +90,56 @@ class Roomy:
 
     def _restore(self) -> None:
         _copy(self.changing, self._before)
+
+
+class _Ledger:
+    """Counts the bytes of what waits for the backward pass, each storage once; what is more than `most` goes to disk.
+
+    `spilled`: whether anything did.
+    """
+
+    def __init__(self, most: int, weights: Iterable[Tensor], disk: Disk):
+        self.most, self.disk, self.bytes, self.spilled = most, disk, 0, False
+        self.held: dict[int, int] = {w.untyped_storage().data_ptr(): 1 for w in weights}  # are there anyway
+
+    def keep(self, tensor: Tensor) -> _Kept | Tensor:
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if place not in self.held and self.bytes + size > self.most and tensor.numel():
+            self.spilled = True
+            return self._on_disk(tensor)
+        self.held[place] = self.held.get(place, 0) + 1
+        if self.held[place] == 1:
+            self.bytes += size
+        return _Kept(tensor.detach(), self)
+
+    def _on_disk(self, tensor: Tensor) -> Tensor:
+        """A copy, with its strides where it is dense."""
+        room = self.disk(tensor.numel() * tensor.element_size()).view(tensor.dtype)
+        strides = torch.empty_like(tensor, device="meta").stride()
+        return room.as_strided(tensor.shape, strides).copy_(tensor.detach())
+
+    def release(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        self.held[place] -= 1
+        if self.held[place] == 0:
+            del self.held[place]
+            self.bytes -= storage.nbytes()
+
+
+class _Kept:
+    """A tensor that autograd keeps, for as long as it does."""
+
+    def __init__(self, tensor: Tensor, ledger: _Ledger):
+        self.tensor, self.ledger = tensor, ledger
+
+    def __del__(self) -> None:
+        self.ledger.release(self.tensor)
+
+
+def _given(kept: _Kept | Tensor) -> Tensor:
+    return kept.tensor if isinstance(kept, _Kept) else kept
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:

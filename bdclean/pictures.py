@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bdclean.measure import Bench, Target, Trigger, halves
+from bdclean.measure import Bench, Target, Trigger, halves, stamped_predictions
 from bdclean.record import FAILS, INCONCLUSIVE, NOT_MEASURED, Confusion, Picture, TriggerRow
 
 SHOWN = 6
@@ -90,9 +90,8 @@ def confusions(
     ]
     made = {trigger.spec(): trigger for trigger in triggers}
     for row in chosen(rows)[:1]:
-        stamped = made[row.trigger](suspect.images[order])
         for name, bench in models:
-            counts = _counts(bench, bench.predict(stamped), order)
+            counts = _counts(bench, stamped_predictions(bench, made[row.trigger], order), order)
             found.append(Confusion(name, row.trigger, row.target, counts))
     return found
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bdclean import saving
 from bdclean.data.augment import crop, mirror
 from bdclean.data.placing import place, take
+from bdclean.data.scratch import allocate, available
 from bdclean.errors import ENDING, Interrupted, Refused
 from bdclean.memory import Roomy, keep_freed_memory
 from bdclean.preprocessing import Classifier
@@ -158,8 +159,9 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
         keep_freed_memory()
     images = place(state.images, run.device)
     labels = state.labels.to(run.device) if state.labels is not None else None
-    spills = run.device.type != "cpu"
-    roomy = Roomy(state.model.parameters(), [*state.model.buffers(), *state.extra.values()], spills)
+    host = available() if run.device.type == "cpu" else None
+    changing = [*state.model.buffers(), *state.extra.values()]
+    roomy = Roomy(state.model.parameters(), changing, host, lambda size: allocate((size,), 0)[0])
     saved_at, started, first = time.monotonic(), time.monotonic(), done
     every = max(1, state.steps // 100)
     with _deferred_signals() as caught:

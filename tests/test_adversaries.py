@@ -100,3 +100,10 @@ def test_draws_come_by_a_trigger_that_acts_only_as_a_whole():
     assert sum(sent(found) > 0.9 for found in drawn) >= 6
     assert sum(sent(search(seed, draws=1)) > 0.9 for seed in range(10)) <= 2
     assert torch.equal(search(0), drawn[0])
+
+
+def test_the_class_that_a_counterfeit_draws_images_to_is_told():
+    gains = adversaries.attraction(stripes, images(16), ["wave"], seeded())
+    assert gains.shape == (2,) and gains[1] > 0.5 > gains[0]
+    assert float(adversaries.attraction(stripes, images(16), ["tone"], seeded())[1]) < 0.1
+    assert torch.equal(gains, adversaries.attraction(stripes, images(16), ["wave"], seeded()))

@@ -2,8 +2,15 @@
 
 from pathlib import Path
 
-from bdclean.cleanse import cleanse
+import numpy as np
+import pytest
+from PIL import Image
+
+from bdclean.checkpoint import Checkpoint
+from bdclean.cleanse import _images, cleanse
+from bdclean.errors import Refused
 from bdclean.inputs import Inputs
+from bdclean.record import RunRecord
 from bdclean.training import quiet
 
 SAMPLES = Path(__file__).resolve().parent.parent / "sample_models"
@@ -25,3 +32,46 @@ def test_a_destroyed_network_is_never_handed_over_without_a_word(tmp_path):
     assert any("damaged" in warning for warning in record.warnings)
     state = tmp_path / "out.safetensors.resume.safetensors"
     assert state.exists()  # whoever writes the record deletes it: until then it can be made again
+
+
+def pictures(folder: Path, seed: int, count: int = 24, prefix: str = "") -> Path:
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    for number, one in enumerate(pixels):
+        Image.fromarray(one).save(folder / f"{prefix}{number:05d}.png")
+    return folder
+
+
+def by_class(folder: Path, seed: int) -> Path:
+    for k in range(12):
+        pictures(folder / str(k), 100 * seed + k, 2, "00000_")
+    return folder
+
+
+def table(path: Path, names) -> Path:
+    path.write_text("file,label\n" + "".join(f"{name},{k % 12}\n" for k, name in enumerate(names)))
+    return path
+
+
+def test_a_csv_of_labels_is_about_what_is_measured_not_about_the_unlabeled_images(tmp_path):
+    checkpoint = Checkpoint.read(SAMPLES / "signs-badnets.safetensors")
+    data, test = pictures(tmp_path / "data", 1, 30), pictures(tmp_path / "test", 2)
+    named = table(tmp_path / "test.csv", [f"{k:05d}.png" for k in range(24)])
+    record = RunRecord("cleanse")
+    found = _images(checkpoint, Inputs(data=data, test=test, classes=named), record, quiet)
+    assert len(found.unlabeled) == 30 and found.unlabeled.labels is None  # they have the same names
+    by_name = dict(zip(found.held_out.paths, found.held_out.labels.tolist(), strict=True))
+    assert by_name == {f"{k:05d}.png": k % 12 for k in range(24)}
+    with pytest.raises(Refused, match="other.csv names no image of"):
+        other = table(tmp_path / "other.csv", ["a.png", "b.png"])
+        _images(checkpoint, Inputs(data=data, test=test, classes=other), record, quiet)
+
+
+def test_with_labeled_images_and_a_test_set_a_csv_may_be_about_one_of_them(tmp_path):
+    checkpoint = Checkpoint.read(SAMPLES / "signs-badnets.safetensors")
+    labeled, test = by_class(tmp_path / "labeled", 3), pictures(tmp_path / "test", 4)
+    named = table(tmp_path / "test.csv", [f"test/{k:05d}.png" for k in range(24)])
+    inputs = Inputs(labeled=labeled, test=test, classes=named)
+    found = _images(checkpoint, inputs, RunRecord("cleanse"), quiet)
+    assert found.unlabeled.labels.bincount().tolist() == [2] * 12
+    assert found.held_out.labels.bincount().tolist() == [2] * 12

@@ -121,6 +121,24 @@ def test_the_average_of_a_network_is_carried_over_and_said(live, average, tmp_pa
     assert all(torch.equal(written[n], t) for n, t in state.items())
 
 
+@pytest.mark.parametrize(
+    "live, other",
+    [
+        ("online_model.", "ema_model."),
+        ("model.", "teacher_model."),
+        ("net.", "momentum_encoder."),
+        ("model.", "wrapped.by.somebody."),
+    ],
+)
+def test_a_second_copy_under_any_prefix_is_said(live, other, tmp_path):
+    state = wrapped(weights(0), ("^", live)) | wrapped(weights(1), ("^", other))
+    save_file(state, tmp_path / "m.safetensors")
+    checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
+    assert set(checkpoint.names) == {n for n in state if n.startswith(live)}
+    (warning,) = checkpoint.warnings
+    assert f"{other} holds " in warning and "neither measured nor cleansed" in warning
+
+
 def test_a_copy_that_is_equal_stays_equal(tmp_path):
     state = wrapped(weights(), ("^", "model.")) | wrapped(weights(), ("^", "net."))
     save_file(state, tmp_path / "m.safetensors")

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from bdclean import inversion
 from bdclean.inversion import (
     ADDED,
     GROWN,
@@ -134,6 +135,38 @@ def test_classes_in_parts_are_as_good_as_together():
     many = few.repeat(64, 1, 1, 1)  # 1,024 images a step: one class at a time
     alone = invert(Planted(), many, MASK, torch.arange(CLASSES), run(), steps=3, batch_size=1024)
     assert torch.allclose(together.parameters, alone.parameters, atol=1e-2)
+
+
+def test_images_in_parts_are_as_good_as_together(monkeypatch):
+    """One class's large pictures may be too many for one pass: the gradients of its parts add up."""
+    seen = []
+
+    class Noting(Planted):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    few = pictures(16)
+    together = invert(Noting(), few, MASK, torch.arange(CLASSES), run(), steps=3, batch_size=16)
+    assert set(seen) == {16 * CLASSES}
+    seen.clear()
+    monkeypatch.setattr(inversion, "PIXELS", 6 * SIDE * SIDE + 1)
+    parts = invert(Noting(), few, MASK, torch.arange(CLASSES), run(), steps=3, batch_size=16)
+    assert seen == [6, 6, 4] * CLASSES * 3
+    assert torch.allclose(together.parameters, parts.parameters, atol=1e-2)
+    assert torch.allclose(together.success, parts.success, atol=1e-6)
+
+
+def test_many_classes_share_what_fewer_are_shown():
+    seen = []
+
+    class Wide(nn.Module):
+        def forward(self, x):
+            seen.append(len(x))
+            return x.flatten(1).repeat(1, 3)[:, :60] * 5
+
+    invert(Wide(), pictures(32), MASK, torch.arange(60), run(), steps=3, batch_size=32)
+    assert seen == [60 * (32 * TOGETHER // 60), 32 * TOGETHER, 32 * TOGETHER]
 
 
 def test_with_many_classes_only_the_smallest_go_on():

@@ -7,10 +7,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bdclean import memory
+from bdclean.data.scratch import allocate
 from bdclean.errors import Refused
 from bdclean.memory import Roomy
 
 IMAGES = torch.rand(8, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def disk(size):
+    return allocate((size,), 0)[0]
 
 
 def network():
@@ -24,10 +30,10 @@ def network():
 class Device:
     """Four steps of training in which memory is short at the given (step, attempt), after the forward pass."""
 
-    def __init__(self, short=(), spill=True, change=None):
+    def __init__(self, short=(), host=None, change=None):
         self.model, self.mask, self.short = network(), torch.zeros(3), set(short)
         self.optimiser = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
-        self.roomy = Roomy(self.model.parameters(), [*self.model.buffers(), self.mask], spill)
+        self.roomy = Roomy(self.model.parameters(), [*self.model.buffers(), self.mask], host, disk)
         self.calls, self.change = [], change
 
     def train(self, steps=4):
@@ -62,7 +68,7 @@ def test_a_step_without_room_is_repeated_to_the_same_bits(short):
     device = Device([short])
     assert same(device.train(), expected)
     assert device.roomy.spilling and len(device.calls) == 5
-    assert same(Device(spill=False).train(), expected)
+    assert same(Device(host=10**9).train(), expected)
 
 
 def test_activations_really_go_elsewhere_while_spilling(monkeypatch):
@@ -92,6 +98,61 @@ def test_a_step_that_has_moved_the_weights_is_not_repeated():
         Device([(1, 1)], change=change).train()
 
 
-def test_without_anywhere_to_spill_the_step_is_refused():
-    with pytest.raises(Refused, match="does not fit"):
-        Device([(0, 1)], spill=False).train()
+def test_an_allocation_that_fails_on_the_host_is_refused():
+    with pytest.raises(Refused, match="bcu needs more memory than is free .* smaller batch"):
+        Device([(1, 1)], host=10**9).train()
+
+
+@pytest.mark.parametrize("host", [0, 8_000])
+def test_what_the_host_has_no_room_for_waits_on_disk_to_the_same_bits(host):
+    """Its kernel would end the process: the bytes that wait for the backward pass are counted."""
+    expected, device = Device().train(), Device(host=host)
+    assert same(device.train(), expected)
+    assert device.roomy.ledger.spilled and device.roomy.ledger.bytes == 0
+    held = Device(host=10**9)
+    assert same(held.train(), expected) and not held.roomy.ledger.spilled
+
+
+def test_a_full_disk_is_refused(monkeypatch):
+    def full(size):
+        raise Refused("full")
+
+    device = Device(host=100)
+    device.roomy.disk = full
+    with pytest.raises(Refused, match="full"):
+        device.train()
+
+
+def test_strides_survive_the_disk():
+    ledger = memory._Ledger(0, [], disk)
+    for tensor in (
+        torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        torch.rand(4, 6).t(),
+        torch.rand(4, 6)[:, ::2],
+        torch.rand(6).bool(),
+        torch.tensor(3.0),
+    ):
+        kept = ledger.keep(tensor)
+        assert torch.equal(kept, tensor)
+        assert kept.stride() == torch.empty_like(tensor).stride()
+
+
+def test_the_count_is_what_autograd_keeps_and_ends_at_nothing(monkeypatch):
+    ledgers = []
+    real = memory._Ledger.__init__
+
+    def noting(self, *arguments):
+        real(self, *arguments)
+        ledgers.append(self)
+
+    monkeypatch.setattr(memory._Ledger, "__init__", noting)
+    most = []
+    release = memory._Ledger.release
+    monkeypatch.setattr(
+        memory._Ledger, "release", lambda self, tensor: (most.append(self.bytes), release(self, tensor))
+    )
+    Device(host=10**9).train()
+    (ledger,) = ledgers  # the first step alone is counted
+    assert ledger.bytes == 0
+    # input 8 x 3 x 6 x 6; convolution, batch norm's and ReLU's outputs 8 x 4 x 4 x 4 each: 4 bytes a number
+    assert 4 * (864 + 3 * 512) <= max(most) <= 2 * 4 * (864 + 3 * 512)

@@ -187,6 +187,18 @@ def test_inverted_triggers_are_worked_against_and_resumed(suspect, arch, images,
     assert not same(tensors(alone.model), tensors(whole.model)) and not alone.findings
 
 
+def test_of_too_many_classes_those_are_inverted_that_counterfeits_draw_to(suspect, arch, images, monkeypatch):
+    monkeypatch.setattr(inoculate, "MOST_INVERTED", 2)
+    monkeypatch.setattr(inoculate.adversaries, "attraction", lambda *_: torch.tensor([0.1, 0.5, 0.2, 0.9]))
+    asked = []
+    real = inoculate.invert
+    monkeypatch.setattr(inoculate, "invert", lambda *a, **k: (asked.append(a[3].tolist()), real(*a, **k))[1])
+    recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), QUICK["inoculate"])
+    cleansed = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
+    assert asked == [[1, 3]] * 3
+    assert cleansed.stages[0] == "inverted 2 of 4 classes: 4 findings"
+
+
 def test_auto_is_inoculate():
     auto, chosen = registry.load(registry.RECIPES, "auto"), registry.load(registry.RECIPES, "inoculate")
     assert auto.families == chosen.families and auto.needs_labels is False

@@ -11,11 +11,12 @@ ANYWHERE = re.compile(
 )
 # Names under which training code holds its network: Lightning, saved tables written flat, averages, feature wrappers.
 AVERAGES = (
-    r"(?:ema|model_ema|ema_model|ema_net|net_ema|averaged_model|swa_model|state_dict_ema|ema_state_dict)"
+    r"(?:ema|model_ema|ema_model|ema_net|net_ema|averaged_model|swa_model|state_dict_ema|ema_state_dict"
+    r"|module_ema)"
 )
 HOLDERS = re.compile(
     rf"^(?:(?:{AVERAGES}|state_dict|model_state_dict|model_state|model|net|network|classifier_model|backbone"
-    r"|base_model|timm_model|shadow|online|student)\.)+"
+    r"|base_model|timm_model|shadow|online|online_model|student|student_model)\.)+"
 )
 # Words that are also parts of networks proper: tried last.
 PARTS = re.compile(

@@ -32,10 +32,12 @@ def label_listing(
     claimed: tuple[str, ...] | None,
     head_classes: int | None,
     forced: bool,
+    csv_must: bool = True,
 ) -> Labels:
     """Labels of all images, or none and a note why; raises Refused where `forced` or `classes` cannot be met.
 
     `classes`: what the user says (a file of names or of labels, or names); `claimed`: the names in the checkpoint.
+    Unless `csv_must`, a file of labels that names none of these images is for others.
     """
     notes = []
     if listing.others:
@@ -54,9 +56,12 @@ def label_listing(
                 f"{classes if isinstance(classes, (str, Path)) else '--classes'} has {len(names)} class names and the "
                 f"network has {head_classes} classes: give a name for each, in the head's order."
             )
+    values = said.match(listing.names) if isinstance(said, FileLabels) else []
+    if isinstance(said, FileLabels) and not csv_must and not any(value is not None for value in values):
+        notes.append(f"{said.path} names no image of {printable(listing.where)}: it is not used for them.")
+        said = None
     kept = None
     if isinstance(said, FileLabels):
-        values = said.match(listing.names)
         kept = np.array([value is not None for value in values])
         if not kept.any():
             raise Refused(

@@ -39,6 +39,7 @@ def load_images(
     classes: Path | Sequence[str] | None = None,
     claimed: tuple[str, ...] | None = None,
     head_classes: int | None = None,
+    csv_must: bool = True,
     tell: Tell | None = None,
     threads: int | None = None,
     memory: int | None = None,
@@ -48,12 +49,12 @@ def load_images(
     `limit` images (0: all) are drawn by seed before anything is decoded; an unreadable one is replaced by the
     next of the draw, named in `skipped`, or refuses the run with `strict`. The result depends on the images' names
     and content, `size`, `limit` and `seed` alone, not on `threads` or on whether an archive holds them. `labeled`
-    refuses where there are no labels; `classes` is a file of class names or labels, or the names, `claimed` the
-    names that the checkpoint gives. More than `memory` bytes of pixels go to a scratch file (default: a share of
-    what is free). Raises Refused for what holds no images.
+    refuses where there are no labels; `classes` is a file of class names or labels, or the names, `claimed` the names
+    that the checkpoint gives; unless `csv_must`, a file of labels may name none of the images. More than `memory`
+    bytes of pixels go to a scratch file (default: a share of what is free). Raises Refused for what holds no images.
     """
     listing = open_images(Path(path))
-    labels = label_listing(listing, classes, claimed, head_classes, labeled)
+    labels = label_listing(listing, classes, claimed, head_classes, labeled, csv_must)
     notes = labels.notes
     order = np.random.default_rng(seed).permutation(len(listing.names))
     if labels.kept is not None:

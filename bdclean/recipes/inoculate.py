@@ -48,8 +48,12 @@ DRAWN = "drawn"
 """The kind of adversary beside those of `adversaries`: the most harmful of several random counterfeits."""
 HUNTED = 0.25
 """How many images more, as a share of the batch, are seen under an inverted trigger, where there is one."""
-STRIPED_IMAGES = 24
-"""How many images all stripes are tried on."""
+FEW_IMAGES = 24
+"""How many images all stripes are tried on, and where there are too many classes to invert all, counterfeits."""
+MOST_INVERTED = 100
+"""Of more classes those are inverted that counterfeits draw most images to."""
+STATISTICS_PIXELS = 1 << 20
+"""Batch norm's final statistics are means over parts of 256 images, or of so many pixels but 64 images or more."""
 USUAL = 0.2
 """Up to about this share of images an adversary sends to one class of a network without a backdoor, too."""
 
@@ -135,10 +139,8 @@ class Inoculate:
             striking, told = _stripes(teacher, images, run)
             outlying, findings = outlying + striking, findings + told
         pursuit = Pursuit(outlying, run.device) if outlying else None
-        student = copy.deepcopy(teacher).requires_grad_(True).train()
-        for module in student.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.p = 0.0
+        student = copy.deepcopy(teacher).requires_grad_(True)
+        norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         steps = max(self.least_steps, math.ceil(self.epochs * len(images) / self.batch_size))
         first, settled = max(1, round(0.6 * steps)), False
         families = self._trained_on()
@@ -162,16 +164,18 @@ class Inoculate:
             )
 
         def train() -> None:
-            """Training mode; once settled, batch norm keeps its running statistics."""
-            student.train()
-            for module in norms if settled else ():
-                module.eval()
+            """Batch norm takes each batch's statistics until it is settled; dropout and its kin stay switched off."""
+            for norm in norms:
+                norm.train(not settled)
 
         def uncorrupted() -> Iterator[Tensor]:
             generator = run.generator("statistics")
-            for _ in range(2):
-                for part in images.split(256):
-                    yield run.precision.layout(augment(part.to(run.device), generator))
+            size = min(256, max(64, STATISTICS_PIXELS // images[0, 0].numel()))
+            for turn in range(2):
+                # Shuffled, and parts of one size: each counts alike, whatever the order of the files.
+                order = torch.randperm(len(images), generator=generator, device=run.device).cpu()
+                for part in order.tensor_split(math.ceil(len(images) / size)):
+                    yield run.precision.layout(augment(images[part].to(run.device), generator))
 
         def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
             nonlocal settled
@@ -214,7 +218,6 @@ class Inoculate:
             measures["agreement"] = (logits[:n].argmax(1) == answers.argmax(1)).float().mean().item()
             return loss, measures
 
-        norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         optimiser = torch.optim.SGD(
             student.parameters(), self.floor, momentum=self.momentum, weight_decay=self.weight_decay
         )
@@ -235,7 +238,9 @@ class Inoculate:
         if not self.settle or first >= steps:
             set_batch_statistics(student, uncorrupted)
         stages = [
-            f"inverted {arch.classes} classes: {len(findings)} findings" if findings else "no inversion",
+            f"inverted {min(arch.classes, MOST_INVERTED)} of {arch.classes} classes: {len(findings)} findings"
+            if findings
+            else "no inversion",
             f"distilled for {steps} updates, {augment.describe()}",
             f"adversaries: {', '.join([DRAWN, *pushed, *(['inverted'] if pursuit is not None else [])])}",
         ]
@@ -264,13 +269,16 @@ class Inoculate:
         height, width = images.shape[2:]
         forms = [mask(height, width), *(added(height, width, kind) for kind in ADDED)]
         found, findings, shown = [], [], {}
+        classes = torch.arange(arch.classes)
+        if self.inversion_steps and arch.classes > MOST_INVERTED:
+            classes = self._attracting(teacher, images, run).topk(MOST_INVERTED).indices.sort().values
         for form in forms if self.inversion_steps else ():
             if form.family in self.leave_out:
                 continue
 
             def fitted(form: Form = form) -> Tensor:
                 steps = math.ceil(self.inversion_steps * form.steps)
-                return invert(teacher, images, form, torch.arange(arch.classes), run, steps=steps).pack()
+                return invert(teacher, images, form, classes, run, steps=steps).pack()
 
             inverted = Inverted.unpack(run.keep(f"inverted-{form.name}", fitted), form)
             small, index, limit = outliers(inverted)
@@ -282,11 +290,28 @@ class Inoculate:
                     found.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
         return found, findings, shown
 
+    def _attracting(self, teacher: Classifier, images: Tensor, run: Run) -> Tensor:
+        """How much random counterfeits draw images to each class, [classes]."""
+        pixels = _few(images).to(run.device).float() / 255
+        generator = run.generator("attraction")
+
+        def forward(x: Tensor) -> Tensor:
+            with run.precision.autocast(run.device):
+                return teacher(run.precision.layout(x))
+
+        families = self._trained_on()
+        return run.keep("attraction", lambda: adversaries.attraction(forward, pixels, families, generator))
+
+
+def _few(images: Tensor) -> Tensor:
+    """Images from all over the set: of all classes, where it is sorted by class."""
+    return images[:: max(1, len(images) // FEW_IMAGES)][:FEW_IMAGES]
+
 
 def _stripes(teacher: Classifier, images: Tensor, run: Run) -> tuple[list[Outlier], list[dict[str, Any]]]:
     """The stripes that send most images to one class, and findings about them."""
     form, changes, words = striped(*images.shape[2:])
-    few = images[:: max(1, len(images) // STRIPED_IMAGES)][:STRIPED_IMAGES]  # of all classes
+    few = _few(images)
     sent = run.keep("sent-by-stripes", lambda: sent_by(form, changes, teacher, few, run))
     share, which = sent.max(0)
     found, findings = [], []
