@@ -171,7 +171,7 @@ class Inoculate:
         def uncorrupted() -> Iterator[Tensor]:
             generator = run.generator("statistics")
             size = min(256, max(64, STATISTICS_PIXELS // images[0, 0].numel()))
-            for turn in range(2):
+            for _ in range(2):
                 # Shuffled, and parts of one size: each counts alike, whatever the order of the files.
                 order = torch.randperm(len(images), generator=generator, device=run.device).cpu()
                 for part in order.tensor_split(math.ceil(len(images) / size)):
