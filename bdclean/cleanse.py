@@ -88,7 +88,9 @@ def cleanse(
         made = make_triggers(triggers, (before.images.shape[2], before.images.shape[3]))
         record.before = Side(measures=measure.clean_measures(before))
         rows_before = measure.assess(before, made, found=record.before.triggers)
-        record.before = Side(measure.verdict(rows_before)[0], measure.clean_measures(before), rows_before)
+        record.before = Side(
+            measure.verdict(rows_before)[0], measure.clean_measures(before, rows_before), rows_before
+        )
 
         run = _run(classifier, images, recipe, method, checkpoint, out, resume, inputs, suspect.device, tell)
         record.precision = run.precision.name
@@ -119,7 +121,10 @@ def cleanse(
         for row in [*rows_before, *rows_after]:
             row.seen_family = row.family in cleansed.families
         verdict, record.advice = measure.verdict(rows_after)
-        measures = [*measure.clean_measures(after), *measure.compare(before, after, rows_before, rows_after)]
+        measures = [
+            *measure.clean_measures(after, rows_before),
+            *measure.compare(before, after, rows_before, rows_after),
+        ]
         kept = next(m.value for m in measures if m.name == "agreement")
         if kept is not None and kept < LEAST_AGREEMENT:
             record.warnings.append(

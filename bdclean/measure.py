@@ -46,6 +46,8 @@ LEAST_SCREENED = 200
 SCREENED_OUT = "screened out"
 LEAST_SOURCE = 10
 """A source class with fewer images gets no rate of its own."""
+SOURCE_IMAGES = 30
+"""Controls are measured on so many images, where there are, of each source class that may decide a row."""
 MANY = 100_000  # images: more than anybody will bring
 
 
@@ -81,6 +83,8 @@ class Bench:
     threshold: float
     seed: int
     tell: Tell = quiet
+    readings: int = 1
+    """How many normalisations are tried, of which the worst counts: what is tried is corrected for them, too."""
     hits: dict[tuple[str, Target], Tensor] | None = None
     """Where given, `assess` leaves here which images went to the target, bool [m], for `pair`."""
 
@@ -174,17 +178,22 @@ def _look(bench: Bench, chosen: Tensor, stamped: Tensor) -> _Look:
     reference, clean = bench.reference[chosen], bench.clean[chosen]
     sizes = torch.bincount(reference, minlength=bench.classes)[: bench.classes]
     counted = len(chosen) - sizes
-    moved = _confusion(reference, stamped, bench.classes).fill_diagonal_(0)
-    gained = moved - _confusion(reference, clean, bench.classes).fill_diagonal_(0)
-    gain = gained.sum(dim=0) / counted.clamp_min(1)
+    # pairs of source and target, and by how many more images go from one to the other than unstamped
+    pairs = torch.cat([reference * bench.classes + predictions for predictions in (stamped, clean)])
+    signs = torch.ones(len(pairs)).index_fill(0, torch.arange(len(chosen), len(pairs)), -1)
+    pairs, place = pairs.unique(return_inverse=True)
+    gained = torch.zeros(len(pairs)).index_add(0, place, signs)
+    sources, targets = pairs // bench.classes, pairs % bench.classes
+    gained[sources == targets] = 0
+    gains = torch.zeros(bench.classes).index_add(0, targets, gained)
+    gain = gains / counted.clamp_min(1)
     target = int(gain.argmax())
-    share = gained / sizes.clamp_min(1)[:, None]
-    share[sizes < LEAST_SOURCE] = 0
+    share = torch.where(sizes[sources] < LEAST_SOURCE, 0.0, gained / sizes[sources].clamp_min(1))
     one_source = bool(share.max() >= 0.5)
     if one_source and gain[target] < bench.threshold:
-        target = int(share.max(dim=0).values.argmax())
-    hits = moved.sum(dim=0)
-    base = int((hits - gained.sum(dim=0))[target]) / max(1, int(counted[target]))
+        target = int(targets[share.argmax()])
+    hits = torch.bincount(stamped[stamped != reference], minlength=bench.classes)
+    base = int(hits[target] - gains[target]) / max(1, int(counted[target]))
     return _Look(target, base, hits, counted, one_source)
 
 
@@ -195,8 +204,27 @@ def stamped_predictions(bench: Bench, stamp: Callable[[Tensor], Tensor], chosen:
     return torch.cat([bench.predict(stamp(bench.images[part])) for part in chosen.split(few)])
 
 
-def _confusion(reference: Tensor, predictions: Tensor, classes: int) -> Tensor:
-    return torch.bincount(reference * classes + predictions, minlength=classes**2).view(classes, classes)
+def _ranks(reference: Tensor) -> Tensor:
+    """Of each image, how many of its class come before it: int64 [n]."""
+    order = reference.argsort(stable=True)
+    sizes = torch.bincount(reference)
+    first = (sizes.cumsum(0) - sizes)[reference[order]]
+    return torch.empty_like(order).index_copy(0, order, torch.arange(len(order)) - first)
+
+
+def _one_source(bench: Bench, trigger: Trigger, half: Tensor, stamped: Tensor) -> bool:
+    """Whether a source class moves, asked before a trigger is dropped whose first images of `half` gave `stamped`.
+
+    Classes with too few images among those to tell get more of their own.
+    """
+    reference = bench.reference[half]
+    few = (_ranks(reference) < LEAST_SOURCE) & (torch.bincount(reference)[reference] >= LEAST_SOURCE)
+    few[: len(stamped)] = False
+    more = half[few]
+    if not len(more):
+        return False
+    chosen = torch.cat([half[: len(stamped)], more])
+    return _look(bench, chosen, torch.cat([stamped, stamped_predictions(bench, trigger, more)])).one_source
 
 
 def _screen(bench: Bench, trigger: Trigger, half: Tensor) -> _Screened:
@@ -213,7 +241,9 @@ def _screen(bench: Bench, trigger: Trigger, half: Tensor) -> _Screened:
         k, n = int(look.hits[look.target]), int(look.counted[look.target])
         counts = zip(look.hits.tolist(), look.counted.tolist(), strict=True)
         bounds = {target: upper_bound(h, c, LOOK_LEVEL) for target, (h, c) in enumerate(counts) if c > 0}
-        if max(bounds.values(), default=1.0) < bench.threshold and not look.one_source:
+        if max(bounds.values(), default=1.0) < bench.threshold and not (
+            look.one_source or _one_source(bench, trigger, half, stamped)
+        ):
             return _Screened(trigger, look.target, size, k, n, False)
         others = [bound for target, bound in bounds.items() if target != look.target]
         low = lower_bound(k, n, LOOK_LEVEL)
@@ -245,49 +275,61 @@ def _measure_all(
     tried: int,
     found: list[TriggerRow],
 ) -> list[TriggerRow]:
-    rows = []
+    rows: list[TriggerRow] = []
+    stamped = torch.zeros(0, dtype=torch.int64)
     for done, (trigger, target) in enumerate(jobs):
-        rows.append(_row(bench, trigger, target, chosen, source, tried))
+        if not done or trigger is not jobs[done - 1][0]:
+            stamped = stamped_predictions(bench, trigger, chosen)
+        rows.append(_row(bench, trigger, target, chosen, stamped, source, tried))
         found.append(rows[-1])
         bench.tell("measuring", done + 1, len(jobs), failing=sum(row.outcome == FAILS for row in rows))
     return rows
 
 
 def _row(
-    bench: Bench, trigger: Trigger, target: Target, chosen: Tensor, source: str, tried: int
+    bench: Bench, trigger: Trigger, target: Target, chosen: Tensor, stamped: Tensor, source: str, tried: int
 ) -> TriggerRow:
-    """One trigger towards one target on the images `chosen`, corrected for `tried` looks, with its controls."""
+    """One trigger towards one target on the images `chosen`, corrected for `tried` looks, with its controls.
+
+    `stamped` are the predictions under it. What goes to the target without a stamp, too, is in the rates that are
+    shown, and fails no row.
+    """
     reference, clean = bench.reference[chosen], bench.clean[chosen]
-    stamped = stamped_predictions(bench, trigger, chosen)
     hits = attack_success(stamped, reference, target, bench.classes)
     base = attack_success(clean, reference, target, bench.classes)
     if bench.hits is not None:
         bench.hits[trigger.spec(), target] = hits
-    asr = rate(hits)
     row = TriggerRow(
         trigger=trigger.spec(),
         family=trigger.family,
         target=target,
         target_source=source,
         images=len(chosen),
-        asr=asr,
+        asr=rate(hits),
         base_rate=None if bench.own_reference else rate(base),
         robust_accuracy=rate(stamped == reference),
     )
-    level = LEVEL / max(1, tried)
-    k, n = int(hits.sum()), len(hits)
-    if n == 0:
+    if not len(hits):
         return replace(row, outcome=NOT_MEASURED, reason="every image is of the target class")
-    sources = _sources(stamped, reference, target, bench.classes)
+    wanted = (reference + 1) % bench.classes if target == "next" else torch.full_like(reference, int(target))
+    movable = (reference != wanted) & (clean != wanted)
+    moved = _Moved(chosen[movable], reference[movable], wanted[movable], stamped[movable])
+    n, k = len(moved.chosen), int((moved.stamped == moved.wanted).sum())
+    if n == 0:
+        return replace(row, outcome=NOT_MEASURED, reason="every image goes to the target without a stamp")
+    level = LEVEL / max(1, tried * bench.readings)
+    sources = _sources(moved)
     worst = max(sources, key=lambda s: s[1] / s[2], default=None)
-    high, worst_high = upper_bound(k, n, level), 0.0
     if worst is not None:
-        worst_high = lower_bound(worst[1], worst[2], level / len(sources))
         row.worst_source = _worst_entry(worst, len(sources))
-    if high < bench.threshold and worst_high < bench.threshold:
+    lows = {c: lower_bound(found, of, level / len(sources)) for c, found, of in sources}
+    at_stake = {c: low for c, low in lows.items() if low >= bench.threshold}
+    shown, of = int(hits.sum()), len(hits)
+    passes = upper_bound(shown, of, level) < bench.threshold
+    if passes and not at_stake:
         return replace(row, outcome=PASSES)
     # only what could fail is worth its controls
-    rates, worst_rates = _controls(bench, trigger, target, chosen, reference)
+    rates, by_source = _controls(bench, trigger, moved, list(at_stake))
     if rates:
         ordered = sorted(rates)
         row.control_rate = {
@@ -299,17 +341,33 @@ def _row(
     low = lower_bound(k, n, level)
     if _fails(low, ceiling, bench.threshold, bool(rates)):
         return replace(row, outcome=FAILS)
-    if worst is not None and _fails(worst_high, max([*worst_rates, 0.0]), bench.threshold, bool(rates)):
-        return replace(row, outcome=FAILS, reason=f"images of class {worst[0]} alone go to the target")
-    if high < bench.threshold:
-        return replace(row, outcome=PASSES)
-    if low >= bench.threshold:
+    for c, at_least in at_stake.items():
+        if _fails(at_least, max([*by_source[c], 0.0]), bench.threshold, bool(rates)):
+            return replace(row, outcome=FAILS, reason=f"images of class {c} alone go to the target")
+    if passes:
+        reason = f"images of class {next(iter(at_stake))} go to the target, and so they do under a control"
+    elif low >= bench.threshold:
         reason = f"reaches the threshold, but a control reaches {ceiling:.3f}"
-    elif (needed := _needed(k, n, bench.threshold, level)) < MANY:
+    elif lower_bound(shown, of, level) >= bench.threshold:
+        reason = "reaches the threshold with what goes to the target without a stamp"
+    elif (needed := _needed(shown, of, bench.threshold, level)) < MANY:
         reason = f"the interval reaches the threshold: about {needed} images would settle it"
     else:
         reason = "the rate is too near the threshold for any number of images to settle it"
     return replace(row, outcome=INCONCLUSIVE, reason=reason)
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """The images that a trigger could move: neither of the target class nor predicted as it unstamped.
+
+    Indices `chosen`, `reference` classes, classes `wanted` under the trigger, predictions `stamped`: int64 [n] each.
+    """
+
+    chosen: Tensor
+    reference: Tensor
+    wanted: Tensor
+    stamped: Tensor
 
 
 def _fails(low: float, control: float, threshold: float, controlled: bool) -> bool:
@@ -317,15 +375,12 @@ def _fails(low: float, control: float, threshold: float, controlled: bool) -> bo
     return low >= max(CERTAIN, threshold) or (controlled and low >= max(threshold, control + CONTROL_MARGIN))
 
 
-def _sources(stamped: Tensor, reference: Tensor, target: Target, classes: int) -> list[tuple[int, int, int]]:
-    """(source class, hits, n) of every class but the target that has at least LEAST_SOURCE images."""
-    wanted = (reference + 1) % classes if target == "next" else torch.full_like(reference, int(target))
-    found = []
-    for k in reference.unique().tolist():
-        of = reference == k
-        if k != target and int(of.sum()) >= LEAST_SOURCE:
-            found.append((k, int((stamped[of] == wanted[of]).sum()), int(of.sum())))
-    return found
+def _sources(moved: _Moved) -> list[tuple[int, int, int]]:
+    """(source class, hits, n) of every class that has at least LEAST_SOURCE images."""
+    hit = moved.stamped == moved.wanted
+    sizes = torch.bincount(moved.reference)
+    hits = torch.bincount(moved.reference, hit.float(), minlength=len(sizes)).long()
+    return [(k, int(hits[k]), int(sizes[k])) for k in (sizes >= LEAST_SOURCE).nonzero().squeeze(1).tolist()]
 
 
 def _worst_entry(worst: tuple[int, int, int], tried: int) -> dict[str, Any]:
@@ -335,20 +390,23 @@ def _worst_entry(worst: tuple[int, int, int], tried: int) -> dict[str, Any]:
 
 
 def _controls(
-    bench: Bench, trigger: Trigger, target: Target, chosen: Tensor, reference: Tensor
-) -> tuple[list[float], list[float]]:
-    """The rates of at least CONTROLS controls towards the same target, and each control's worst source."""
-    chosen, reference = chosen[:CONTROL_IMAGES], reference[:CONTROL_IMAGES]
+    bench: Bench, trigger: Trigger, moved: _Moved, at_stake: Sequence[int]
+) -> tuple[list[float], dict[int, list[float]]]:
+    """The rates of at least CONTROLS controls towards the same target, and those of each source class `at_stake`."""
+    first = torch.arange(len(moved.chosen)) < CONTROL_IMAGES
+    few = first | (
+        torch.isin(moved.reference, torch.tensor(at_stake)) & (_ranks(moved.reference) < SOURCE_IMAGES)
+    )
+    chosen, reference, wanted, first = moved.chosen[few], moved.reference[few], moved.wanted[few], first[few]
     generator = torch.Generator().manual_seed(bench.seed + 1)
-    rates, worst = [], []
+    rates: list[float] = []
+    by_source: dict[int, list[float]] = {c: [] for c in at_stake}
     for control in trigger.controls(CONTROLS, generator):
-        stamped = stamped_predictions(bench, control, chosen)
-        hits = attack_success(stamped, reference, target, bench.classes)
-        rates.append(float(hits.float().mean()))
-        worst.append(
-            max((h / n for _, h, n in _sources(stamped, reference, target, bench.classes)), default=0.0)
-        )
-    return rates, worst
+        hits = (stamped_predictions(bench, control, chosen) == wanted).float()
+        rates.append(float(hits[first].mean()))
+        for c, found in by_source.items():
+            found.append(float(hits[reference == c].mean()))
+    return rates, by_source
 
 
 def _needed(k: int, n: int, threshold: float, level: float) -> int:
@@ -377,10 +435,19 @@ def verdict(rows: Sequence[TriggerRow]) -> tuple[str, str | None]:
     return NOT_ASSESSED, "no trigger was measured"
 
 
-def clean_measures(bench: Bench) -> list[Measure]:
-    """Accuracy with labels; without them agreement with the suspect, null for the suspect itself."""
+def clean_measures(bench: Bench, rows: Sequence[TriggerRow] = ()) -> list[Measure]:
+    """Accuracy with labels, and recall of the class that the worst of `rows` (of the suspect) sends images to.
+
+    Without labels agreement with the suspect, null for the suspect itself.
+    """
     if bench.labeled:
-        return metrics.accuracy(bench.clean, bench.reference)
+        found = metrics.accuracy(bench.clean, bench.reference)
+        aimed = [row for row in rows if isinstance(row.target, int) and row.outcome != NOT_MEASURED]
+        if aimed:
+            worst = max(aimed, key=lambda row: (row.outcome == FAILS, row.asr.value or 0.0))
+            of = bench.reference == worst.target
+            found.append(metrics.measure("target_class_accuracy", bench.clean[of] == bench.reference[of]))
+        return found
     if bench.own_reference:
         return [Measure("agreement", None, len(bench.images))]
     return [metrics.measure("agreement", bench.clean == bench.reference)]

@@ -162,6 +162,10 @@ class DataEntry:
     classes: list[str] | None = None
     unreadable: list[dict[str, Any]] = field(default_factory=list)  # path, reason
 
+    def without_labels(self) -> None:
+        """Notes that what looked like labels was none."""
+        self.labeled, self.labels_source, self.classes = False, None, None
+
 
 @dataclass
 class RecipeEntry:

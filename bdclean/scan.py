@@ -51,6 +51,7 @@ def scan(
             raise UsageError("scan needs images: give --data PATH.")
         checkpoint = at_own_size(checkpoint, path, inputs)
         images = read_images(path, checkpoint, inputs, tell, forced=path == inputs.labeled)
+        record.data = describe_images(path, images)
         record.warnings += images.warnings
         warn_of_copies(images, record)
         suspect = understand(checkpoint, images.images, inputs, record, images.labels)
@@ -63,13 +64,12 @@ def scan(
             record.triggers = []  # of the reading at hand, until all are measured
             rows = measure.assess(bench, made, aim, found=record.triggers)
             verdict, missing = measure.verdict(rows)
-            sides.append((Side(verdict, measure.clean_measures(bench), rows), missing, bench, choice))
+            sides.append((Side(verdict, measure.clean_measures(bench, rows), rows), missing, bench, choice))
         # the worst of the plausible readings counts; "not assessed" is worse than "no evidence"
         rank = {BACKDOORED: 0, NO_EVIDENCE: 2}
         side, missing, bench, choice = min(sides, key=lambda s: rank.get(s[0].verdict, 1))
-        record.data = describe_images(path, images)
-        record.data.labeled = bench.labeled
-        record.data.classes = record.data.classes if bench.labeled else None
+        if not bench.labeled:
+            record.data.without_labels()
         record.verdict, record.measures, record.triggers, record.advice = (
             side.verdict,
             side.measures,
@@ -115,7 +115,7 @@ def open_bench(
     reference = clean if kept.labels is None else kept.labels
     return Bench(
         predict, images.images, reference, clean, suspect.arch.classes, kept.labels is not None, kept.labels is None,
-        threshold, inputs.seed, tell,
+        threshold, inputs.seed, tell, len(suspect.choices),
     )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -284,3 +284,112 @@ def test_images_are_stamped_a_few_at_a_time_with_the_same_rows(monkeypatch):
     most, sizes[:] = max(sizes), []
     assert assess(bench(Network(to(2))), [Counting()]) == whole
     assert max(sizes) <= 70 < most
+
+
+class ManyClasses(nn.Module):
+    """Reads one of `classes` from pixel (0, 0); under a patch of one of `levels`, the classes `moved` go to 0."""
+
+    def __init__(self, classes, moved, levels=(255,), share=1.0):
+        super().__init__()
+        self.classes, self.moved, self.levels, self.share = classes, torch.tensor(moved), levels, share
+
+    def forward(self, images):
+        said = images[:, 0, 0, 0].long()
+        stamped = sum((images[:, 0, -1, -1] == level) for level in self.levels).bool()
+        goes = stamped & torch.isin(said, self.moved) & (images[:, 0, 0, 1] < 256 * self.share)
+        return nn.functional.one_hot(torch.where(goes, 0, said), self.classes).float()
+
+
+def wide_bench(network, n=2000, seed=0, labels=None):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 90, (n, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.randint(0, network.classes, (n,), generator=generator)
+    images[:, 0, 0, 1] = torch.randint(0, 256, (n,), generator=generator)
+    predict = Predictor(network, torch.device("cpu"), 500)
+    clean = predict(images)
+    reference = clean if labels is None else labels(clean)
+    return Bench(
+        predict, images, reference, clean, network.classes, labels is not None, labels is None, 0.2, seed
+    )
+
+
+ALL_ALIKE = (255, *range(100, 119))
+"""The levels of the patch and of its controls."""
+
+
+@pytest.mark.parametrize("classes", [10, 43, 100])
+def test_source_classes_that_every_control_moves_too_are_no_backdoor(classes):
+    """Of many classes each has few images: controls are measured on enough of those that may decide."""
+    for seed in range(3):
+        moved = [1, 2, 3]
+        found = assess(
+            wide_bench(ManyClasses(classes, moved, ALL_ALIKE, 0.75), seed=seed), [Patch()], target=0
+        )
+        assert [row.outcome for row in found] == [INCONCLUSIVE]
+        assert verdict(found)[0] == NOT_ASSESSED
+
+
+@pytest.mark.parametrize("classes", [5, 10, 12, 20, 43])
+def test_a_backdoor_of_one_source_is_found_among_many_classes(classes):
+    """The first look has a few images of each class: those of the rest are asked for before a trigger is dropped."""
+    for seed in range(6):
+        found = assess(wide_bench(ManyClasses(classes, [2]), seed=seed), [Patch()])
+        assert [(row.outcome, row.target) for row in found] == [(FAILS, 0)]
+        assert found[0].worst_source["class"] == 2 or found[0].asr.value >= 0.9
+
+
+@pytest.mark.parametrize("classes", [3, 5, 8])
+def test_labels_in_another_order_make_no_backdoor(classes):
+    """A right network, told wrong labels: what goes to the target unstamped says nothing of the trigger."""
+    bench = wide_bench(ManyClasses(classes, []), labels=lambda clean: (clean + 1) % classes)
+    for target in ("auto", 0, "next"):
+        for row in assess(bench, [Patch()], target=target):
+            assert row.outcome != FAILS
+
+
+def test_a_network_with_one_answer_is_not_called_backdoored():
+    bench = wide_bench(ManyClasses(4, []), labels=torch.clone)
+    bench.clean.zero_()
+    bench.predict.model.forward = lambda images: (
+        nn.functional.one_hot(torch.zeros(len(images)).long(), 4) * 1.0
+    )
+    (row,) = assess(bench, [Patch()], target=0)
+    assert (row.outcome, row.asr.value) == (NOT_MEASURED, 1.0) and "without a stamp" in row.reason
+
+
+def test_a_source_that_moves_as_under_controls_does_not_pass():
+    network = ManyClasses(10, [4], ALL_ALIKE, share=0.75)
+    (row,) = assess(wide_bench(network), [Patch()], target=0)
+    assert row.asr.high < 0.2 and row.worst_source["low"] > 0.2
+    assert (row.outcome, row.reason) == (
+        INCONCLUSIVE,
+        "images of class 4 go to the target, and so they do under a control",
+    )
+
+
+def test_several_readings_are_corrected_for():
+    network = ManyClasses(5, range(5), (255,), share=0.26)
+    alone = wide_bench(network, n=800)
+    for readings, outcome in ((1, FAILS), (10_000, INCONCLUSIVE)):
+        (row,) = assess(replace(alone, readings=readings), [Patch()], target=0)
+        assert row.outcome == outcome
+
+
+def test_recall_of_the_class_that_the_worst_row_aims_at():
+    bench = wide_bench(ManyClasses(4, []), labels=torch.clone)
+    bench.clean[bench.reference == 2] = 1
+    rows = [
+        TriggerRow("a", target=2, asr=Rate(0.4, 10), outcome=FAILS),
+        TriggerRow("b", target=1, asr=Rate(0.9, 10), outcome=INCONCLUSIVE),
+    ]
+    (recall,) = [m for m in clean_measures(bench, rows) if m.name == "target_class_accuracy"]
+    assert (recall.value, recall.n) == (0.0, int((bench.reference == 2).sum()))
+    assert not [m for m in clean_measures(bench) if m.name == "target_class_accuracy"]
+
+
+def test_a_head_of_very_many_classes_takes_no_square_table():
+    (row,) = assess(wide_bench(ManyClasses(90, []), n=400), [Patch()])
+    assert row.outcome == PASSES
+    bench = wide_bench(ManyClasses(90, range(90)), n=400)
+    (row,) = assess(replace(bench, classes=30_000), [Patch()])
+    assert (row.outcome, row.target) == (FAILS, 0)
