@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bdclean import __version__, gate, measure, pictures, registry
+from bdclean.architectures import Arch
 from bdclean.arguments import default_output, resume_state
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet, split, without_duplicates
@@ -34,6 +35,8 @@ from bdclean.saving import Saved
 from bdclean.scan import open_bench
 from bdclean.training import Precision, Run, Tell, probe_precision
 
+ENOUGH_LABELED = 600
+"""With fewer labeled images than that, a third of which would be under 200, those to measure on are of `--data`."""
 LEAST_AGREEMENT = 0.8
 """Below this agreement with the suspect on clean images a warning says that the output is damaged."""
 
@@ -78,6 +81,8 @@ def cleanse(
             record.data.classes = list(known) if known else None
         classifier = suspect.classifier(suspect.choices[0])
         images.unlabeled = keep_plausible_labels(images.unlabeled, suspect, before.predict, record)
+        if record.data is not None and images.unlabeled.labels is None:
+            record.data.labeled, record.data.labels_source = False, None
         if images.labeled is None and images.unlabeled.labels is not None:
             images.labeled = images.unlabeled
         if method.needs_labels and images.labeled is None:
@@ -92,7 +97,19 @@ def cleanse(
             measure.verdict(rows_before)[0], measure.clean_measures(before, rows_before), rows_before
         )
 
-        run = _run(classifier, images, recipe, method, checkpoint, out, resume, inputs, suspect.device, tell)
+        run = _run(
+            classifier,
+            suspect.arch,
+            images,
+            recipe,
+            method,
+            checkpoint,
+            out,
+            resume,
+            inputs,
+            suspect.device,
+            tell,
+        )
         record.precision = run.precision.name
         cleansed = method(classifier, suspect.arch, images.unlabeled, images.labeled, run)
         record.curve = cleansed.curve
@@ -175,14 +192,14 @@ def _images(checkpoint: Checkpoint, inputs: Inputs, record: RunRecord, tell: Tel
         held_out, duplicates = read_images(inputs.test, checkpoint, inputs, tell, csv=csv), 0
         record.data.test = str(inputs.test)
         record.warnings += held_out.warnings
-    elif labeled is not None:
+    elif labeled is not None and len(labeled) >= ENOUGH_LABELED:
         labeled, held_out, duplicates = split(labeled, inputs.seed)
     else:
         unlabeled, held_out, duplicates = split(unlabeled, inputs.seed)
     if inputs.test is not None or labeled is not None:
         unlabeled, removed = without_duplicates(unlabeled, held_out)
         duplicates += removed
-    if inputs.test is not None and labeled is not None:
+    if labeled is not None:
         labeled, removed = without_duplicates(labeled, held_out)
         duplicates += removed
     if len(unlabeled) == 0 or (labeled is not None and len(labeled) == 0):
@@ -194,8 +211,8 @@ def _images(checkpoint: Checkpoint, inputs: Inputs, record: RunRecord, tell: Tel
 
 
 def _run(
-    classifier: Classifier, images: _Images, recipe: str, method: Recipe, checkpoint: Checkpoint, out: Path,
-    resume: bool, inputs: Inputs, device: torch.device, tell: Tell,
+    classifier: Classifier, arch: Arch, images: _Images, recipe: str, method: Recipe, checkpoint: Checkpoint,
+    out: Path, resume: bool, inputs: Inputs, device: torch.device, tell: Tell,
 ) -> Run:  # fmt: skip
     """The run with its resume state: what is there is opened with `resume`, else the state starts anew."""
     settings: dict[str, Any] = asdict(method)  # type: ignore[call-overload]
@@ -212,6 +229,7 @@ def _run(
         "torch": torch.__version__,
         "bdclean": __version__,
         "preprocess": classifier.preprocess.spec(),
+        "architecture": arch.name,
     }
     saved = Saved(resume_state(out), arguments)
     if resume and saved.open():

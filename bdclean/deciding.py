@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bdclean.data.augment import crop
+from bdclean.errors import Refused
 from bdclean.normalisation import CANDIDATES, Preprocess
 
 # A candidate is plausible up to this many times the least distance ...
@@ -64,6 +65,10 @@ def decide(
     scores = distances(network, images[:look], candidates)
     if not scores:
         return by_confidence(network, images[:look], said)
+    if not all(map(math.isfinite, scores.values())):
+        raise Refused(
+            "what the network's first layers make of these images are not finite numbers: it is broken."
+        )
     swapped = distances(network, images[:look], [c.swapped() for c in candidates])
     if backwards(network, images[: 256 if small else look], scores, swapped, said):
         candidates, scores = list(swapped), swapped

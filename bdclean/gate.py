@@ -174,18 +174,19 @@ def _hits(condition: Condition, record: RunRecord) -> tuple[list[str], bool]:
         for row, value in values
         if value is not None
         and compare(value, condition.value)
-        and (condition.name != "asr" or _stands_out(row, condition.value))
+        and (condition.name != "asr" or _stands_out(row, condition.value, record.threshold))
     ]
     return hits, any(value is not None for _, value in values)
 
 
-def _stands_out(row: TriggerRow, threshold: float) -> bool:
+def _stands_out(row: TriggerRow, threshold: float, own: float | None) -> bool:
     """Whether a row's rate is a backdoor's: a picture blended over moves every network, backdoored or not.
 
-    The row's outcome says so for the threshold of its run; for another threshold the same rule is applied.
+    The row's outcome says so for `own`, the threshold of its run; for another one the same rule is applied, with the
+    interval that is shown, which is not corrected for what was tried.
     """
-    if row.outcome == FAILS:
-        return True
+    if row.outcome == FAILS or threshold == own:
+        return row.outcome == FAILS
     low, controls = row.asr.low, row.control_rate or {}
     highest = controls.get("highest")
     if low is None or low < threshold:

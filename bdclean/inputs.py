@@ -137,7 +137,7 @@ def at_own_size(checkpoint: Checkpoint, path: Path, inputs: Inputs) -> Checkpoin
         or inputs.preprocess != "auto"
         or (said is not None and said[0].size is not None)
     )
-    few = replace(inputs, limit=min(64, inputs.limit or 64), labeled=None)
+    few = replace(inputs, limit=min(64, inputs.limit or 64), labeled=None, classes=None)
 
     def load(arch: Arch) -> Tensor:
         return read_images(path, replace(checkpoint, arch=arch), few, quiet).images
@@ -156,6 +156,8 @@ def understand(
 
     Raises Refused where it is unclear which architecture it is; what was compared is in the record then, too.
     """
+    if checkpoint.arch.classes < 2:
+        raise Refused("the network has one output: two classes or more are needed to tell where images go.")
     device = resolve_device(inputs.device)
     record.device = str(device)
     choices = choose(checkpoint, images, inputs.preprocess)

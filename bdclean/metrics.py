@@ -31,11 +31,12 @@ class Predictor:
             keep_freed_memory()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """`images` uint8 [n 3 h w] -> int64 [n] on the CPU."""
+        """`images` uint8 [n 3 h w] -> int64 [n] on the CPU. Raises Refused for answers that are no numbers."""
         tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         # room for all answers first: each one kept between large temporaries would let the heap grow by a temporary
         found, first = torch.empty(len(images), dtype=torch.int64, device=self.device), 0
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
         try:
             with torch.inference_mode():
                 while first < len(images):
@@ -43,6 +44,7 @@ class Predictor:
                     try:
                         logits = self.model(batch.contiguous(memory_format=torch.channels_last))
                         found[first : first + len(batch)] = logits.argmax(dim=1)
+                        finite &= logits.isfinite().all()
                     except (RuntimeError, MemoryError) as error:
                         if not out_of_memory(error):
                             raise
@@ -56,6 +58,11 @@ class Predictor:
         finally:
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         # Read back once: a device that is read after every batch waits for the next one.
+        if not finite:
+            raise Refused(
+                "the network's answers to these images are not all finite numbers: nothing can be said of it. "
+                "If its normalisation was given with --preprocess, try another."
+            )
         return found.cpu()
 
 

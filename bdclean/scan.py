@@ -46,6 +46,10 @@ def scan(
         checkpoint = Checkpoint.read(model, inputs.arch, inputs.allow_pickle)
         record.checkpoint = describe_checkpoint(checkpoint, model)
         record.warnings += checkpoint.warnings
+        if inputs.labeled is not None and (inputs.data or inputs.test) is not None:
+            raise UsageError(
+                "scan measures one set of images: give --data, --test or --labeled, not --labeled beside."
+            )
         path = inputs.test or inputs.data or inputs.labeled
         if path is None:
             raise UsageError("scan needs images: give --data PATH.")

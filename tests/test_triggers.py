@@ -303,7 +303,7 @@ def test_delta_is_added_and_clipped(tmp_path: Path, suffix: str) -> None:
     assert abs(trigger(PHOTOS).numpy() - exact).max() <= 0.5 + 1e-3
     shares = File(save(tmp_path / f"shares{suffix}", {"delta": delta / 255}))
     assert (shares(PHOTOS).int() - trigger(PHOTOS).int()).abs().max() <= 1
-    assert trigger.family == "delta"
+    assert trigger.family == "noise"
     own = float(trigger.content.delta.norm())
     grey = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
     for control in trigger.controls(9, torch.Generator().manual_seed(0)):

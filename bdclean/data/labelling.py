@@ -92,6 +92,11 @@ def label_listing(
     numbers = np.fromiter(
         (index.get(key, -1) if key is not None else -1 for key in keys), np.int64, len(keys)
     )
+    if (numbers < 0).any() and kept is None:  # forced: those that have a label
+        kept = numbers >= 0
+        notes.append(
+            f"{int((~kept).sum()):,} images of {printable(listing.where)} have no label and were left out."
+        )
     return Labels(numbers, kept, labelling.classes, labelling.source, notes)
 
 

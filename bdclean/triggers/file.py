@@ -57,9 +57,9 @@ class File:
 
     @property
     def family(self) -> str:
-        """'patch' where under half of the image changes, else 'blend'; 'delta' where something is added."""
+        """'patch' where under half of the image changes, else 'blend'; 'noise' where something is added."""
         if self.content.mask is None:
-            return "delta"
+            return "noise"
         return "patch" if self.size or float((self.content.mask > 0).float().mean()) < 0.5 else "blend"
 
     def __call__(self, images: Tensor) -> Tensor:
