@@ -113,13 +113,17 @@ def attack_success(stamped: Tensor, reference: Tensor, target: int | str, classe
 def accuracy(predictions: Tensor, labels: Tensor) -> list[Measure]:
     """clean_accuracy, class_mean_accuracy and worst_class_accuracy of int64 [n] predictions.
 
-    The class mean's interval is the normal one of a stratified mean; the worst class's is Wilson at 0.05 over classes.
+    The class mean's interval is the normal one of a stratified mean (a class of one image is taken to vary as all
+    images do); the worst class's is Wilson at 0.05 over classes.
     """
     correct = predictions == labels
     present = labels.unique()
     rates = [rate(correct[labels == k]) for k in present.tolist()]
     mean = sum(r.value or 0.0 for r in rates) / max(1, len(rates))
-    variance = sum((r.value or 0) * (1 - (r.value or 0)) / r.n for r in rates) / max(1, len(rates)) ** 2
+    overall = float(correct.float().mean()) if len(correct) else 0.0
+    spreads = [((r.value or 0.0) * (1 - (r.value or 0.0)), r.n) for r in rates]
+    variances = [spread / (n - 1) if n > 1 else overall * (1 - overall) for spread, n in spreads]
+    variance = sum(variances) / max(1, len(rates)) ** 2
     half = 1.96 * math.sqrt(variance)
     worst = min(rates, key=lambda r: r.value or 0.0)
     hits = round((worst.value or 0.0) * worst.n)

@@ -255,3 +255,12 @@ def test_parquet_without_pyarrow_says_what_to_install(
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(Refused, match=r"pip install 'bdclean\[parquet\]'"):
         load_images(tmp_path / "a.parquet", SIZE)
+
+
+def test_forced_labels_of_some_images_leave_the_others_out(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (8, 6, 6, 3), dtype=np.uint8)
+    np.savez(tmp_path / "some.npz", images=images, labels=np.array([0, -1, 1, 2, -1, 0, 1, 2]))
+    found = load_images(tmp_path / "some.npz", (6, 6), labeled=True)
+    assert len(found) == 6 and sorted(found.labels.tolist()) == [0, 0, 1, 1, 2, 2]
+    assert any("2 images" in note and "no label" in note for note in found.warnings)
+    assert load_images(tmp_path / "some.npz", (6, 6)).labels is None

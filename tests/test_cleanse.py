@@ -8,9 +8,10 @@ from PIL import Image
 
 from bdclean.checkpoint import Checkpoint
 from bdclean.cleanse import _images, cleanse
-from bdclean.errors import Refused
+from bdclean.errors import Refused, UsageError
 from bdclean.inputs import Inputs
 from bdclean.record import RunRecord
+from bdclean.scan import scan
 from bdclean.training import quiet
 
 SAMPLES = Path(__file__).resolve().parent.parent / "sample_models"
@@ -75,3 +76,21 @@ def test_with_labeled_images_and_a_test_set_a_csv_may_be_about_one_of_them(tmp_p
     found = _images(checkpoint, inputs, RunRecord("cleanse"), quiet)
     assert found.unlabeled.labels.bincount().tolist() == [2] * 12
     assert found.held_out.labels.bincount().tolist() == [2] * 12
+
+
+@pytest.mark.parametrize("labeled, where", [(300, "data"), (700, "labeled")])
+def test_what_is_measured_on_is_held_out_where_there_is_enough(labeled, where, tmp_path):
+    checkpoint = Checkpoint.read(SAMPLES / "signs-badnets.safetensors")
+    for k in range(12):
+        pictures(tmp_path / "labeled" / str(k), 100 + k, -(-labeled // 12))
+    data = pictures(tmp_path / "data", 1, 700)
+    found = _images(checkpoint, Inputs(data=data, labeled=tmp_path / "labeled"), RunRecord("cleanse"), quiet)
+    assert len(found.held_out) == 200
+    assert (found.held_out.labels is not None) == (where == "labeled")
+    assert len(found.unlabeled) == (500 if where == "data" else 700)
+
+
+def test_scan_does_not_ignore_labeled_images_without_a_word(tmp_path):
+    data = pictures(tmp_path / "data", 1)
+    with pytest.raises(UsageError, match="one set of images"):
+        scan(SAMPLES / "signs-badnets.safetensors", Inputs(data=data, labeled=data), tell=quiet)

@@ -137,3 +137,11 @@ def test_a_cleansing_is_judged_by_what_is_after():
 )
 def test_several_models_make_one_exit_code(codes, code):
     assert gate.exit_code(codes) == code
+
+
+def test_at_its_own_threshold_a_row_is_judged_by_its_outcome():
+    """A verdict hangs on exact, corrected bounds there; the interval that is shown is neither."""
+    near = row(0.225, "inconclusive", highest=0.05, low=0.2002)
+    assert judge("asr>=0.2").check(scanned(near, threshold=0.2)) == ([], [])
+    assert judge("asr>=0.19").check(scanned(near, threshold=0.2))[0]
+    assert judge("asr>=0.2").check(scanned(row(0.4, "fails"), threshold=0.2))[0]

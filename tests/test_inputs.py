@@ -12,6 +12,7 @@ from bdclean.architectures.residual import ResidualNetwork
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet
 from bdclean.data.placing import place, take
+from bdclean.errors import Refused
 from bdclean.inputs import (
     Inputs,
     keep_plausible_labels,
@@ -117,3 +118,23 @@ def test_images_stay_on_the_host_where_the_device_is_small(monkeypatch):
     assert kept.device.type == "cpu"
     chosen = torch.tensor([7, 999], device=device)
     assert torch.equal(take(kept, chosen, device).cpu(), images[[7, 999]])
+
+
+def test_a_head_of_one_output_is_refused(tmp_path):
+    network = ResidualNetwork((1, 1, 1), (8, 16, 32), 8, 1)
+    save_file(network.state_dict(), tmp_path / "m.safetensors")
+    checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
+    with pytest.raises(Refused, match="one output"):
+        understand(checkpoint, torch.zeros(20, 3, 32, 32, dtype=torch.uint8), Inputs(), RunRecord("scan"))
+
+
+def test_first_layers_that_give_no_numbers_are_refused(tmp_path):
+    network = ResidualNetwork((1, 1, 1), (8, 16, 32), 8, 4)
+    state = network.state_dict()
+    first = next(name for name in state if name.endswith("conv1.weight"))
+    state[first] = torch.full_like(state[first], 3e38)
+    save_file(state, tmp_path / "m.safetensors")
+    checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    with pytest.raises(Refused, match="finite numbers"):
+        understand(checkpoint, images, Inputs(device="cpu"), RunRecord("scan"))

@@ -160,3 +160,28 @@ def test_the_hosts_memory_counts_like_a_devices_and_other_errors_do_not():
 def test_out_of_memory_with_one_image_is_refused():
     with pytest.raises(Refused, match="single image"):
         Predictor(Narrow(room=0), torch.device("cpu"), 4)(torch.zeros(3, 3, 2, 2, dtype=torch.uint8))
+
+
+def test_the_class_means_interval_covers_the_truth_with_few_images_a_class():
+    """1,000 classes with one to three images each: the interval holds the mean of their true rates."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(200):
+        truth = torch.rand(300, generator=generator)
+        labels = torch.randint(0, 300, (600,), generator=generator)
+        right = torch.rand(600, generator=generator) < truth[labels]
+        mean = accuracy(torch.where(right, labels, labels + 1), labels)[1]
+        covered += mean.low <= float(truth[labels.unique()].mean()) <= mean.high
+    assert 180 <= covered <= 200
+    alone = accuracy(torch.tensor([0, 1, 2, 3, 0]), torch.arange(5))[1]
+    assert alone.low < 0.8 < alone.high
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_answers_that_are_no_numbers_are_refused(bad):
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            return torch.full((len(x), 3), 1.0).index_fill(0, torch.tensor([len(x) - 1]), bad)
+
+    with pytest.raises(Refused, match="not all finite numbers"):
+        Predictor(Broken(), torch.device("cpu"), 4)(torch.zeros(10, 3, 4, 4, dtype=torch.uint8))
