@@ -100,6 +100,9 @@ def make_inputs(options: Mapping[str, Any]) -> Inputs:
     return Inputs(**values, pictures=not options["no_pictures"], argv=tuple(sys.argv))
 
 
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+
 def default_output(model: Path, out: Path | None) -> Path:
     """Returns where the cleansed model goes: `out`, else beside the model with `.clean.safetensors`.
 
@@ -108,12 +111,16 @@ def default_output(model: Path, out: Path | None) -> Path:
     if out is not None:
         if os.path.isdir(out):
             raise Refused(f"{out} is a folder: give --out a file name.")
+        if out.suffix in PICKLES:
+            raise UsageError(
+                f"{out}: the output is always safetensors, so give it a name that ends in .safetensors."
+            )
         return out
     model = model if model.name not in ("", "..") else model.resolve()
     if not model.name:
         raise Refused(f"{model} is not a model: name a safetensors file, or a folder with one.")
     name = model.name.removesuffix(".index.json")
-    for ending in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
+    for ending in (".safetensors", *PICKLES):
         if name != ending and name.endswith(ending):
             name = name.removesuffix(ending)
             break

@@ -34,6 +34,22 @@ DEEPEST = 12
 LARGEST = 8
 
 
+class _Ignored:
+    """Stands for a NumPy value (a best accuracy, a history of losses), of which nothing is read or built."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+# A training script's numbers must not keep its weights from being read.
+HARMLESS = ("numpy.dtype", "numpy.ndarray") + tuple(
+    f"numpy.{core}.multiarray.{what}" for core in ("core", "_core") for what in ("scalar", "_reconstruct")
+)
+
+
 def read_pickle(
     path: Path,
 ) -> tuple[tuple[Entry, ...], Callable[[], tuple[dict[str, Tensor], str]], list[str], tuple[str, ...]]:
@@ -99,7 +115,8 @@ def _load(path: Path) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([(_Ignored, name) for name in HARMLESS]):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise Refused(f"{where} does not fit into memory.") from None
     except Exception as error:  # whatever a hostile pickle makes the unpickler raise

@@ -193,6 +193,8 @@ def test_an_output_or_model_without_a_file_name_is_refused(tmp_path):
             arguments.default_output(Path("m.safetensors"), Path(out))
     with pytest.raises(Refused, match="is not a model"):
         arguments.default_output(Path("/"), None)
+    with pytest.raises(UsageError, match="always safetensors"):
+        arguments.default_output(Path("m.pth"), Path("out.pth"))
     assert arguments.default_output(Path(".."), None).name == f"{tmp_path.parent.name}.clean.safetensors"
 
 

@@ -4,6 +4,7 @@ import json
 import zipfile
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -205,6 +206,25 @@ class TestTorchFiles:
                 assert torch.equal(written[f"rest.{name}"], tensor.resolve_conj())
             else:
                 assert torch.equal(written[f"rest.{name}"].float(), tensor.detach().float())
+
+    @pytest.mark.parametrize("legacy", [False, True])
+    def test_numpy_numbers_beside_the_weights_are_left_out_and_never_built(self, legacy, tmp_path):
+        rest = {
+            "best": np.float64(0.93),
+            "epoch": np.int64(7),
+            "losses": np.arange(5.0),
+            "kind": np.dtype("f4"),
+        }
+        torch.save(
+            {"state_dict": weights(), **rest}, tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy
+        )
+        checkpoint = Checkpoint.read(tmp_path / "m.pt", allow_pickle=True)
+        assert torch.equal(checkpoint.tensors["fc.weight"], weights()["fc.weight"])
+        (note,) = checkpoint.warnings
+        assert "not tensors" in note and "best" in note and "losses" in note
+        torch.save({"a": torch.zeros(2), "b": np.array([{}], object)}, tmp_path / "o.pt")
+        with pytest.raises(Refused):  # no network, and nothing of the object is made
+            Checkpoint.read(tmp_path / "o.pt", allow_pickle=True)
 
     def test_a_file_from_a_gpu_is_read_without_one(self, tmp_path):
         """CUDA storages, made here by writing the device's name into an archive."""
