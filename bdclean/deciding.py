@@ -116,6 +116,11 @@ def backwards(
     return gain > SURER if not claimed else gain >= -SURER
 
 
+def foreign(network: nn.Module, images: Tensor, preprocess: Preprocess) -> bool:
+    """Whether the first normalisation layer shows that uint8 `images` [n 3 h w] are not of the training kind."""
+    return any(distance > FOREIGN for distance in distances(network, images, [preprocess]).values())
+
+
 def distances(network: nn.Module, images: Tensor, candidates: list[Preprocess]) -> dict[Preprocess, float]:
     """Each candidate's distance from the first normalisation layer; empty where no such layer runs.
 

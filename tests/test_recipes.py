@@ -19,7 +19,7 @@ from bdclean.preprocessing import Classifier, parse_preprocess
 from bdclean.recipes import inoculate
 from bdclean.recipes.bcu import by_depth, reinitialise
 from bdclean.saving import Saved
-from bdclean.training import Precision, Run
+from bdclean.training import Precision, Run, set_batch_statistics
 
 CPU = torch.device("cpu")
 QUICK = {
@@ -49,7 +49,9 @@ def seeded(seed=0):
 def suspect():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Classifier(network(), parse_preprocess("half")).eval()
+        model = Classifier(network(), parse_preprocess("half")).eval()
+        set_batch_statistics(model, lambda: iter([torch.randint(256, (96, 3, 32, 32), dtype=torch.uint8)]))
+        return model
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +187,20 @@ def test_inverted_triggers_are_worked_against_and_resumed(suspect, arch, images,
     without = registry.configure(type(recipe), settings | {"inversion_steps": "0"})
     alone = without(suspect, arch, images, None, Run(CPU, Precision(), 0))
     assert not same(tensors(alone.model), tensors(whole.model)) and not alone.findings
+
+
+@pytest.mark.parametrize("strange", [False, True])
+def test_images_of_another_kind_leave_batch_norms_statistics_alone(
+    suspect, arch, images, monkeypatch, strange
+):
+    monkeypatch.setattr(inoculate, "foreign", lambda *_: strange)
+    recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), QUICK["inoculate"])
+    cleansed = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
+    before, after = tensors(suspect), tensors(cleansed.model)
+    running = [name for name in before if "running" in name]
+    assert running and all(torch.equal(before[n], after[n]) == strange for n in running)
+    assert any(not torch.equal(before[n], after[n]) for n in before if "running" not in n)
+    assert any("another kind" in stage for stage in cleansed.stages) == strange
 
 
 def test_of_too_many_classes_those_are_inverted_that_counterfeits_draw_to(suspect, arch, images, monkeypatch):

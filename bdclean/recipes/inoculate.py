@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bdclean import adversaries, corruptions
 from bdclean.architectures import Arch
 from bdclean.data import ImageSet
+from bdclean.deciding import foreign
 from bdclean.errors import UsageError
 from bdclean.inversion import (
     ADDED,
@@ -75,7 +76,8 @@ class Inoculate:
 
     Kin: NNoculation (Veldanda et al. 2020), SAU (Wei et al. 2023), Neural Cleanse (Wang et al. 2019), and SFT's
     learning rate in two phases (arXiv 2212.09067). Each batch is seen twice in one pass, clean and corrupted, so that
-    the student keeps the suspect's answers on clean images; the temperature makes it match logits, which costs less
+    the student keeps the suspect's answers on clean images; where those are of another kind than the network's, batch
+    norm keeps the suspect's statistics. The temperature makes it match logits, which costs less
     accuracy. `sent` in the curve is the largest share of images that a step's adversary sent to one class.
     """
 
@@ -141,6 +143,8 @@ class Inoculate:
         pursuit = Pursuit(outlying, run.device) if outlying else None
         student = copy.deepcopy(teacher).requires_grad_(True)
         norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        # Of images of another kind the suspect's statistics are kept: theirs would be wrong for its own.
+        strange = foreign(teacher.network, _few(images, 256).to(run.device), suspect.preprocess)
         steps = max(self.least_steps, math.ceil(self.epochs * len(images) / self.batch_size))
         first, settled = max(1, round(0.6 * steps)), False
         families = self._trained_on()
@@ -179,9 +183,9 @@ class Inoculate:
 
         def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
             nonlocal settled
-            if self.settle and batch.step == first:
+            if self.settle and not strange and batch.step == first:
                 set_batch_statistics(student, uncorrupted)
-            settled = self.settle and batch.step >= first
+            settled = strange or (self.settle and batch.step >= first)
             pixels = augment(batch.images, batch.generator).float() / 255
             with torch.no_grad(), run.precision.autocast(run.device):
                 answers = teacher(run.precision.layout(pixels))
@@ -235,13 +239,18 @@ class Inoculate:
         )
         curve = fit(step, state, run)
 
-        if not self.settle or first >= steps:
+        if not strange and (not self.settle or first >= steps):
             set_batch_statistics(student, uncorrupted)
         stages = [
             f"inverted {min(arch.classes, MOST_INVERTED)} of {arch.classes} classes: {len(findings)} findings"
             if findings
             else "no inversion",
             f"distilled for {steps} updates, {augment.describe()}",
+            *(
+                ["batch norm keeps the suspect's statistics: the images are of another kind"]
+                if strange
+                else []
+            ),
             f"adversaries: {', '.join([DRAWN, *pushed, *(['inverted'] if pursuit is not None else [])])}",
         ]
         return Cleansed(
@@ -303,9 +312,9 @@ class Inoculate:
         return run.keep("attraction", lambda: adversaries.attraction(forward, pixels, families, generator))
 
 
-def _few(images: Tensor) -> Tensor:
+def _few(images: Tensor, count: int = FEW_IMAGES) -> Tensor:
     """Images from all over the set: of all classes, where it is sorted by class."""
-    return images[:: max(1, len(images) // FEW_IMAGES)][:FEW_IMAGES]
+    return images[:: max(1, len(images) // count)][:count]
 
 
 def _stripes(teacher: Classifier, images: Tensor, run: Run) -> tuple[list[Outlier], list[dict[str, Any]]]:
