@@ -369,3 +369,56 @@ def test_the_command_is_read_back_by_a_shell(word):
 def test_many_rows_that_pass_are_folded_but_there(pages):
     shown = pages["scan"]
     assert "more that pass" in shown and all(f"sig:delta={k}" in shown for k in range(20))
+
+
+def test_the_command_names_the_model_that_came_from_standard_input():
+    record = scanned()
+    record.argv = ["bdclean", "scan", "-", "--data", "images"]
+    assert words.command(record) == "bdclean scan 'my model.safetensors' --data images"
+
+
+def test_bars_are_as_long_as_the_rates_they_stand_for(pages):
+    """ASR, interval, base rate, controls (median to highest) and threshold, in percent of the track."""
+    (tag,) = re.findall(
+        r'aria-label="[^"]*badnets:size=3[^"]*">(.*?)</div>', pages["scan"], re.S
+    ) or re.findall(r'<code>badnets:size=3</code>.*?<div class="plot">(.*?)</div>', pages["scan"], re.S)
+    found = {
+        kind: {key: float(value) for key, value in re.findall(r"(left|width):([\d.]+)%", style)}
+        for kind, style in re.findall(r'<i class="(\w+)" style="([^"]*)"', tag)
+    }
+    record = scanned()
+    first = record.triggers[0]
+    assert found["asr"] == {"width": pytest.approx(98.3)}
+    assert found["interval"] == {
+        "left": pytest.approx(100 * first.asr.low, abs=0.01),
+        "width": pytest.approx(100 * (first.asr.high - first.asr.low), abs=0.02),
+    }
+    assert found["base"] == {"left": pytest.approx(1.0)}
+    controls = first.control_rate
+    assert found["controls"] == {
+        "left": pytest.approx(100 * controls["median"]),
+        "width": pytest.approx(100 * (controls["highest"] - controls["median"]), abs=0.02),
+    }
+    assert found["threshold"] == {"left": pytest.approx(20.0)}
+
+
+def luminance(colour):
+    channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_is_read_on_its_ground_in_light_and_dark(pages):
+    """WCAG 2's contrast of 4.5 for each colour of text on the grounds that it stands on, in both colour schemes."""
+    style = re.search(r"<style>(.*?)</style>", pages["scan"], re.S).group(1)
+    assert '<meta name="viewport" content="width=device-width' in pages["scan"]
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", part)) for part in style.split("@media", 2)[:2]
+    )
+    assert "prefers-color-scheme: dark" in style and light["ground"] != dark["ground"]
+    for scheme in (light, dark):
+        for ink in ("ink", "muted", "bad", "doubt", "calm", "none", "accent"):
+            for ground in ("ground", "raised", f"{ink}-ground"):
+                if ground in scheme:
+                    low, high = sorted((luminance(scheme[ink]), luminance(scheme[ground])))
+                    assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, ground)

@@ -166,12 +166,16 @@ def untested(record: RunRecord) -> list[str]:
 
 
 def command(record: RunRecord) -> str:
-    """Returns the command line that repeats the run, quoted for a POSIX shell; empty where it is not known."""
+    """Returns the command line that repeats the run, quoted for a POSIX shell; empty where it is not known.
+
+    A `-` was the names of models on standard input; this run's own stands in its place.
+    """
     if not record.argv:
         return ""
     first = PurePath(record.argv[0]).name
     program = "bdclean" if first in ("__main__.py", "bdclean", "-c", "-m") else record.argv[0]
-    return " ".join(quoted(word) for word in [program, *record.argv[1:]])
+    own = record.checkpoint.path if record.command == "scan" else ""
+    return " ".join(quoted(own if own and word == "-" else word) for word in [program, *record.argv[1:]])
 
 
 def quoted(word: str) -> str:
