@@ -127,6 +127,11 @@ FAULTS = {
     "Ctrl-C twice in training": ({"at": STATE, "count": 3, "do": "send(2, 2)"}, 130, RESUME),
     "SIGTERM in training": ({"at": STATE, "count": 2, "do": "send(15)"}, 143, RESUME),
     "a defect after the output": ({"at": READ_BACK, "do": "fail(ZeroDivisionError)"}, 70, RESUME),
+    "no memory for more images": (
+        {"at": "open .*labeled/.*png", "count": 5, "do": "limit_memory(0)"},
+        3,
+        (),
+    ),
     "no memory for the output": ({"at": OUTPUT, "do": "fail(MemoryError)"}, 3, RESUME),
 }
 
@@ -152,7 +157,7 @@ def test_faults_at_exact_moments_lose_nothing(tmp_path):
     assert ended.outcome == "ran" and codes[1:-3] == [code for _, code, _ in FAULTS.values()]
     for name, (_, code, left) in FAULTS.items():
         record = check(folders[name], whole, code, left)
-        began = name != "Ctrl-C while images are read"
+        began = name not in ("Ctrl-C while images are read", "no memory for more images")
         assert (record.before is not None and record.before.triggers == ended.before.triggers) == began, name
         assert (folders[name] / "out.safetensors").exists() == (code == 70)
         assert code != 70 or (record.curve == ended.curve and record.output == ended.output)

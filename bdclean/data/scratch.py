@@ -15,6 +15,11 @@ from torch import Tensor
 
 from bdclean.errors import Refused
 
+try:
+    import resource
+except ImportError:  # no such limits there
+    resource = None  # type: ignore[assignment]
+
 SHARE = 0.4
 """Of the memory that is available, images may take so much before they go to disk: networks need the rest."""
 
@@ -63,8 +68,13 @@ def scratch_folder() -> str:
 
 
 def available() -> int:
-    """Bytes of memory that this process can still take: the machine's, or what its container allows."""
+    """Bytes of memory that this process can still take: the machine's, or what its container or `ulimit -v` allows."""
     found = []
+    pages = _text("/proc/self/statm").split()
+    if resource is not None and pages:
+        most, taken = resource.getrlimit(resource.RLIMIT_AS)[0], int(pages[0]) * resource.getpagesize()
+        if most != resource.RLIM_INFINITY:
+            found.append(max(0, most - taken))
     meminfo = _text("/proc/meminfo")
     for line in meminfo.splitlines():
         if line.startswith("MemAvailable:"):
@@ -73,9 +83,9 @@ def available() -> int:
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
-        most, now = _text(limit).strip(), _text(used).strip()
-        if most.isdigit() and now.isdigit():
-            found.append(max(0, int(most) - int(now)))
+        allowed, now = _text(limit).strip(), _text(used).strip()
+        if allowed.isdigit() and now.isdigit():
+            found.append(max(0, int(allowed) - int(now)))
     if not found and hasattr(os, "sysconf"):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
     return min(found, default=4 * 2**30)
