@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -81,6 +82,7 @@ def lower_bound(hits: int, n: int, level: float) -> float:
     return 0.0 if hits == 0 else float(stats.beta.ppf(level, hits, n - hits + 1))
 
 
+@functools.lru_cache(1 << 14)  # asked for each of many classes, most of which have the same counts
 def upper_bound(hits: int, n: int, level: float) -> float:
     """The exact (Clopper-Pearson) one-sided upper bound at confidence 1 - level; 1 for n = 0."""
     return 1.0 if hits == n else float(stats.beta.isf(level, hits + 1, n - hits))
