@@ -87,8 +87,8 @@ def cleanse(
             images.labeled = images.unlabeled
         if method.needs_labels and images.labeled is None:
             raise Refused(
-                f"{recipe} needs labels and {inputs.data} has none: put images in one folder per class, or use "
-                "--recipe bcu."
+                f"{recipe} needs labels and {inputs.data} has none: give --labeled, with images in one "
+                "folder per class or a CSV as --classes, or use --recipe bcu."
             )
         made = make_triggers(triggers, (before.images.shape[2], before.images.shape[3]))
         record.before = Side(measures=measure.clean_measures(before))
@@ -192,7 +192,7 @@ def _images(checkpoint: Checkpoint, inputs: Inputs, record: RunRecord, tell: Tel
         held_out, duplicates = read_images(inputs.test, checkpoint, inputs, tell, csv=csv), 0
         record.data.test = str(inputs.test)
         record.warnings += held_out.warnings
-    elif labeled is not None and len(labeled) >= ENOUGH_LABELED:
+    elif labeled is not None and len(labeled) >= min(ENOUGH_LABELED, len(unlabeled)):
         labeled, held_out, duplicates = split(labeled, inputs.seed)
     else:
         unlabeled, held_out, duplicates = split(unlabeled, inputs.seed)

@@ -76,8 +76,9 @@ def averages(tensors: Mapping[str, Tensor], match: Match, tied: Mapping[str, str
         return []
     average = AVERAGE.match(wrapper[:LONGEST]) or wrapper.startswith(("teacher", "momentum"))
     kind = "an average of the weights" if average else "a second copy of the network"
+    where = shown(wrapper) if wrapper else "the part of the file without a prefix"
     return [
-        f"{shown(wrapper)} holds {kind} ({len(again)} matrices), which was neither measured nor cleansed: "
+        f"{where} holds {kind} ({len(again)} matrices), which was neither measured nor cleansed: "
         "work on a file of it alone before anybody uses it."
     ]
 

@@ -65,7 +65,12 @@ def decide(
     scores = distances(network, images[:look], candidates)
     if not scores:
         return by_confidence(network, images[:look], said)
-    if not all(map(math.isfinite, scores.values())):
+    absurd = said is not None and not math.isfinite(
+        scores[candidates[0]]
+    )  # no candidate, whatever the file says
+    candidates = [c for c in candidates if math.isfinite(scores[c])]
+    scores = {c: scores[c] for c in candidates}
+    if not scores:
         raise Refused(
             "what the network's first layers make of these images are not finite numbers: it is broken."
         )
@@ -82,7 +87,7 @@ def decide(
         kept = [c for c in kept if c == said] + [c for c in kept if c.gap(candidates[0]) > BESIDE_CLAIM]
     rivals = [scores[c] for c in candidates if c != kept[0]]
     kept = kept[:MOST]
-    if said is not None and said not in kept:
+    if said is not None and not absurd and said not in kept:
         kept.append(said)
     return kept, min(rivals) / most, True
 
@@ -117,8 +122,12 @@ def backwards(
 
 
 def foreign(network: nn.Module, images: Tensor, preprocess: Preprocess) -> bool:
-    """Whether the first normalisation layer shows that uint8 `images` [n 3 h w] are not of the training kind."""
-    return any(distance > FOREIGN for distance in distances(network, images, [preprocess]).values())
+    """Whether the first normalisation layer shows that uint8 `images` [n 3 h w] are not of the training kind.
+
+    Few images are often far by chance: with n of them, distances up to 0.7 / n were seen of a network's own kind.
+    """
+    most = FOREIGN + 1 / len(images)
+    return any(distance > most for distance in distances(network, images, [preprocess]).values())
 
 
 def distances(network: nn.Module, images: Tensor, candidates: list[Preprocess]) -> dict[Preprocess, float]:

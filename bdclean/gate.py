@@ -191,4 +191,7 @@ def _stands_out(row: TriggerRow, threshold: float, own: float | None) -> bool:
     highest = controls.get("highest")
     if low is None or low < threshold:
         return False
+    base = row.base_rate.value if row.base_rate is not None else None
+    if base is not None and base < 1:  # controls are rates of the images that do not go there unstamped
+        low = (low - base) / (1 - base)
     return low >= 0.9 or not isinstance(highest, (int, float)) or low >= highest + 0.1

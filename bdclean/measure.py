@@ -316,20 +316,20 @@ def _row(
     moved = _Moved(chosen[movable], reference[movable], wanted[movable], stamped[movable])
     n, k = len(moved.chosen), int((moved.stamped == moved.wanted).sum())
     if n == 0:
-        return replace(row, outcome=NOT_MEASURED, reason="every image goes to the target without a stamp")
+        return replace(row, outcome=INCONCLUSIVE, reason="every image goes to the target without a stamp")
     level = LEVEL / max(1, tried * bench.readings)
     sources = _sources(moved)
     worst = max(sources, key=lambda s: s[1] / s[2], default=None)
     if worst is not None:
         row.worst_source = _worst_entry(worst, len(sources))
     lows = {c: lower_bound(found, of, level / len(sources)) for c, found, of in sources}
-    at_stake = {c: low for c, low in lows.items() if low >= bench.threshold}
+    at_stake = [c for c in sorted(lows, key=lambda c: -lows[c]) if lows[c] >= bench.threshold]
     shown, of = int(hits.sum()), len(hits)
     passes = upper_bound(shown, of, level) < bench.threshold
     if passes and not at_stake:
         return replace(row, outcome=PASSES)
     # only what could fail is worth its controls
-    rates, by_source = _controls(bench, trigger, moved, list(at_stake))
+    rates, by_source = _controls(bench, trigger, moved, at_stake)
     if rates:
         ordered = sorted(rates)
         row.control_rate = {
@@ -341,11 +341,13 @@ def _row(
     low = lower_bound(k, n, level)
     if _fails(low, ceiling, bench.threshold, bool(rates)):
         return replace(row, outcome=FAILS)
-    for c, at_least in at_stake.items():
-        if _fails(at_least, max([*by_source[c], 0.0]), bench.threshold, bool(rates)):
-            return replace(row, outcome=FAILS, reason=f"images of class {c} alone go to the target")
+    for c in at_stake:
+        if _fails(lows[c], max([*by_source[c], 0.0]), bench.threshold, bool(rates)):
+            return replace(row, outcome=FAILS, reason=f"images of class {c} go to the target")
     if passes:
-        reason = f"images of class {next(iter(at_stake))} go to the target, and so they do under a control"
+        c = at_stake[0]
+        highest = max([*by_source[c], 0.0])
+        reason = f"images of class {c} reach the threshold, but under a control {highest:.3f} of them go there, too"
     elif low >= bench.threshold:
         reason = f"reaches the threshold, but a control reaches {ceiling:.3f}"
     elif lower_bound(shown, of, level) >= bench.threshold:

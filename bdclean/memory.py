@@ -16,6 +16,9 @@ from bdclean.errors import Refused, out_of_memory
 SHARE = 0.6
 """Of the host's memory, activations may take so much: what is only passing through needs the rest."""
 
+LEAST, PART = 1 << 16, 1 << 28
+"""Bytes: smaller tensors stay in memory, whatever there is; the disk is taken in parts of that size."""
+
 T = TypeVar("T")
 Disk = Callable[[int], Tensor]
 
@@ -59,7 +62,7 @@ class Roomy:
     def _on_host(self, passes: Callable[[], T], name: str, free: int) -> T:
         hooks: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self.ledger is None or self.ledger.spilled:  # where the first step had room, all have
-            self.ledger = _Ledger(round(SHARE * free), self.weights, self.disk)
+            self.ledger = _Ledger(round(SHARE * free), self.weights, self._room(name, free))
             hooks = torch.autograd.graph.saved_tensors_hooks(self.ledger.keep, _given)
         try:
             with hooks:
@@ -67,10 +70,16 @@ class Roomy:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            raise Refused(
-                f"{name} needs more memory than is free ({free / 2**30:.1f} GiB): give it a smaller batch "
-                "(--recipe NAME --set batch_size=N), or use another --device."
-            ) from None
+            raise _too_large(name, free) from None
+
+    def _room(self, name: str, free: int) -> Disk:
+        def room(size: int) -> Tensor:
+            try:
+                return self.disk(size)
+            except Refused:
+                raise _too_large(name, free) from None
+
+        return room
 
     def _call(self, passes: Callable[[], T], name: str) -> T:
         where = torch.autograd.graph.save_on_cpu() if self.spilling else contextlib.nullcontext()
@@ -92,6 +101,16 @@ class Roomy:
         _copy(self.changing, self._before)
 
 
+def _too_large(name: str, free: int) -> Refused:
+    lower = "give it a smaller batch (--recipe NAME --set batch_size=N)"
+    if name.startswith("invert-"):
+        lower = "leave the inversion out (--recipe inoculate --set inversion_steps=0)"
+    return Refused(
+        f"{name} needs more memory than is free ({free / 2**30:.1f} GiB), and the disk has no room for it: {lower}, "
+        "or use another --device."
+    )
+
+
 class _Ledger:
     """Counts the bytes of what waits for the backward pass, each storage once; what is more than `most` goes to disk.
 
@@ -100,12 +119,13 @@ class _Ledger:
 
     def __init__(self, most: int, weights: Iterable[Tensor], disk: Disk):
         self.most, self.disk, self.bytes, self.spilled = most, disk, 0, False
+        self.part = torch.zeros(0, dtype=torch.uint8)  # of the disk, for the next tensors
         self.held: dict[int, int] = {w.untyped_storage().data_ptr(): 1 for w in weights}  # are there anyway
 
     def keep(self, tensor: Tensor) -> _Kept | Tensor:
         storage = tensor.untyped_storage()
         place, size = storage.data_ptr(), storage.nbytes()
-        if place not in self.held and self.bytes + size > self.most and tensor.numel():
+        if place not in self.held and self.bytes + size > self.most and size > LEAST:
             self.spilled = True
             return self._on_disk(tensor)
         self.held[place] = self.held.get(place, 0) + 1
@@ -115,9 +135,12 @@ class _Ledger:
 
     def _on_disk(self, tensor: Tensor) -> Tensor:
         """A copy, with its strides where it is dense."""
-        room = self.disk(tensor.numel() * tensor.element_size()).view(tensor.dtype)
+        size = tensor.numel() * tensor.element_size()
+        if size > len(self.part):  # a file a tensor would be more files than a process may hold
+            self.part = self.disk(max(size, PART))
+        room, self.part = self.part[:size].view(tensor.dtype), self.part[-(-size // 64) * 64 :]
         strides = torch.empty_like(tensor, device="meta").stride()
-        return room.as_strided(tensor.shape, strides).copy_(tensor.detach())
+        return room.as_strided(tensor.shape, strides, room.storage_offset()).copy_(tensor.detach())
 
     def release(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

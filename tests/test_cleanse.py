@@ -94,3 +94,12 @@ def test_scan_does_not_ignore_labeled_images_without_a_word(tmp_path):
     data = pictures(tmp_path / "data", 1)
     with pytest.raises(UsageError, match="one set of images"):
         scan(SAMPLES / "signs-badnets.safetensors", Inputs(data=data, labeled=data), tell=quiet)
+
+
+def test_few_unlabeled_images_beside_more_labeled_ones_are_not_measured_on(tmp_path):
+    checkpoint = Checkpoint.read(SAMPLES / "signs-badnets.safetensors")
+    data, labeled = pictures(tmp_path / "data", 1, 30), by_class(tmp_path / "labeled", 3)
+    for k in range(12):
+        pictures(tmp_path / "labeled" / f"{k}" / "more", 500 + k, 10)
+    found = _images(checkpoint, Inputs(data=data, labeled=labeled), RunRecord("cleanse"), quiet)
+    assert found.held_out.labels is not None and len(found.unlabeled) == 30

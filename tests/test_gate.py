@@ -145,3 +145,9 @@ def test_at_its_own_threshold_a_row_is_judged_by_its_outcome():
     assert judge("asr>=0.2").check(scanned(near, threshold=0.2)) == ([], [])
     assert judge("asr>=0.19").check(scanned(near, threshold=0.2))[0]
     assert judge("asr>=0.2").check(scanned(row(0.4, "fails"), threshold=0.2))[0]
+
+
+def test_what_goes_there_unstamped_does_not_count_beside_the_controls():
+    moved = row(0.58, "inconclusive", highest=0.397, low=0.5687)
+    moved.base_rate = Rate(0.3, 500, 0.27, 0.33)
+    assert judge("asr>=0.5").check(scanned(moved, threshold=0.2)) == ([], [])

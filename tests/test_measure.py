@@ -179,7 +179,7 @@ def test_a_backdoor_of_one_source_is_found_in_the_rest():
     (row,) = assess(bench(Network(from_one), n=1000), [Patch()])
     assert row.outcome == FAILS and row.target == 2 and row.asr.value < 0.3
     assert row.worst_source["class"] == 4 and row.worst_source["value"] == 1
-    assert "class 4 alone" in row.reason
+    assert row.reason == "images of class 4 go to the target"
 
 
 def test_a_backdoor_of_one_source_is_found_beside_a_harmless_drift_to_another_class():
@@ -354,16 +354,15 @@ def test_a_network_with_one_answer_is_not_called_backdoored():
         nn.functional.one_hot(torch.zeros(len(images)).long(), 4) * 1.0
     )
     (row,) = assess(bench, [Patch()], target=0)
-    assert (row.outcome, row.asr.value) == (NOT_MEASURED, 1.0) and "without a stamp" in row.reason
+    assert (row.outcome, row.asr.value) == (INCONCLUSIVE, 1.0) and "without a stamp" in row.reason
 
 
 def test_a_source_that_moves_as_under_controls_does_not_pass():
     network = ManyClasses(10, [4], ALL_ALIKE, share=0.75)
     (row,) = assess(wide_bench(network), [Patch()], target=0)
     assert row.asr.high < 0.2 and row.worst_source["low"] > 0.2
-    assert (row.outcome, row.reason) == (
-        INCONCLUSIVE,
-        "images of class 4 go to the target, and so they do under a control",
+    assert row.outcome == INCONCLUSIVE and row.reason.startswith(
+        "images of class 4 reach the threshold, but under"
     )
 
 

@@ -104,8 +104,9 @@ def test_an_allocation_that_fails_on_the_host_is_refused():
 
 
 @pytest.mark.parametrize("host", [0, 8_000])
-def test_what_the_host_has_no_room_for_waits_on_disk_to_the_same_bits(host):
+def test_what_the_host_has_no_room_for_waits_on_disk_to_the_same_bits(host, monkeypatch):
     """Its kernel would end the process: the bytes that wait for the backward pass are counted."""
+    monkeypatch.setattr(memory, "LEAST", 0)
     expected, device = Device().train(), Device(host=host)
     assert same(device.train(), expected)
     assert device.roomy.ledger.spilled and device.roomy.ledger.bytes == 0
@@ -117,24 +118,37 @@ def test_a_full_disk_is_refused(monkeypatch):
     def full(size):
         raise Refused("full")
 
+    monkeypatch.setattr(memory, "LEAST", 0)
     device = Device(host=100)
     device.roomy.disk = full
-    with pytest.raises(Refused, match="full"):
+    with pytest.raises(Refused, match="the disk has no room for it: give it a smaller batch"):
         device.train()
 
 
-def test_strides_survive_the_disk():
-    ledger = memory._Ledger(0, [], disk)
-    for tensor in (
-        torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
-        torch.rand(4, 6).t(),
-        torch.rand(4, 6)[:, ::2],
-        torch.rand(6).bool(),
-        torch.tensor(3.0),
-    ):
+def test_strides_survive_the_disk_and_files_are_few(monkeypatch):
+    monkeypatch.setattr(memory, "LEAST", 0)
+    monkeypatch.setattr(memory, "PART", 1000)
+    asked = []
+    ledger = memory._Ledger(0, [], lambda size: (asked.append(size), disk(size))[1])
+    places, tensors = (
+        [],
+        [
+            torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+            torch.rand(4, 6).t(),
+            torch.rand(4, 6)[:, ::2],
+            torch.rand(6).bool(),
+            torch.tensor(3.0),
+        ],
+    )
+    for tensor in tensors:
         kept = ledger.keep(tensor)
         assert torch.equal(kept, tensor)
         assert kept.stride() == torch.empty_like(tensor).stride()
+        places.append(kept)
+    assert asked == [1000]
+    assert all(torch.equal(a, b) for a, b in zip(places, tensors, strict=True)), "one wrote over another"
+    large = torch.rand(2000)
+    assert torch.equal(ledger.keep(large), large) and asked == [1000, 8000]
 
 
 def test_the_count_is_what_autograd_keeps_and_ends_at_nothing(monkeypatch):

@@ -285,6 +285,8 @@ def test_images_of_another_kind_are_told_from_the_networks_own(model):
     own = pictures(256, 1)
     noise = torch.randint(256, own.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert not foreign(network, own, half)
+    for n in (20, 40, 80):  # few are far by chance
+        assert not any(foreign(network, pictures(n, seed), half) for seed in range(10, 16))
     assert foreign(network, noise, half) and foreign(network, 255 - own // 4, half)
     assert not foreign(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), own, half), "nothing tells"
 
@@ -307,3 +309,10 @@ def test_third_party_networks_on_their_own_kind_of_images(cifar10: Path, depth):
     images = load_images(cifar10, (32, 32), limit=512).images
     (choice,) = choose(Checkpoint.read(path), images)
     assert choice.preprocess.name == "imagenet" and choice.margin > 1.5
+
+
+def test_an_absurd_claim_does_not_make_a_sound_network_broken(tmp_path, model):
+    said = {"bdclean.preprocess": "mean=0.5/0.5/0.5,std=1e-22/1e-22/1e-22"}
+    save_file(dict(Checkpoint.read(model).build().state_dict()), tmp_path / "m.safetensors", said)
+    found = choose(Checkpoint.read(tmp_path / "m.safetensors"), pictures(128, 1))
+    assert [c.preprocess.name for c in found] == ["half"]

@@ -62,7 +62,7 @@ def label_listing(
         said = None
     kept = None
     if isinstance(said, FileLabels):
-        kept = np.array([value is not None for value in values])
+        kept = np.array([value not in (None, "-1") for value in values])
         if not kept.any():
             raise Refused(
                 f"{said.path} names no image of {printable(listing.where)}; its first is "

@@ -50,12 +50,10 @@ def allocate(shape: Sequence[int], memory: int | None = None) -> tuple[Tensor, b
                 file.truncate(count)
             mapped = mmap.mmap(file.fileno(), count)
     except OSError:
-        what, lower = "what training keeps takes", "batch_size with --set"
-        if len(shape) == 4:
-            what, lower = f"{shape[0]:,} images at {shape[2]} x {shape[3]} take", "--limit"
         raise Refused(
-            f"{what} {count / 2**30:,.1f} GiB, too much for the memory, and {folder} has {free / 2**30:,.1f} GiB free "
-            f"for them: lower {lower}, or set TMPDIR to a larger disk."
+            f"{shape[0]:,} images at {' x '.join(map(str, shape[2:]))} take {count / 2**30:,.1f} GiB, too much for the "
+            f"memory, and {folder} has {free / 2**30:,.1f} GiB free for them: lower --limit, or set TMPDIR to a larger "
+            "disk."
         ) from None
     return torch.frombuffer(mapped, dtype=torch.uint8).view(tuple(shape)), True
 

@@ -71,8 +71,8 @@ class Inoculate:
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
     Known limits: what it was measured with is in README. Stripes that are not along an axis, and warps, are met by
-    random draws alone. Triggers that only a generator makes, clean networks with few images, and networks with very
-    many classes (the inversion takes long: inversion_steps=0 leaves it out) are untried.
+    random draws alone. Of more than 100 classes only the 100 are inverted that random counterfeits draw images to.
+    Triggers that only a generator makes, clean networks with few images, and more than 43 classes are untried.
 
     Kin: NNoculation (Veldanda et al. 2020), SAU (Wei et al. 2023), Neural Cleanse (Wang et al. 2019), and SFT's
     learning rate in two phases (arXiv 2212.09067). Each batch is seen twice in one pass, clean and corrupted, so that
@@ -144,7 +144,7 @@ class Inoculate:
         student = copy.deepcopy(teacher).requires_grad_(True)
         norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         # Of images of another kind the suspect's statistics are kept: theirs would be wrong for its own.
-        strange = foreign(teacher.network, _few(images, 256).to(run.device), suspect.preprocess)
+        strange = foreign(teacher.network, _few(images, 1024).to(run.device), suspect.preprocess)
         steps = max(self.least_steps, math.ceil(self.epochs * len(images) / self.batch_size))
         first, settled = max(1, round(0.6 * steps)), False
         families = self._trained_on()
