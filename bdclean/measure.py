@@ -46,7 +46,7 @@ LEAST_SCREENED = 200
 SCREENED_OUT = "screened out"
 LEAST_SOURCE = 10
 """A source class with fewer images gets no rate of its own."""
-SOURCE_IMAGES = 30
+SOURCE_IMAGES = 100
 """Controls are measured on so many images, where there are, of each source class that may decide a row."""
 MANY = 100_000  # images: more than anybody will bring
 
@@ -328,8 +328,9 @@ def _row(
     passes = upper_bound(shown, of, level) < bench.threshold
     if passes and not at_stake:
         return replace(row, outcome=PASSES)
-    # only what could fail is worth its controls
-    rates, by_source = _controls(bench, trigger, moved, at_stake)
+    # only what could fail is worth its controls, and sources only where the whole does not decide
+    first = torch.arange(n) < CONTROL_IMAGES
+    rates = [float(found.mean()) for found in _controls(bench, trigger, moved, first)]
     if rates:
         ordered = sorted(rates)
         row.control_rate = {
@@ -341,13 +342,19 @@ def _row(
     low = lower_bound(k, n, level)
     if _fails(low, ceiling, bench.threshold, bool(rates)):
         return replace(row, outcome=FAILS)
+    highest: dict[int, float] = dict.fromkeys(at_stake, 0.0)
+    if at_stake:
+        few = torch.isin(moved.reference, torch.tensor(at_stake)) & (_ranks(moved.reference) < SOURCE_IMAGES)
+        found = _controls(bench, trigger, moved, few)
+        highest |= {
+            c: max((float(f[moved.reference[few] == c].mean()) for f in found), default=0.0) for c in at_stake
+        }
     for c in at_stake:
-        if _fails(lows[c], max([*by_source[c], 0.0]), bench.threshold, bool(rates)):
+        if _fails(lows[c], highest[c], bench.threshold, bool(rates)):
             return replace(row, outcome=FAILS, reason=f"images of class {c} go to the target")
     if passes:
         c = at_stake[0]
-        highest = max([*by_source[c], 0.0])
-        reason = f"images of class {c} reach the threshold, but under a control {highest:.3f} of them go there, too"
+        reason = f"images of class {c} reach the threshold, but under a control {highest[c]:.3f} of them go there, too"
     elif low >= bench.threshold:
         reason = f"reaches the threshold, but a control reaches {ceiling:.3f}"
     elif lower_bound(shown, of, level) >= bench.threshold:
@@ -391,24 +398,13 @@ def _worst_entry(worst: tuple[int, int, int], tried: int) -> dict[str, Any]:
     return {"class": k, "value": hits / n, "n": n, "low": low, "high": high}
 
 
-def _controls(
-    bench: Bench, trigger: Trigger, moved: _Moved, at_stake: Sequence[int]
-) -> tuple[list[float], dict[int, list[float]]]:
-    """The rates of at least CONTROLS controls towards the same target, and those of each source class `at_stake`."""
-    first = torch.arange(len(moved.chosen)) < CONTROL_IMAGES
-    few = first | (
-        torch.isin(moved.reference, torch.tensor(at_stake)) & (_ranks(moved.reference) < SOURCE_IMAGES)
-    )
-    chosen, reference, wanted, first = moved.chosen[few], moved.reference[few], moved.wanted[few], first[few]
+def _controls(bench: Bench, trigger: Trigger, moved: _Moved, few: Tensor) -> list[Tensor]:
+    """Which of the images `few` (bool [n]) at least CONTROLS controls send to the target: float [m] each."""
     generator = torch.Generator().manual_seed(bench.seed + 1)
-    rates: list[float] = []
-    by_source: dict[int, list[float]] = {c: [] for c in at_stake}
-    for control in trigger.controls(CONTROLS, generator):
-        hits = (stamped_predictions(bench, control, chosen) == wanted).float()
-        rates.append(float(hits[first].mean()))
-        for c, found in by_source.items():
-            found.append(float(hits[reference == c].mean()))
-    return rates, by_source
+    return [
+        (stamped_predictions(bench, control, moved.chosen[few]) == moved.wanted[few]).float()
+        for control in trigger.controls(CONTROLS, generator)
+    ]
 
 
 def _needed(k: int, n: int, threshold: float, level: float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet, load_images
 from bdclean.data.folder import search
 from bdclean.inputs import Inputs, Suspect, make_predictor, make_triggers
-from bdclean.measure import Bench, assess
+from bdclean.measure import Bench, Trigger, assess
 from bdclean.preprocessing import Classifier, choose
 from bdclean.scan import scan
 from bdclean.training import Run, probe_precision, quiet
@@ -88,6 +89,26 @@ def forwarded_through(model: nn.Module) -> Callable[[], int]:
 
     model.register_forward_pre_hook(add)
     return lambda: count
+
+
+class CountingControls:
+    """A trigger that counts the images that its controls stamp."""
+
+    def __init__(self, trigger: Trigger):
+        self.trigger, self.family, self.stamped = trigger, trigger.family, 0
+
+    def spec(self) -> str:
+        return self.trigger.spec()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.trigger(images)
+
+    def controls(self, count: int, generator: torch.Generator) -> list[Callable[[Tensor], Tensor]]:
+        def counted(images: Tensor, stamp: Callable[[Tensor], Tensor]) -> Tensor:
+            self.stamped += len(images)
+            return stamp(images)
+
+        return [partial(counted, stamp=stamp) for stamp in self.trigger.controls(count, generator)]
 
 
 def measuring(subject: Subject) -> Callable[[], float]:

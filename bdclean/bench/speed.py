@@ -29,6 +29,7 @@ from torch import nn
 
 from bdclean.bench.cifar10 import unpack
 from bdclean.bench.contenders import (
+    CountingControls,
     Subject,
     bare_forward,
     forwarded_through,
@@ -86,14 +87,15 @@ def screening(place: Place) -> Iterator[Cell]:
     for subject in place.subjects:
         suspect, images = subject.read()
         bench = open_bench(subject, suspect, images)
-        triggers = make_triggers((), (images.images.shape[2], images.images.shape[3]))
+        triggers = [
+            CountingControls(trigger)
+            for trigger in make_triggers((), (images.images.shape[2], images.images.shape[3]))
+        ]
         through = forwarded_through(bench.predict.model)
         rows = assess(bench, triggers)
         forwarded = through()
-        controls = sum(int((row.control_rate or {}).get("count") or 0) for row in rows)
-        per_control = min(CONTROL_IMAGES, len(images) - len(images) // 2)
         everything = len(triggers) * len(images)
-        share = (forwarded - controls * per_control) / everything
+        share = (forwarded - sum(trigger.stamped for trigger in triggers)) / everything
         with_controls = everything + len(triggers) * 19 * min(CONTROL_IMAGES, len(images))
         survivors = sum(row.target_source == "screening" for row in rows)
         yield Cell.of(
