@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bdclean import inputs
 from bdclean.checkpoint import Checkpoint
 from bdclean.cleanse import _images, cleanse
 from bdclean.errors import Refused, UsageError
 from bdclean.inputs import Inputs
+from bdclean.preprocessing import Choice, parse_preprocess
+from bdclean.readings import Reading
 from bdclean.record import RunRecord
 from bdclean.scan import scan
 from bdclean.training import quiet
@@ -103,3 +106,37 @@ def test_few_unlabeled_images_beside_more_labeled_ones_are_not_measured_on(tmp_p
         pictures(tmp_path / "labeled" / f"{k}" / "more", 500 + k, 10)
     found = _images(checkpoint, Inputs(data=data, labeled=labeled), RunRecord("cleanse"), quiet)
     assert found.held_out.labels is not None and len(found.unlabeled) == 30
+
+
+def unclear(monkeypatch):
+    """Two plausible normalisations: the right one, and one under which the backdoor shows less."""
+    kinds = [parse_preprocess(name) for name in ("raw255", "half")]
+    found = [Choice(kind, 0.9, "first normalisation layer") for kind in kinds]
+    monkeypatch.setattr(inputs, "choose", lambda *_: found)
+    monkeypatch.setattr(inputs, "read_off", lambda checkpoint, *_: Reading(checkpoint.arch, [], None, None))
+
+
+def test_scan_runs_under_each_plausible_normalisation_and_shows_the_worst(monkeypatch):
+    unclear(monkeypatch)
+    record = scan(
+        SAMPLES / "signs-badnets.safetensors",
+        Inputs(data=SAMPLES / "images" / "labeled", limit=300, device="cpu"),
+        triggers=("badnets:size=3",),
+        target="0",
+        tell=quiet,
+    )
+    assert record.verdict == "backdoored" and record.checkpoint.preprocess == "half"
+    (said,) = [w for w in record.warnings if "normalisation is unclear" in w]
+    assert "raw255: " in said and "half: backdoored" in said and said.endswith("shown is half.")
+
+
+def test_cleanse_asks_where_the_normalisation_is_unclear(monkeypatch, tmp_path):
+    unclear(monkeypatch)
+    with pytest.raises(Refused, match="unclear between raw255 or half: say which with --preprocess"):
+        cleanse(
+            SAMPLES / "signs-badnets.safetensors",
+            Inputs(data=SAMPLES / "images" / "labeled", limit=300, device="cpu"),
+            out=tmp_path / "out.safetensors",
+            tell=quiet,
+        )
+    assert not list(tmp_path.iterdir())
