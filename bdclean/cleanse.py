@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from bdclean import __version__, gate, measure, pictures, registry
-from bdclean.architectures import Arch
 from bdclean.arguments import default_output, resume_state
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet, split, without_duplicates
@@ -97,19 +96,7 @@ def cleanse(
             measure.verdict(rows_before)[0], measure.clean_measures(before, rows_before), rows_before
         )
 
-        run = _run(
-            classifier,
-            suspect.arch,
-            images,
-            recipe,
-            method,
-            checkpoint,
-            out,
-            resume,
-            inputs,
-            suspect.device,
-            tell,
-        )
+        run = _run(classifier, suspect, images, recipe, method, out, resume, inputs, tell)
         record.precision = run.precision.name
         cleansed = method(classifier, suspect.arch, images.unlabeled, images.labeled, run)
         record.curve = cleansed.curve
@@ -211,34 +198,34 @@ def _images(checkpoint: Checkpoint, inputs: Inputs, record: RunRecord, tell: Tel
 
 
 def _run(
-    classifier: Classifier, arch: Arch, images: _Images, recipe: str, method: Recipe, checkpoint: Checkpoint,
-    out: Path, resume: bool, inputs: Inputs, device: torch.device, tell: Tell,
+    classifier: Classifier, suspect: Suspect, images: _Images, recipe: str, method: Recipe, out: Path, resume: bool,
+    inputs: Inputs, tell: Tell,
 ) -> Run:  # fmt: skip
     """The run with its resume state: what is there is opened with `resume`, else the state starts anew."""
     settings: dict[str, Any] = asdict(method)  # type: ignore[call-overload]
     arguments = {
-        "source_sha256": checkpoint.sha256,
+        "source_sha256": suspect.checkpoint.sha256,
         "recipe": recipe,
         "settings": {key: repr(value) for key, value in settings.items()},
         "data": images.unlabeled.digest,
         "labeled": images.labeled.digest if images.labeled is not None else None,
         "seed": inputs.seed,
         "precision": inputs.precision,
-        "device": str(device),
+        "device": str(suspect.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "bdclean": __version__,
         "preprocess": classifier.preprocess.spec(),
-        "architecture": arch.name,
+        "architecture": suspect.arch.name,
     }
     saved = Saved(resume_state(out), arguments)
     if resume and saved.open():
         precision = Precision.parse(str(saved.notes.get("precision")))
     else:
         # timing decides, so what was decided belongs to the state: a resumed run must not decide anew
-        precision = probe_precision(classifier, images.unlabeled.images, device, inputs.precision)
+        precision = probe_precision(classifier, images.unlabeled.images, suspect.device, inputs.precision)
         saved.notes["precision"] = precision.name
-    return Run(device, precision, inputs.seed, tell, saved)
+    return Run(suspect.device, precision, inputs.seed, tell, saved)
 
 
 def _after(out: Path, suspect: Suspect, before: Bench, inputs: Inputs, tell: Tell) -> Bench:

@@ -301,8 +301,8 @@ def sent_by(form: Form, changes: Tensor, model: nn.Module, images: Tensor, run: 
     pixels = images.to(run.device).float() / 255
 
     def answers(x: Tensor) -> Tensor:
-        with torch.no_grad(), run.precision.autocast(run.device):
-            return model(run.precision.layout(x)).float().softmax(1)
+        with torch.no_grad():
+            return run.forward(model, x).float().softmax(1)
 
     usual = answers(pixels).mean(0)
     rows = [answers(form.stamp(one[None].to(run.device), pixels)[0]).mean(0) - usual for one in changes]

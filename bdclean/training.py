@@ -87,6 +87,11 @@ class Run:
         """A generator on the run's device, seeded with the run's seed and `parts`."""
         return torch.Generator(self.device).manual_seed(seed_for(self.seed, *parts))
 
+    def forward(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        """Logits of `model` on float `pixels` [n 3 h w], in the run's precision and memory layout."""
+        with self.precision.autocast(self.device):
+            return model(self.precision.layout(pixels))
+
     def keep(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """The tensor of that name from the resume state, else `make()`, kept in the resume state from now on."""
         if self.saved is None:

@@ -104,13 +104,18 @@ def test_what_may_be_a_part_of_the_network_refuses(name, tmp_path):
         Checkpoint.read(tmp_path / "m.safetensors")
 
 
+def written_twice(live, other, folder):
+    """A network and other values of it in one file, each under its prefix: the tensors, and what was read."""
+    state = wrapped(weights(0), ("^", live)) | wrapped(weights(1), ("^", other))
+    save_file(state, folder / "m.safetensors")
+    return state, Checkpoint.read(folder / "m.safetensors")
+
+
 @pytest.mark.parametrize(
     "live, average", [("", "ema."), ("model.", "model_ema."), ("model.", "ema_model.module.")]
 )
 def test_the_average_of_a_network_is_carried_over_and_said(live, average, tmp_path):
-    state = wrapped(weights(0), ("^", live)) | wrapped(weights(1), ("^", average))
-    save_file(state, tmp_path / "m.safetensors")
-    checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
+    state, checkpoint = written_twice(live, average, tmp_path)
     assert set(checkpoint.unread) == {n for n in state if n.startswith(average)}
     (warning,) = checkpoint.warnings
     assert (
@@ -131,9 +136,7 @@ def test_the_average_of_a_network_is_carried_over_and_said(live, average, tmp_pa
     ],
 )
 def test_a_second_copy_under_any_prefix_is_said(live, other, tmp_path):
-    state = wrapped(weights(0), ("^", live)) | wrapped(weights(1), ("^", other))
-    save_file(state, tmp_path / "m.safetensors")
-    checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
+    state, checkpoint = written_twice(live, other, tmp_path)
     assert set(checkpoint.names) == {n for n in state if n.startswith(live)}
     (warning,) = checkpoint.warnings
     assert f"{other} holds " in warning and "neither measured nor cleansed" in warning

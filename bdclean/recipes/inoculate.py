@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -152,9 +153,7 @@ class Inoculate:
         pushed = [kind for kind in adversaries.KINDS if adversaries.FAMILY[kind] in families]
         kinds = [kind for each in pushed for kind in (DRAWN, each)] or [DRAWN]
 
-        def evaluated(pixels: Tensor) -> Tensor:
-            with run.precision.autocast(run.device):
-                return student(run.precision.layout(pixels))
+        evaluated = partial(run.forward, student)
 
         def attacked(kind: str, batch: Batch, pixels: Tensor, answers: Tensor) -> Tensor:
             """`pixels` under this step's adversary."""
@@ -187,8 +186,8 @@ class Inoculate:
                 set_batch_statistics(student, uncorrupted)
             settled = strange or (self.settle and batch.step >= first)
             pixels = augment(batch.images, batch.generator).float() / 255
-            with torch.no_grad(), run.precision.autocast(run.device):
-                answers = teacher(run.precision.layout(pixels))
+            with torch.no_grad():
+                answers = run.forward(teacher, pixels)
             # Batches are shuffled: the first images of each meet an adversary, the last an inverted trigger, too.
             n, kind = len(pixels), kinds[batch.step % len(kinds)]
             foes = round(self.adversary_share * n)
@@ -202,8 +201,7 @@ class Inoculate:
             if pursuit is not None:
                 found.append(pursuit.stamp(evaluated, pixels[n - hunted :], batch.step))
             train()
-            with run.precision.autocast(run.device):
-                logits = student(run.precision.layout(torch.cat([pixels, *found])))
+            logits = run.forward(student, torch.cat([pixels, *found]))
             loss = self.temperature**2 * distillation_kl(logits[:n], answers, self.temperature)
             corrupted = logits[n:].float()
             gone = corrupted.detach().softmax(1) - aims.softmax(1)
@@ -302,13 +300,8 @@ class Inoculate:
     def _attracting(self, teacher: Classifier, images: Tensor, run: Run) -> Tensor:
         """How much random counterfeits draw images to each class, [classes]."""
         pixels = _few(images).to(run.device).float() / 255
+        forward, families = partial(run.forward, teacher), self._trained_on()
         generator = run.generator("attraction")
-
-        def forward(x: Tensor) -> Tensor:
-            with run.precision.autocast(run.device):
-                return teacher(run.precision.layout(x))
-
-        families = self._trained_on()
         return run.keep("attraction", lambda: adversaries.attraction(forward, pixels, families, generator))
 
 
