@@ -231,5 +231,5 @@ def _run(
 def _after(out: Path, suspect: Suspect, before: Bench, inputs: Inputs, tell: Tell) -> Bench:
     """The written file, read back, on the images and reference classes of `before`."""
     written = Suspect(suspect.checkpoint.again(out), suspect.arch, suspect.choices, suspect.device)
-    predict = make_predictor(written.classifier(suspect.choices[0]), suspect.device, inputs)
+    predict = make_predictor(written.classifier(suspect.choices[0]), suspect.device, inputs, before.images)
     return replace(before, predict=predict, clean=predict(before.images), own_reference=False, hits={})

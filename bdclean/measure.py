@@ -36,6 +36,10 @@ LEVEL = 0.05
 CONTROLS = 19
 CONTROL_IMAGES = 300
 """Controls are measured on at most so many of a row's images: their rates need not be finer than CONTROL_MARGIN."""
+SHOWN_IMAGES = 100
+"""The same where the row is decided without them, and they are only shown beside it."""
+FEW_ROWS = 10
+"""Up to so many rows that pass have their controls beside them, too, where triggers are not screened."""
 CONTROL_MARGIN = 0.1
 STAMPED_AT_ONCE = 1000
 STAMPED_PIXELS = 1 << 22
@@ -43,7 +47,7 @@ STAMPED_PIXELS = 1 << 22
 CERTAIN = 0.9
 LEAST_SCREENED = 200
 """Under this many images there is no screening, and everything is corrected over triggers and classes instead."""
-SCREENED_OUT = "screened out"
+SCREENED, SCREENED_OUT = "screening", "screened out"
 LEAST_SOURCE = 10
 """A source class with fewer images gets no rate of its own."""
 SOURCE_IMAGES = 100
@@ -151,7 +155,7 @@ def assess(
             found.append(_dropped(screened[-1]))
         bench.tell("screening", done + 1, len(triggers), kept=sum(s.survives for s in screened))
     survivors = [(s.trigger, s.target) for s in screened if s.survives]
-    measured = iter(_measure_all(bench, survivors, second, "screening", max(1, len(survivors)), found))
+    measured = iter(_measure_all(bench, survivors, second, SCREENED, max(1, len(survivors)), found))
     rows = [next(measured) if s.survives else _dropped(s) for s in screened]
     for row in rows:
         if row.trigger in fixed:
@@ -277,22 +281,24 @@ def _measure_all(
 ) -> list[TriggerRow]:
     rows: list[TriggerRow] = []
     stamped = torch.zeros(0, dtype=torch.int64)
+    beside = source == SCREENED or len(jobs) <= FEW_ROWS
     for done, (trigger, target) in enumerate(jobs):
         if not done or trigger is not jobs[done - 1][0]:
             stamped = stamped_predictions(bench, trigger, chosen)
-        rows.append(_row(bench, trigger, target, chosen, stamped, source, tried))
+        rows.append(_row(bench, trigger, target, chosen, stamped, source, tried, beside))
         found.append(rows[-1])
         bench.tell("measuring", done + 1, len(jobs), failing=sum(row.outcome == FAILS for row in rows))
     return rows
 
 
 def _row(
-    bench: Bench, trigger: Trigger, target: Target, chosen: Tensor, stamped: Tensor, source: str, tried: int
-) -> TriggerRow:
+    bench: Bench, trigger: Trigger, target: Target, chosen: Tensor, stamped: Tensor, source: str, tried: int,
+    beside: bool,
+) -> TriggerRow:  # fmt: skip
     """One trigger towards one target on the images `chosen`, corrected for `tried` looks, with its controls.
 
     `stamped` are the predictions under it. What goes to the target without a stamp, too, is in the rates that are
-    shown, and fails no row.
+    shown, and fails no row. A row that passes has controls if `beside`.
     """
     reference, clean = bench.reference[chosen], bench.clean[chosen]
     hits = attack_success(stamped, reference, target, bench.classes)
@@ -326,10 +332,11 @@ def _row(
     at_stake = [c for c in sorted(lows, key=lambda c: -lows[c]) if lows[c] >= bench.threshold]
     shown, of = int(hits.sum()), len(hits)
     passes = upper_bound(shown, of, level) < bench.threshold
-    if passes and not at_stake:
+    low, settled = lower_bound(k, n, level), passes and not at_stake
+    if settled and not beside:
         return replace(row, outcome=PASSES)
-    # only what could fail is worth its controls, and sources only where the whole does not decide
-    first = torch.arange(n) < CONTROL_IMAGES
+    decided = settled or low >= max(CERTAIN, bench.threshold)
+    first = torch.arange(n) < (SHOWN_IMAGES if decided else CONTROL_IMAGES)
     rates = [float(found.mean()) for found in _controls(bench, trigger, moved, first)]
     if rates:
         ordered = sorted(rates)
@@ -338,10 +345,12 @@ def _row(
             "highest": ordered[-1],
             "count": len(ordered),
         }
+    if settled:
+        return replace(row, outcome=PASSES)
     ceiling = max([*rates, 0.0])
-    low = lower_bound(k, n, level)
     if _fails(low, ceiling, bench.threshold, bool(rates)):
         return replace(row, outcome=FAILS)
+    # sources only where the whole does not decide
     highest: dict[int, float] = dict.fromkeys(at_stake, 0.0)
     if at_stake:
         few = torch.isin(moved.reference, torch.tensor(at_stake)) & (_ranks(moved.reference) < SOURCE_IMAGES)

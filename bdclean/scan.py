@@ -112,7 +112,7 @@ def open_bench(
     tell: Tell,
 ) -> Bench:
     """The suspect on `images`: held against labels where they are plausible, else against its own clean answers."""
-    predict = make_predictor(suspect.classifier(choice), suspect.device, inputs)
+    predict = make_predictor(suspect.classifier(choice), suspect.device, inputs, images.images)
     kept = keep_plausible_labels(images, suspect, predict, record)
     clean = predict(images.images)
     warn_of_one_answer(clean, record)

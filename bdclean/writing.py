@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -42,7 +41,7 @@ def replace(path: Path, write: Callable[[IO[bytes]], T]) -> T:
 
 
 def _replace(path: Path, write: Callable[[IO[bytes]], T]) -> T:
-    partial = path.with_name(f"{_start_of_parts(path)}{secrets.token_hex(4)}.part")
+    partial = path.with_name(f"{_start_of_parts(path)}{os.urandom(4).hex()}.part")
     try:
         with open(partial, "xb") as stream:
             _hold(stream)  # `sweep` sees by this that somebody is still writing

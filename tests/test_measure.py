@@ -147,6 +147,28 @@ def test_above_the_threshold_like_its_controls_is_inconclusive():
     assert verdict([row])[0] == NOT_ASSESSED
 
 
+def test_a_survivor_that_passes_has_its_controls_beside_it():
+    watched = bench(Network(), n=2000)
+    (row,) = assess(watched, [Patch()], fixed={"patch:255": 3})  # as of a cleansed network
+    assert (row.outcome, row.target_source) == (PASSES, "suspect")
+    assert row.control_rate == {"median": 0.0, "highest": 0.0, "count": 19}
+    rows = assess(watched, [Patch()] * 3, target="each")  # nothing was screened, and there are many
+    assert {(row.outcome, row.control_rate is None) for row in rows} == {(PASSES, True)}
+    (given,) = assess(watched, [Patch()], target=3)
+    assert (given.outcome, given.control_rate["count"]) == (PASSES, 19)
+
+
+def test_controls_that_decide_nothing_are_measured_on_fewer_images():
+    for network, images in (
+        (Network(to(3)), measure.SHOWN_IMAGES),
+        (Network(to(3), share=0.7), measure.CONTROL_IMAGES),
+    ):
+        watched = bench(network, n=2000)
+        before = network.seen
+        assess(watched, [Patch()], target=3)
+        assert network.seen - before == 2000 + 19 * images
+
+
 def test_mirrored_controls_do_not_hide_what_is_certain():
     everything = (255, *range(100, 119))
     (row,) = assess(bench(Network(to(1), everything)), [Patch()])

@@ -151,7 +151,9 @@ def whole_scan(subject: Subject) -> Callable[[], float]:
 
 def open_bench(subject: Subject, suspect: Suspect, images: ImageSet) -> Bench:
     """The suspect on `images`, held against its own answers."""
-    predict = make_predictor(suspect.classifier(suspect.choices[0]), suspect.device, subject.inputs)
+    predict = make_predictor(
+        suspect.classifier(suspect.choices[0]), suspect.device, subject.inputs, images.images
+    )
     clean = predict(images.images)
     return Bench(predict, images.images, clean, clean, suspect.arch.classes, False, True, 0.2, 0)
 

@@ -41,7 +41,7 @@ from bdclean.bench.contenders import (
 )  # fmt: skip
 from bdclean.bench.pairs import CLOCKS, Cell, Worker, interleaved, process, ratios
 from bdclean.inputs import make_triggers
-from bdclean.measure import CONTROL_IMAGES, assess
+from bdclean.measure import CONTROL_IMAGES, SCREENED, assess
 from bdclean.recipes.inoculate import Inoculate
 from bdclean.record import RAN, RunRecord
 from bdclean.scan import scan
@@ -97,7 +97,7 @@ def screening(place: Place) -> Iterator[Cell]:
         everything = len(triggers) * len(images)
         share = (forwarded - sum(trigger.stamped for trigger in triggers)) / everything
         with_controls = everything + len(triggers) * 19 * min(CONTROL_IMAGES, len(images))
-        survivors = sum(row.target_source == "screening" for row in rows)
+        survivors = sum(row.target_source == SCREENED for row in rows)
         yield Cell.of(
             f"screening-{subject.name}",
             f"share of images forwarded, {subject.name}",
