@@ -21,7 +21,7 @@ from bdclean.errors import Refused
 from bdclean.folding import folded
 from bdclean.measure import Trigger
 from bdclean.metrics import Predictor
-from bdclean.preprocessing import Choice, Classifier, choose, claim, parse_preprocess
+from bdclean.preprocessing import Choice, Classifier, choose, claim, claimed_resize, parse_preprocess
 from bdclean.readings import own_size, read_off
 from bdclean.record import CheckpointEntry, DataEntry, RunRecord
 from bdclean.training import Tell, quiet
@@ -121,7 +121,8 @@ def read_images(
     if csv == "not" and classes is not None and isinstance(read_class_file(classes), FileLabels):
         classes = None
     images = load_images(
-        path, input_size(checkpoint, inputs), limit=inputs.limit, seed=inputs.seed, strict=inputs.strict,
+        path, input_size(checkpoint, inputs), resize=claimed_resize(checkpoint.config, checkpoint.preprocessor),
+        limit=inputs.limit, seed=inputs.seed, strict=inputs.strict,
         labeled=forced, classes=classes, claimed=claimed_names(checkpoint.metadata, checkpoint.config),
         head_classes=checkpoint.arch.classes, csv_must=csv == "must", tell=tell,
     )  # fmt: skip
@@ -251,6 +252,7 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Path) -> CheckpointEntry:
         classes=checkpoint.arch.classes,
         parameters=sum(t.numel() for t in read if t.is_floating_point()),
         unread=list(checkpoint.unread),
+        resize=claimed_resize(checkpoint.config, checkpoint.preprocessor).spec(),
     )
 
 

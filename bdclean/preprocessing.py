@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bdclean.data.decode import FILTERS, STRETCH, Resize
 from bdclean.deciding import decide
 from bdclean.errors import UsageError
 from bdclean.normalisation import CANDIDATES, NAMED, Preprocess, Triple, named, parse_preprocess
@@ -22,7 +23,13 @@ from bdclean.normalisation import CANDIDATES, NAMED, Preprocess, Triple, named, 
 if TYPE_CHECKING:
     from bdclean.checkpoint import Checkpoint
 
-__all__ = ["CANDIDATES", "NAMED", "Choice", "Classifier", "Preprocess", "choose", "claim", "parse_preprocess"]
+__all__ = [
+    "CANDIDATES", "NAMED", "Choice", "Classifier", "Preprocess", "choose", "claim", "claimed_resize",
+    "parse_preprocess",
+]  # fmt: skip
+SMALLEST_CROP = 0.1
+CONVNEXT_CROP, CONVNEXT_STRETCHED = 224 / 256, 384
+"""Transformers' ConvNextImageProcessor: the crop where its config says none, and from which size on it stretches."""
 
 
 class Classifier(nn.Module):
@@ -87,6 +94,45 @@ def claim(metadata: Mapping[str, str], config: object, preprocessor: object) -> 
             continue
         raw = table.get("do_rescale") is False or table.get("rescale_factor") in (1, 1.0)
         return named(Preprocess("", mean, std, False, raw, _claimed_size(table))), "config.json"
+    return None
+
+
+def claimed_resize(config: object, preprocessor: object) -> Resize:
+    """How the JSON beside the file says that pictures are brought to the input size; stretched where it does not say.
+
+    timm's `crop_pct` (crop_mode center) and `interpolation`; of transformers' processors `do_center_crop` with
+    `crop_size`, ConvNeXt's `crop_pct`, and `resample`.
+    """
+    for table in _tables(config, preprocessor):
+        named_filter = table.get("interpolation", table.get("resample"))
+        if isinstance(named_filter, int) and not isinstance(named_filter, bool):
+            named_filter = next((name for name, value in FILTERS.items() if value == named_filter), None)
+        share = _claimed_crop(table)
+        known = isinstance(named_filter, str) and named_filter in FILTERS
+        if known or share is not None:
+            return Resize(share, str(named_filter) if known else STRETCH.interpolation)
+    return STRETCH
+
+
+def _claimed_crop(table: dict) -> float | None:
+    share: object = table.get("crop_pct")
+    size = table.get("size")
+    edge = size.get("shortest_edge") if isinstance(size, dict) else size
+    if "input_size" in table:
+        if table.get("crop_mode", "center") != "center":
+            return None
+    elif "ConvNext" in str(table.get("image_processor_type", table.get("feature_extractor_type"))):
+        share = CONVNEXT_CROP if share is None else share
+        if not isinstance(edge, int) or edge >= CONVNEXT_STRETCHED:
+            return None
+    elif table.get("do_center_crop") is True:
+        crop = table.get("crop_size")
+        crop = crop.get("height") if isinstance(crop, dict) else crop
+        if not isinstance(crop, int) or not isinstance(edge, int) or not 0 < edge <= 1 << 16:
+            return None
+        share = crop / edge
+    if isinstance(share, (int, float)) and not isinstance(share, bool) and SMALLEST_CROP <= share <= 1:
+        return float(share)
     return None
 
 

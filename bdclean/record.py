@@ -135,6 +135,7 @@ class CheckpointEntry:
     input_size: list[int] | None = None  # 3, height, width
     mean: list[float] | None = None
     std: list[float] | None = None
+    resize: str | None = None  # how pictures are brought to the input size
     parameters: int | None = None
     unread: list[str] = field(default_factory=list)
     preprocess: str | None = None

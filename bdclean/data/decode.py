@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import stat
 import threading
@@ -21,6 +22,7 @@ MAX_BYTES = 256 * 2**20
 LARGE = 16 * 2**20  # pictures of more pixels are decoded one at a time: many at once would fill the memory
 ORIENTATION = 0x0112
 _one_at_a_time = threading.Lock()
+FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
 
 
 class Unreadable(Exception):
@@ -36,33 +38,66 @@ class Slice:
     size: int
 
 
+@dataclass(frozen=True)
+class Resize:
+    """How a picture gets the network's input size: all of it is stretched, or its centre is cut out.
+
+    `crop_pct`, in (0, 1], is timm's: the input's side over that of the shorter side which the picture is resized to
+    before its centre is cut out; None stretches. `interpolation` is a name of FILTERS; all of them are antialiased.
+    """
+
+    crop_pct: float | None = None
+    interpolation: str = "bilinear"
+
+    def box(self, width: int, height: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The part of a picture of `width` x `height` that is shown at `size` (height, width), in its pixels."""
+        if self.crop_pct is None:
+            return 0, 0, width, height
+        # a hair more: 224 / (224 / 235) is 234.99...
+        tall, wide = (math.floor(side / self.crop_pct + 1e-6) for side in size)
+        if width * tall <= height * wide:
+            resized = wide, int(wide * height / width)
+        else:
+            resized = int(tall * width / height), tall
+        left, top = (round((r - side) / 2) for r, side in zip(resized, reversed(size), strict=True))
+        x, y = width / resized[0], height / resized[1]
+        return left * x, top * y, min(width, (left + size[1]) * x), min(height, (top + size[0]) * y)
+
+    def spec(self) -> str:
+        """What a record says of it."""
+        crop = "stretched" if self.crop_pct is None else f"crop_pct={self.crop_pct:g}"
+        return f"{crop}, {self.interpolation}"
+
+
+STRETCH = Resize()
+
 Picture = str | Path | bytes | Slice | np.ndarray | Unreadable
 """A file's path, an encoded picture, where one lies, pixels as uint8 [h w 3], or why there is none."""
 
 
-def decode(picture: Picture, size: tuple[int, int]) -> np.ndarray:
+def decode(picture: Picture, size: tuple[int, int], resize: Resize = STRETCH) -> np.ndarray:
     """The picture's first frame as uint8 [3 h w]; raises Unreadable.
 
     EXIF rotation is applied; palette, grey and CMYK become RGB. Alpha is dropped, as torchvision's ImageFolder
-    does: these are the pixels that training saw. Another size is stretched to `size` (bilinear, antialiased).
+    does: these are the pixels that training saw. `resize` says how another size becomes `size` (height, width).
     """
     try:
         if isinstance(picture, Unreadable):
             raise picture
         if isinstance(picture, np.ndarray):
-            return _fitted(Image.fromarray(picture), size)
+            return _fitted(Image.fromarray(picture), size, resize)
         if isinstance(picture, Slice):
             picture = _read(picture)
         if isinstance(picture, bytes):
             _check_bytes(len(picture))
             with Image.open(io.BytesIO(picture), formats=FORMATS) as opened:
-                return _pixels(opened, size)
+                return _pixels(opened, size, resize)
         status = os.stat(picture)
         if not stat.S_ISREG(status.st_mode):  # a pipe or device behind a link would block or never end
             raise Unreadable("not a regular file")
         _check_bytes(status.st_size)
         with Image.open(picture, formats=FORMATS) as opened:
-            return _pixels(opened, size)
+            return _pixels(opened, size, resize)
     except Unreadable:
         raise
     except FileNotFoundError:
@@ -93,11 +128,11 @@ def _read(place: Slice) -> bytes:
         os.close(file)
 
 
-def _pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+def _pixels(image: Image.Image, size: tuple[int, int], resize: Resize) -> np.ndarray:
     if image.width * image.height > MAX_PIXELS:
         raise Unreadable(f"{image.width} x {image.height}, more than the {MAX_PIXELS:,} pixels allowed")
     # A large JPEG is decoded at a fraction of its size, but at least twice the size wanted: alike, and faster.
-    longest = 2 * max(size)
+    longest = math.ceil(2 * max(size) / (resize.crop_pct or 1))
     if image.width > longest or image.height > longest:
         image.draft(None, (longest, longest))
     with _one_at_a_time if image.width * image.height > LARGE else nullcontext():
@@ -106,15 +141,17 @@ def _pixels(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
             image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise Unreadable(f"{image.mode} pixels have no fixed range")
-        return _fitted(_upright(image), size)
+        return _fitted(_upright(image), size, resize)
 
 
-def _fitted(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+def _fitted(image: Image.Image, size: tuple[int, int], resize: Resize) -> np.ndarray:
     height, width = size
     if image.mode != "RGB":
         image = image.convert("RGB")
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    # Only what is shown is resized: a picture of one pixel's width would be resized to a very long one first.
+    box = resize.box(*image.size, size)
+    if (width, height, box) != (*image.size, (0, 0, *image.size)):
+        image = image.resize((width, height), FILTERS[resize.interpolation], box)
     return np.asarray(image).transpose(2, 0, 1)
 
 

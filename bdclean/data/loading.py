@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bdclean.data.decode import Picture, Slice, Unreadable, decode
+from bdclean.data.decode import STRETCH, Picture, Resize, Slice, Unreadable, decode
 from bdclean.data.imageset import ImageSet
 from bdclean.data.labelling import label_listing
 from bdclean.data.listing import Listing, printable
@@ -32,6 +32,7 @@ def load_images(
     path: str | Path,
     size: tuple[int, int],
     *,
+    resize: Resize = STRETCH,
     limit: int = 0,
     seed: int = 0,
     strict: bool = False,
@@ -44,12 +45,12 @@ def load_images(
     threads: int | None = None,
     memory: int | None = None,
 ) -> ImageSet:
-    """The images of a folder or archive (see `open_images`) at `size` (height, width).
+    """The images of a folder or archive (see `open_images`) at `size` (height, width), brought to it by `resize`.
 
     `limit` images (0: all) are drawn by seed before anything is decoded; an unreadable one is replaced by the
     next of the draw, named in `skipped`, or refuses the run with `strict`. The result depends on the images' names
-    and content, `size`, `limit` and `seed` alone, not on `threads` or on whether an archive holds them. `labeled`
-    refuses where there are no labels; `classes` is a file of class names or labels, or the names, `claimed` the names
+    and content, `size`, `resize`, `limit` and `seed` alone, not on `threads` or on whether an archive holds them.
+    `labeled` refuses where there are no labels; `classes` is a file of class names or labels, or the names, `claimed` the names
     that the checkpoint gives; unless `csv_must`, a file of labels may name none of the images. More than `memory`
     bytes of pixels go to a scratch file (default: a share of what is free). Raises Refused for what holds no images.
     """
@@ -61,7 +62,7 @@ def load_images(
         order = order[labels.kept[order]]
     wanted = min(limit, len(order)) if limit else len(order)
     room, on_disk = allocate((wanted, 3, *size), memory)
-    chosen, skipped = _decode_drawn(listing, order, room.numpy(), strict, tell, threads)
+    chosen, skipped = _decode_drawn(listing, order, room.numpy(), resize, strict, tell, threads)
     where = printable(listing.where)
     if not len(chosen):
         name, reason = skipped[0]
@@ -86,6 +87,7 @@ def _decode_drawn(
     listing: Listing,
     order: np.ndarray,
     pixels: np.ndarray,
+    resize: Resize,
     strict: bool,
     tell: Tell | None,
     threads: int | None,
@@ -107,7 +109,9 @@ def _decode_drawn(
                 rows = dict(zip(batch.tolist(), free.tolist(), strict=False))
 
                 def work(some: list[tuple[int, Picture]], rows: dict[int, int] = rows) -> list[str | None]:
-                    return [_decode_into(pixels[rows[index]], picture, size) for index, picture in some]
+                    return [
+                        _decode_into(pixels[rows[index]], picture, size, resize) for index, picture in some
+                    ]
 
                 for some, reasons in _in_parallel(pool, listing.fetch(batch), work):
                     for (index, _), reason in zip(some, reasons, strict=True):
@@ -128,10 +132,10 @@ def _decode_drawn(
     return chosen, [(printable(listing.names[i]), failed[i]) for i in sorted(failed)]
 
 
-def _decode_into(row: np.ndarray, picture: Picture, size: tuple[int, int]) -> str | None:
+def _decode_into(row: np.ndarray, picture: Picture, size: tuple[int, int], resize: Resize) -> str | None:
     """Why the picture gave no pixels, None where they are in `row` now."""
     try:
-        row[:] = decode(picture, size)
+        row[:] = decode(picture, size, resize)
     except Unreadable as error:
         return str(error)
     return None

@@ -155,6 +155,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
                         if checkpoint.preprocess_source is None
                         else f"from {checkpoint.preprocess_source}",
                         None if margin is None else f"margin {margin:.2f}",
+                        checkpoint.resize,
                     ]
                 ),
             )
