@@ -36,10 +36,12 @@ SURPRISE = 0.5
 GOOD = 0.05
 """Up to this distance images are of the training kind (0.006 to 0.04 was seen on held-out images, 0.06 and more on
 others)."""
-SIDES = (32, 64)
+SIDES = (32, 48, 64, 96, 128, 160, 192, 224, 256)
 """Image sides, beside the usual one, that people train convolutional networks at."""
 SMALL = 64
 """Up to this side images are small: cheap, and networks for them have stems of their own."""
+MORE = 8
+"""So many times the images, with labels, are looked at by those that the first ones do not part."""
 SHOWN = 4
 """Other readings in a record."""
 
@@ -70,6 +72,8 @@ class Reading:
     margin: float | None
     doubt: str | None = None
     warning: str | None = None
+    rivals: tuple[Arch, ...] = ()
+    """Those that the images do not part from the chosen one."""
 
 
 def fit(checkpoint: Checkpoint, arch: Arch, choice: Choice, images: Tensor, labels: Tensor | None) -> Fit:
@@ -108,9 +112,10 @@ def more_accurate(one: Fit, other: Fit) -> bool:
     return gained > lost and tail < ERROR_LEVEL
 
 
-def sample(images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A seeded draw: 256 images, 16 of large ones (a folder is read class by class, so the first would be of one)."""
-    count = 256 if images.shape[2] <= SMALL else 16
+def sample(images: Tensor, labels: Tensor | None, times: int = 1) -> tuple[Tensor, Tensor | None]:
+    """A seeded draw: 256 images, 16 of large ones, or so many `times` (a folder is read class by class: the first would
+    be of one)."""
+    count = times * (256 if images.shape[2] <= SMALL else 16)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     return images[order], None if labels is None else labels[order]
 
@@ -122,8 +127,8 @@ def read_off(
     candidates = checkpoint.candidates
     if len(candidates) < 2 or settled:
         return Reading(checkpoint.arch, [], None)
-    images, labels = sample(images, labels)
-    first = fit(checkpoint, candidates[0], choice, images, labels)
+    few, few_labels = sample(images, labels)
+    first = fit(checkpoint, candidates[0], choice, few, few_labels)
     # Without batch norm or labels nothing tells an activation: such readings cannot contradict the usual one.
     told = first.distance is not None or labels is not None
     tried = [first]
@@ -132,8 +137,15 @@ def read_off(
             continue
         # With another stem some networks cannot be run at all: their windows do not fit.
         with contextlib.suppress(RuntimeError, ValueError, AssertionError):
-            tried.append(fit(checkpoint, arch, choice, images, labels))
+            tried.append(fit(checkpoint, arch, choice, few, few_labels))
     reading = decide(tried, told)
+    if reading.rivals and labels is not None and len(images) > len(few):
+        more, more_labels = sample(images, labels, MORE)
+        left = [fit(checkpoint, arch, choice, more, more_labels) for arch in (reading.arch, *reading.rivals)]
+        again = decide(left, told)
+        named = {again.arch.name, *(other["name"] for other in again.others)}
+        rest = [other for other in reading.others if other["name"] not in named]
+        reading = replace(again, others=[*again.others, *rest][:SHOWN])
     known = {row.name for row in fingerprint.table()}
     if told or reading.doubt or reading.arch.name in known or not any(a.unusual for a in candidates):
         return reading
@@ -177,7 +189,7 @@ def decide(tried: Sequence[Fit], told: bool) -> Reading:
             f"these images do not look like what {best.arch.name} was trained on (its statistics are off by "
             f"{best.distance:.2g}): they are of another kind, or it is another architecture."
         )
-    return Reading(best.arch, listed, margin, doubt, warning)
+    return Reading(best.arch, listed, margin, doubt, warning, tuple(f.arch for f in rivals))
 
 
 def accuracy(fit: Fit) -> float:

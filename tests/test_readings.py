@@ -1,5 +1,7 @@
 """Which of several architectures that fit the same tensors a network is: chosen with a margin, or refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -96,6 +98,29 @@ def test_labels_part_what_statistics_cannot():
     assert not better(Fit(arch, 0.1, worse), Fit(arch, 1.0, right))
 
 
+def test_what_few_images_do_not_part_more_labels_may(tmp_path, monkeypatch):
+    """Two readings right on 80 and 74 % of the images: 256 are too few to tell, a third is clearly wrong."""
+    images, looked_at = pictures(3000), []
+    shares = {"right": 0.8, "near": 0.74, "wrong": 0.1}
+
+    def fitted(checkpoint, arch, choice, chosen, labels):
+        looked_at.append((arch.name, len(chosen)))
+        chance = torch.rand(len(chosen), generator=torch.Generator().manual_seed(len(looked_at)))
+        return Fit(arch, None, None if labels is None else chance < shares[arch.name])
+
+    checkpoint = settled(residual(), images[:64], tmp_path / "m.safetensors")
+    checkpoint = replace(checkpoint, candidates=tuple(replace(checkpoint.arch, name=name) for name in shares))
+    monkeypatch.setattr("bdclean.readings.fit", fitted)
+    reading = read_off(checkpoint, HALF, images, torch.zeros(3000), False)
+    assert (reading.arch.name, reading.doubt) == ("right", None)
+    assert looked_at[:3] == [(name, 256) for name in shares]
+    assert sorted(looked_at[3:]) == [("near", 2048), ("right", 2048)]
+    assert [other["name"] for other in reading.others] == ["near", "wrong"]
+    looked_at.clear()
+    assert "labeled images might" in read_off(checkpoint, HALF, images, None, False).doubt
+    assert {n for _, n in looked_at} == {256}
+
+
 def test_mcnemars_test_is_the_binomial_tail():
     from scipy.stats import binomtest
 
@@ -109,25 +134,26 @@ def test_mcnemars_test_is_the_binomial_tail():
 
 
 @pytest.mark.slow
-def test_the_size_that_a_network_was_trained_at(tmp_path):
-    """torchvision's ResNet trained on 32x32 pictures: at 224 its batch norm sees something else."""
+@pytest.mark.parametrize("side", [32, 48, 96, 128])
+def test_the_size_that_a_network_was_trained_at(tmp_path, side):
+    """torchvision's ResNet trained on small pictures: at 224 its batch norm sees something else."""
     from PIL import Image
     from torchvision.models import resnet
 
     torch.manual_seed(0)
     network = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
-    images = pictures(64)
+    images = pictures(64, side)
     (tmp_path / "i").mkdir()
     for k, image in enumerate(images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "i" / f"{k}.png")
     checkpoint = settled(network, images, tmp_path / "m.safetensors")
     assert checkpoint.arch.input == (3, 224, 224)
     found = at_own_size(checkpoint, tmp_path / "i", Inputs())
-    assert (found.arch.name, found.arch.input) == ("resnet1-1-1-1+32px", (3, 32, 32))
+    assert (found.arch.name, found.arch.input) == (f"resnet1-1-1-1+{side}px", (3, side, side))
     kept = at_own_size(checkpoint, tmp_path / "i", Inputs(preprocess="half"))
     assert kept is checkpoint
-    named = Checkpoint.read(tmp_path / "m.safetensors", "resnet1-1-1-1+32px")
-    assert named.arch.input == (3, 32, 32)
+    named = Checkpoint.read(tmp_path / "m.safetensors", f"resnet1-1-1-1+{side}px")
+    assert named.arch.input == (3, side, side)
 
 
 def test_a_fit_repeats_bit_for_bit(tmp_path):

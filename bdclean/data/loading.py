@@ -50,9 +50,10 @@ def load_images(
     `limit` images (0: all) are drawn by seed before anything is decoded; an unreadable one is replaced by the
     next of the draw, named in `skipped`, or refuses the run with `strict`. The result depends on the images' names
     and content, `size`, `resize`, `limit` and `seed` alone, not on `threads` or on whether an archive holds them.
-    `labeled` refuses where there are no labels; `classes` is a file of class names or labels, or the names, `claimed` the names
-    that the checkpoint gives; unless `csv_must`, a file of labels may name none of the images. More than `memory`
-    bytes of pixels go to a scratch file (default: a share of what is free). Raises Refused for what holds no images.
+    `labeled` refuses where there are no labels; `classes` is a file of class names or labels, or the names,
+    `claimed` the names that the checkpoint gives; unless `csv_must`, a file of labels may name none of the images.
+    More than `memory` bytes of pixels go to a scratch file (default: a share of what is free). Raises Refused for
+    what holds no images.
     """
     listing = open_images(Path(path))
     labels = label_listing(listing, classes, claimed, head_classes, labeled, csv_must)
