@@ -67,7 +67,8 @@ def cleanse(
         if (path := inputs.data or inputs.labeled) is not None:
             checkpoint = at_own_size(checkpoint, path, inputs)
         images = _images(checkpoint, inputs, record, tell)
-        suspect = understand(checkpoint, images.unlabeled.images, inputs, record, images.unlabeled.labels)
+        told_by = images.telling()
+        suspect = understand(checkpoint, told_by.images, inputs, record, told_by.labels)
         if len(suspect.choices) > 1:
             names = " or ".join(c.preprocess.name or c.preprocess.spec() for c in suspect.choices)
             raise Refused(f"the normalisation is unclear between {names}: say which with --preprocess.")
@@ -155,6 +156,11 @@ class _Images:
     unlabeled: ImageSet
     labeled: ImageSet | None
     held_out: ImageSet
+
+    def telling(self) -> ImageSet:
+        """Those that tell most of how the network is to be read: with labels, where any have them."""
+        sets = (self.unlabeled, self.labeled, self.held_out)
+        return next((s for s in sets if s is not None and s.labels is not None), self.unlabeled)
 
 
 def _images(checkpoint: Checkpoint, inputs: Inputs, record: RunRecord, tell: Tell) -> _Images:

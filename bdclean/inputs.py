@@ -54,6 +54,8 @@ LEAST_IMAGES = 20
 """Under this many images nothing can be said about anything."""
 COMPARED, MANY_COPIES = 20_000, 0.1
 """So many images are searched for copies of each other, and a warning says so if this share or more are copies."""
+ROUNDS = 3
+"""So often normalisation and architecture are chosen in turn until the architecture stays."""
 PROBED = 2
 """Images that a folded network is checked with."""
 ONE_ANSWER = 0.9
@@ -164,8 +166,12 @@ def understand(
         raise Refused("the network has one output: two classes or more are needed to tell where images go.")
     device = resolve_device(inputs.device)
     record.device = str(device)
-    choices = choose(checkpoint, images, inputs.preprocess)
-    reading = read_off(checkpoint, choices[0], images, labels, inputs.arch is not None)
+    for _ in range(ROUNDS):  # which one it is tells how to normalise, and the other way round
+        choices = choose(checkpoint, images, inputs.preprocess, labels)
+        reading = read_off(checkpoint, choices[0], images, labels, inputs.arch is not None)
+        if reading.arch == checkpoint.arch:
+            break
+        checkpoint = replace(checkpoint, arch=reading.arch)
     arch, others = reading.arch, reading.others
     record.checkpoint.alternatives, record.checkpoint.architecture_margin = others, reading.margin
     if reading.doubt:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bdclean.data.decode import FILTERS, STRETCH, Resize
-from bdclean.deciding import decide
+from bdclean.deciding import decide, looked_at
 from bdclean.errors import UsageError
 from bdclean.normalisation import CANDIDATES, NAMED, Preprocess, Triple, named, parse_preprocess
 
@@ -65,7 +65,7 @@ class Classifier(nn.Module):
 @dataclass(frozen=True)
 class Choice:
     """One plausible normalisation. `source` says who names it: given, metadata, config.json, first normalisation layer,
-    confidence (how sure the network is of real images).
+    labels (accuracy), spread of answers.
 
     `margin`: distance of the nearest other candidate over the largest distance that still counts as plausible, so
     above 1 the choice is clear. NaN where nothing was compared.
@@ -177,18 +177,20 @@ def _claimed_size(table: dict) -> tuple[int, int] | None:
 
 
 def choose(
-    checkpoint: Checkpoint, images: Tensor, given: str = "auto", device: str | torch.device = "cpu"
+    checkpoint: Checkpoint, images: Tensor, given: str = "auto", labels: Tensor | None = None
 ) -> list[Choice]:
     """The plausible normalisations, the likeliest first; more than one where it is unclear or a claim is contradicted.
 
-    `images`: uint8 [n 3 h w] at the network's input size. `given`: what the user says, which settles it, or `auto`.
+    `images`: uint8 [n 3 h w] at the network's input size, with their `labels` [n], if known. `given`: what the user
+    says, which settles it, or `auto`.
     """
     if given != "auto":
         return [Choice(parse_preprocess(given), math.nan, "given")]
     said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
-    network = checkpoint.build(device)
+    network = checkpoint.build()
     # A folder is read class by class: its first images would have the colours of one class.
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:512]
-    kept, margin, layer = decide(network, images[order].to(device), said[0] if said else None)
-    source = "first normalisation layer" if layer else "confidence"
+    count = looked_at(images)[-1]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+    known = None if labels is None else labels[order]
+    kept, margin, source = decide(network, images[order], said[0] if said else None, known)
     return [Choice(p, margin, said[1] if said is not None and p == said[0] else source) for p in kept]

@@ -13,7 +13,6 @@ trained on, with and without labels, and CIFAR-10's: `python -m bdclean.bench re
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,13 +23,11 @@ from torch import Tensor, nn
 from bdclean.architectures import Arch, fingerprint
 from bdclean.architectures.variants import at_size, keeps_resolution
 from bdclean.checkpoint import Checkpoint
-from bdclean.deciding import layer_distance
+from bdclean.deciding import clearly_more, layer_distance
 from bdclean.preprocessing import Choice, Classifier, choose
 
 RATIO = 1.5
 """One candidate suits its weights better than another where that one's distance is this many times as large."""
-ERROR_LEVEL = 0.001
-"""Accuracies differ where a fair coin would part the images on which only one is right so unevenly this seldom."""
 SURPRISE = 0.5
 """Above this distance even the best reading does not look like what the network was trained on."""
 GOOD = 0.05
@@ -104,12 +101,8 @@ def better(one: Fit, other: Fit) -> bool:
 
 
 def more_accurate(one: Fit, other: Fit) -> bool:
-    """Whether `one` is right more often on the same images than chance explains (McNemar's exact test)."""
-    if one.right is None or other.right is None:
-        return False
-    gained, lost = int((one.right & ~other.right).sum()), int((other.right & ~one.right).sum())
-    tail = sum(math.comb(gained + lost, k) for k in range(lost + 1)) / 2 ** (gained + lost)
-    return gained > lost and tail < ERROR_LEVEL
+    """Whether `one` is right more often on the same images than chance explains."""
+    return one.right is not None and other.right is not None and clearly_more(one.right, other.right)
 
 
 def sample(images: Tensor, labels: Tensor | None, times: int = 1) -> tuple[Tensor, Tensor | None]:

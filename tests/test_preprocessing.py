@@ -8,14 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.stats import binomtest
 from torch import nn
 
 from bdclean.architectures.residual import ResidualNetwork
-from bdclean.architectures.vgg import SmallVGG
 from bdclean.checkpoint import Checkpoint
 from bdclean.data.augment import crop
-from bdclean.deciding import MOST, decide, distance, first_statistics, foreign
-from bdclean.errors import UsageError
+from bdclean.deciding import (
+    ANSWERS,
+    LABELS,
+    MOST,
+    clearly_more,
+    decide,
+    distance,
+    first_statistics,
+    foreign,
+)
+from bdclean.errors import Refused, UsageError
 from bdclean.preprocessing import CANDIDATES, NAMED, Classifier, Preprocess, choose, claim, parse_preprocess
 
 NAMES = "none half imagenet cifar10 cifar100 gtsrb clip raw255".split()
@@ -246,13 +255,79 @@ class TestChoice:
         kept, margin, _ = decide(network, strange, None)
         assert margin < 3 and len(kept) <= MOST
 
-    def test_without_a_norm_layer_the_claim_decides_else_confidence(self):
-        torch.manual_seed(0)
-        network = SmallVGG((8, "M", 8, "M"), False, 8, ((None, 512, 10),)).eval()
-        images = pictures(64, 0, 32)
-        assert decide(network, images, NAMED["clip"])[0] == [NAMED["clip"]]
-        kept, margin, layer = decide(network, images, None)
-        assert kept and math.isnan(margin) and not layer and len(kept) <= MOST
+
+class Levels(nn.Module):
+    """Its class is the level of red that the picture has on average, in equal steps over `name`'s range."""
+
+    def __init__(self, name, classes=10):
+        super().__init__()
+        black, white = (
+            NAMED[name].normalise(torch.full((1, 3, 1, 1), v, dtype=torch.uint8)) for v in (0, 255)
+        )
+        low, high = black[0, 0, 0, 0], white[0, 0, 0, 0]
+        self.centres = low + (torch.arange(classes) + 0.5) / classes * (high - low)
+        self.sharpness = (3 * classes / (high - low)) ** 2
+
+    def forward(self, x):
+        red = x[:, 0].mean((1, 2))
+        return -self.sharpness * (red[:, None] - self.centres) ** 2
+
+
+def flat(count=600, classes=10):
+    """Pictures of one colour each, and the level of their red."""
+    colours = torch.randint(0, 256, (count, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = colours[:, :, None, None].expand(-1, -1, 8, 8).contiguous()
+    return images, (colours[:, 0].float() / 255 * classes).long().clamp_max(classes - 1)
+
+
+class TestWithoutANormalisationLayer:
+    @pytest.mark.parametrize("name", ["none", "half", "clip", "raw255"])
+    def test_labels_decide(self, name):
+        images, labels = flat()
+        kept, margin, by = decide(Levels(name).eval(), images, None, labels)
+        assert kept == [NAMED[name]] and math.isnan(margin) and by == LABELS
+
+    @pytest.mark.parametrize("name", ["none", "half", "gtsrb", "raw255"])
+    def test_without_labels_answers_are_spread_over_the_most_classes(self, name):
+        images, _ = flat()
+        kept, margin, by = decide(Levels(name).eval(), images, None)
+        assert NAMED[name] in kept and len(kept) <= MOST and math.isnan(margin) and by == ANSWERS
+
+    def test_a_claim_is_taken_unless_labels_speak_against_it(self):
+        images, labels = flat()
+        network = Levels("half").eval()
+        for said in (NAMED["clip"], NAMED["half"]):
+            assert decide(network, images, said)[0] == [said]
+        assert decide(network, images, NAMED["half"], labels) == (
+            [NAMED["half"]],
+            pytest.approx(math.nan, nan_ok=True),
+            LABELS,
+        )
+        assert decide(network, images, NAMED["clip"], labels)[0] == [NAMED["half"], NAMED["clip"]]
+        own = Preprocess("", (0.51, 0.5, 0.5), (0.5, 0.5, 0.5))  # near enough to the best
+        assert decide(network, images, own, labels)[0] == [own]
+
+    def test_labels_that_say_nothing_are_passed_over(self):
+        images, labels = flat()
+        shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+        network = Levels("half").eval()
+        assert decide(network, images, NAMED["clip"], shuffled)[0] == [NAMED["clip"]]
+        kept, _, by = decide(network, images, None, shuffled)
+        assert NAMED["half"] in kept and by == ANSWERS
+
+    def test_a_network_whose_answers_are_no_numbers_is_refused(self):
+        network = Levels("half").eval()
+        network.centres = torch.full((10,), math.nan)
+        with pytest.raises(Refused, match="not finite"):
+            decide(network, flat()[0], None)
+
+    def test_mcnemars_test_is_the_binomial_tail(self):
+        for gained in range(0, 25, 3):
+            for lost in range(0, 12, 2):
+                one = torch.tensor([True] * gained + [False] * lost + [True] * 5)
+                two = torch.tensor([False] * gained + [True] * lost + [True] * 5)
+                wanted = gained > lost and binomtest(lost, gained + lost, alternative="less").pvalue < 0.001
+                assert clearly_more(one, two) == wanted
 
 
 @pytest.fixture

@@ -121,18 +121,6 @@ def test_what_few_images_do_not_part_more_labels_may(tmp_path, monkeypatch):
     assert {n for _, n in looked_at} == {256}
 
 
-def test_mcnemars_test_is_the_binomial_tail():
-    from scipy.stats import binomtest
-
-    arch = Arch("a", nn.Identity, (3, 32, 32), 2, "fc", (), ())
-    for gained in range(0, 25, 3):
-        for lost in range(0, 12, 2):
-            one = torch.tensor([True] * gained + [False] * lost + [True] * 5)
-            two = torch.tensor([False] * gained + [True] * lost + [True] * 5)
-            expected = gained > lost and binomtest(lost, gained + lost, alternative="less").pvalue < 0.001
-            assert more_accurate(Fit(arch, None, one), Fit(arch, None, two)) == expected
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("side", [32, 48, 96, 128])
 def test_the_size_that_a_network_was_trained_at(tmp_path, side):

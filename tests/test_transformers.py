@@ -177,7 +177,7 @@ def test_without_batch_norm_nothing_is_settled_and_the_claim_decides(tmp_path):
     claimed = choose(Checkpoint.read(tmp_path / "said.safetensors"), images)
     assert [(c.preprocess.name, c.source) for c in claimed] == [("clip", "metadata")]
     unsaid = choose(Checkpoint.read(tmp_path / "m.safetensors"), images)
-    assert {c.source for c in unsaid} == {"confidence"}
+    assert {c.source for c in unsaid} == {"spread of answers"}
 
 
 def test_tables_of_whole_numbers_are_read_and_must_be_the_networks_own(tmp_path):
