@@ -250,7 +250,7 @@ def without_layer(
 
 def looked_at(images: Tensor) -> tuple[int, int]:
     """How many of `images` [n 3 h w] a first look and a closer one take, without a normalisation layer."""
-    return (512, 2048) if images.shape[2] * images.shape[3] <= SMALL else (32, 128)
+    return (128, 2048) if images.shape[2] * images.shape[3] <= SMALL else (32, 128)
 
 
 def by_labels(
