@@ -1,5 +1,6 @@
 """The use case behind `cleanse`, on a shipped model."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,42 @@ def test_few_unlabeled_images_beside_more_labeled_ones_are_not_measured_on(tmp_p
         pictures(tmp_path / "labeled" / f"{k}" / "more", 500 + k, 10)
     found = _images(checkpoint, Inputs(data=data, labeled=labeled), RunRecord("cleanse"), quiet)
     assert found.held_out.labels is not None and len(found.unlabeled) == 30
+
+
+def test_copies_of_what_is_measured_on_are_not_trained_on(tmp_path):
+    """An exact copy under another name and a JPEG of a picture, in `--data` and in `--labeled`."""
+    checkpoint = Checkpoint.read(SAMPLES / "signs-badnets.safetensors")
+    whole = sorted((SAMPLES / "images" / "labeled").rglob("*.png"))[::7]
+    assert len(whole) > 80
+    test, data, labeled = tmp_path / "test", tmp_path / "data", tmp_path / "labeled"
+    for number, path in enumerate(whole):
+        place = test if number < 24 else data if number < 54 else labeled / str(number % 12)
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place / f"{number}.png")
+    for place in (data, labeled / "3"):
+        shutil.copy(whole[0], place / "again.png")
+        with Image.open(whole[1]) as picture:
+            picture.save(place / "again.jpg", quality=95)
+    record = RunRecord("cleanse")
+    found = _images(checkpoint, Inputs(data=data, labeled=labeled, test=test), record, quiet)
+    assert (len(found.held_out), len(found.unlabeled), len(found.labeled)) == (24, 30, len(whole) - 54)
+    assert record.data.duplicates == 4
+    for kept in (found.unlabeled, found.labeled):
+        assert not any("again" in path for path in kept.paths)
+
+
+def test_labels_wherever_they_are_tell_how_the_network_is_read(tmp_path):
+    checkpoint = Checkpoint.read(SAMPLES / "signs-badnets.safetensors")
+    data, labeled = pictures(tmp_path / "data", 1, 30), by_class(tmp_path / "labeled", 3)
+    test = by_class(tmp_path / "test", 9)
+    for given, telling in (
+        (Inputs(data=data), "unlabeled"),
+        (Inputs(data=data, test=test), "held_out"),
+        (Inputs(data=data, labeled=labeled, test=test), "labeled"),
+        (Inputs(data=labeled, test=test), "unlabeled"),
+    ):
+        found = _images(checkpoint, given, RunRecord("cleanse"), quiet)
+        assert found.telling() is getattr(found, telling)
 
 
 def unclear(monkeypatch):

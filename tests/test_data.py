@@ -204,6 +204,40 @@ def test_odd_pictures_of_cameras_and_programs_are_read(tmp_path: Path) -> None:
         assert abs(pixels[name].astype(int) - scene(0)).mean() < 12, name
 
 
+def test_sixteen_bits_a_channel_are_read_as_eight(tmp_path: Path) -> None:
+    colour = scene(0)
+    deep = colour.astype(">u2") * 257
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = colour.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    png = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+    (tmp_path / "deep.png").write_bytes(png)
+    # width, height, bits, no compression, RGB, where the pixels are, samples, rows, bytes, one plane
+    bits_at = 8 + 2 + 10 * 12 + 4
+    pixels = deep.tobytes()
+    tags = [
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, bits_at), (259, 3, 1, 1 << 16), (262, 3, 1, 2 << 16),
+        (273, 4, 1, bits_at + 6), (277, 3, 1, 3 << 16), (278, 4, 1, height), (279, 4, 1, len(pixels)),
+        (284, 3, 1, 1 << 16),
+    ]  # fmt: skip
+    table = struct.pack(">H", len(tags)) + b"".join(struct.pack(">HHII", *tag) for tag in tags)
+    tiff = b"MM\0*" + struct.pack(">I", 8) + table + bytes(4) + struct.pack(">HHH", 16, 16, 16) + pixels
+    (tmp_path / "deep.tiff").write_bytes(tiff)
+    found = load_images(tmp_path, SIZE)
+    assert found.skipped == () and found.paths == ("deep.png", "deep.tiff")
+    for pixels_found in found.images.permute(0, 2, 3, 1).numpy():
+        assert np.array_equal(pixels_found, colour)
+
+
 def test_float_pictures_have_no_range_and_are_named(tmp_path: Path) -> None:
     write(tmp_path / "a.png")
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tiff")

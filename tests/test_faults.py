@@ -222,6 +222,41 @@ def test_a_full_disk_loses_nothing(small_disks, tmp_path):
         assert check(disk, digest(tmp_path / "other" / "out.safetensors"), 1).outcome == "ran"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("reading", ["full", "read-only"])
+def test_what_cannot_be_written_never_ends_as_no_evidence(small_disks, reading):
+    """A scan whose verdict is no-evidence, and a report: the record or page has no room, or may not be written."""
+    disk = small_disks("disk")
+    if reading == "full":
+        (disk / "ballast").write_bytes(bytes(3 << 20))
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    images = SAMPLES / "images" / "labeled"
+    scanned = [
+        "scan",
+        SAMPLES / "signs-clean.safetensors",
+        "--data",
+        images,
+        "--trigger",
+        "badnets",
+        "-q",
+        "--limit",
+        "60",
+    ]
+    record = disk.parent / "r.json"
+    assert command(*map(str, [*scanned, "--record", record])).returncode == 0
+    for words in (
+        [*scanned, "--record", disk],
+        [*scanned, "--record", disk / "r.json"],
+        [*scanned, "--out", disk / "r.html"],
+        ["report", record, "--out", disk / "audit.html"],
+    ):
+        done = command(*map(str, words))
+        assert done.returncode == 3 and "cannot be written" in done.stderr, words
+        assert reading.replace("full", "the disk is full") in done.stderr, words
+        assert [path.name for path in disk.iterdir() if path.name != "ballast"] == [], words
+
+
 def command(*words, **more):
     environment = {**os.environ, "PYTHONPATH": ROOT}
     return subprocess.run(
