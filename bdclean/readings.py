@@ -152,10 +152,10 @@ def read_off(
 def decide(tried: Sequence[Fit], told: bool) -> Reading:
     """The best of `tried`, the usual one first, or a doubt. `told`: whether anything could part them."""
     # Readings that nobody names stand back unless they are clearly better than all that people use.
-    peers = [f for f in tried if not f.arch.unusual]
+    peers = [f for f in tried if not f.arch.unusual] or list(tried)
     unbeaten = [p for p in peers if not any(better(o, p) for o in peers)] or peers
     usual = best = min(unbeaten, key=order)
-    against = [f for f in tried if f.arch.unusual and better(f, usual)]
+    against = [f for f in tried if f not in peers and better(f, usual)]
     if against:
         best = min(against, key=order)
         rivals = [f for f in tried if f is not best and not better(best, f)]

@@ -98,18 +98,20 @@ def test_labels_part_what_statistics_cannot():
     assert not better(Fit(arch, 0.1, worse), Fit(arch, 1.0, right))
 
 
-def test_what_few_images_do_not_part_more_labels_may(tmp_path, monkeypatch):
-    """Two readings right on 80 and 74 % of the images: 256 are too few to tell, a third is clearly wrong."""
+@pytest.mark.parametrize("unusual", [(), ("right", "near")])
+def test_what_few_images_do_not_part_more_labels_may(tmp_path, monkeypatch, unusual):
+    """Two readings right on 80 and 75 % of the images: 256 are too few to tell, a third is clearly wrong."""
     images, looked_at = pictures(3000), []
-    shares = {"right": 0.8, "near": 0.74, "wrong": 0.1}
+    shares = {"wrong": 0.1, "right": 0.8, "near": 0.75}
 
     def fitted(checkpoint, arch, choice, chosen, labels):
         looked_at.append((arch.name, len(chosen)))
-        chance = torch.rand(len(chosen), generator=torch.Generator().manual_seed(len(looked_at)))
+        chance = torch.rand(len(chosen), generator=torch.Generator().manual_seed(7 + len(looked_at)))
         return Fit(arch, None, None if labels is None else chance < shares[arch.name])
 
     checkpoint = settled(residual(), images[:64], tmp_path / "m.safetensors")
-    checkpoint = replace(checkpoint, candidates=tuple(replace(checkpoint.arch, name=name) for name in shares))
+    candidates = tuple(replace(checkpoint.arch, name=name, unusual=name in unusual) for name in shares)
+    checkpoint = replace(checkpoint, candidates=candidates)
     monkeypatch.setattr("bdclean.readings.fit", fitted)
     reading = read_off(checkpoint, HALF, images, torch.zeros(3000), False)
     assert (reading.arch.name, reading.doubt) == ("right", None)
@@ -117,8 +119,8 @@ def test_what_few_images_do_not_part_more_labels_may(tmp_path, monkeypatch):
     assert sorted(looked_at[3:]) == [("near", 2048), ("right", 2048)]
     assert [other["name"] for other in reading.others] == ["near", "wrong"]
     looked_at.clear()
-    assert "labeled images might" in read_off(checkpoint, HALF, images, None, False).doubt
-    assert {n for _, n in looked_at} == {256}
+    assert unusual or "labeled images might" in read_off(checkpoint, HALF, images, None, False).doubt
+    assert {n for _, n in looked_at} <= {256}
 
 
 @pytest.mark.slow
