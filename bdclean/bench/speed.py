@@ -224,8 +224,32 @@ print(time.perf_counter() - start, found.arch.name, start - first)
 """
 
 
+RECOGNISE_ALL = """
+import time
+from bdclean.architectures.claimed import identify
+from bdclean.architectures.recognition import build_shapes, well_known
+made = {proposal.name: build_shapes(proposal)[1] for proposal in well_known(1000)}
+identify(made["resnet18"], None, None)
+for name, shapes in made.items():
+    start = time.perf_counter()
+    identify(shapes, None, None)
+    print(time.perf_counter() - start, name)
+"""
+
+
 def recognition(place: Place) -> Iterator[Cell]:
-    """(6) Seconds from torch and torchvision imported to a checkpoint recognised and read."""
+    """(6) Seconds from torch and torchvision imported to a checkpoint recognised and read, or recognised alone."""
+    everything = subprocess.run(
+        [sys.executable, "-c", RECOGNISE_ALL], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    slowest = sorted(((float(seconds), name) for seconds, name in map(str.split, everything)), reverse=True)
+    yield Cell.of(
+        "recognition-slowest",
+        f"recognition of the slowest of {len(slowest)} known networks by names and shapes, seconds",
+        [slowest[0][0]],
+        "<= 1",
+        f"{slowest[0][1]}; next {slowest[1][1]} {slowest[1][0]:.2f}; median {slowest[len(slowest) // 2][0]:.2f}",
+    )
     features = torchvision.models.vgg16_bn(num_classes=10).features
     made = {
         "torchvision-resnet50": torchvision.models.resnet50(),
