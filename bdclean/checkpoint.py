@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,9 @@ from bdclean.architectures.claimed import identify
 from bdclean.architectures.dialects import COUNTER
 from bdclean.architectures.matching import Match, Part, shown, twins
 from bdclean.copies import copies
+from bdclean.data.decode import STRETCH
 from bdclean.errors import Refused
+from bdclean.preprocessing import claimed_resize
 from bdclean.sources import open_source
 from bdclean.tensorfile import DTYPES, FLOATS, Entry, read_header, write_file
 from bdclean.writing import reason
@@ -194,11 +196,12 @@ class Checkpoint:
         """The file's own metadata in its order, then provenance; that of an earlier cleansing is replaced."""
         kept = {k: v for k, v in self.metadata.items() if not k.startswith("bdclean.") or k in CLAIM_KEYS}
         given = {k if k.startswith("bdclean.") else f"bdclean.{k}": str(v) for k, v in provenance.items()}
-        if self.config is not None and CONFIG_KEY not in kept:
-            said = {k: self.config[k] for k in CONFIG_PARTS if k in self.config}
-            shape = [3, *self.arch.input[1:]]
-            if "architecture" in said or "model_type" in said:
-                kept |= {CONFIG_KEY: json.dumps(said | {"input_size": shape}, sort_keys=True)}
+        if CONFIG_KEY not in kept:
+            said = {k: v for k, v in (self.config or {}).items() if k in CONFIG_PARTS}
+            resize = claimed_resize(self.config, self.preprocessor)
+            if "architecture" in said or "model_type" in said or resize != STRETCH:
+                said |= asdict(resize) | {"input_size": [3, *self.arch.input[1:]]}
+                kept |= {CONFIG_KEY: json.dumps(said, sort_keys=True)}
         return kept | {SOURCE_KEY: self.sha256} | dict(sorted(given.items())) | {SOURCE_KEY: self.sha256}
 
     def check_writable(self, out: Path | str, force: bool = False) -> None:

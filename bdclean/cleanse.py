@@ -12,6 +12,7 @@ from bdclean import __version__, gate, measure, pictures, registry
 from bdclean.arguments import default_output, resume_state
 from bdclean.checkpoint import Checkpoint
 from bdclean.data import ImageSet, split, without_duplicates
+from bdclean.deciding import LABELS
 from bdclean.errors import Refused, UsageError, attach
 from bdclean.inputs import (
     CSV,
@@ -69,6 +70,10 @@ def cleanse(
         images = _images(checkpoint, inputs, record, tell)
         told_by = images.telling()
         suspect = understand(checkpoint, told_by.images, inputs, record, told_by.labels)
+        if told_by is images.held_out and suspect.choices[0].source == LABELS:
+            record.warnings.append(
+                "the normalisation was chosen by accuracy on the images that are measured on: no others have labels."
+            )
         if len(suspect.choices) > 1:
             names = " or ".join(c.preprocess.name or c.preprocess.spec() for c in suspect.choices)
             raise Refused(f"the normalisation is unclear between {names}: say which with --preprocess.")
@@ -158,9 +163,14 @@ class _Images:
     held_out: ImageSet
 
     def telling(self) -> ImageSet:
-        """Those that tell most of how the network is to be read: with labels, where any have them."""
-        sets = (self.unlabeled, self.labeled, self.held_out)
-        return next((s for s in sets if s is not None and s.labels is not None), self.unlabeled)
+        """Those that tell most of how the network is to be read: with labels, where any have them.
+
+        Labels that only a count of classes speaks for come last, and those of images that are measured on after others.
+        """
+        sets = [
+            s for s in (self.labeled, self.unlabeled, self.held_out) if s is not None and s.labels is not None
+        ]
+        return next((s for s in sets if s.labels_source != "count"), sets[0] if sets else self.unlabeled)
 
 
 def _images(checkpoint: Checkpoint, inputs: Inputs, record: RunRecord, tell: Tell) -> _Images:

@@ -234,18 +234,15 @@ def without_layer(
     A claim that labels speak clearly against is last of the plausible; labels on which the network does no better than
     chance tell nothing.
     """
-    look, closer = looked_at(images)
     candidates = list(CANDIDATES)
     if said is not None:
-        candidates = [said] + [c for c in candidates if c.gap(said) > SAME]
-    kept = None if labels is None else by_labels(network, images, labels, candidates, (look, closer))
-    if kept is None:
-        kept = [said] if said is not None else by_answers(network, images[:look], candidates)
-        return kept, math.nan, ANSWERS
-    if said in kept:
-        return [said], math.nan, LABELS
-    kept = apart(kept)
-    return kept if said is None else [*kept[: MOST - 1], said], math.nan, LABELS
+        candidates = [said] + [c for c in candidates if c.gap(said) > BESIDE]
+    kept = None if labels is None else by_labels(network, images, labels, candidates, said)
+    if kept is not None:
+        return kept, math.nan, LABELS
+    if said is not None:
+        return [said], math.nan, ANSWERS
+    return by_answers(network, images[: looked_at(images)[0]], candidates), math.nan, ANSWERS
 
 
 def looked_at(images: Tensor) -> tuple[int, int]:
@@ -254,26 +251,33 @@ def looked_at(images: Tensor) -> tuple[int, int]:
 
 
 def by_labels(
-    network: nn.Module, images: Tensor, labels: Tensor, candidates: list[Preprocess], counts: tuple[int, ...]
+    network: nn.Module, images: Tensor, labels: Tensor, candidates: list[Preprocess], said: Preprocess | None
 ) -> list[Preprocess] | None:
     """The candidates that are not clearly less accurate than the best, which is first; None where labels tell nothing.
 
-    Those that the first of `counts` images leave are tried on more.
+    A few of those that a first look leaves are tried on more images. The claim `said` is alone where it is as good as
+    the best, and last where it is not.
     """
     left = candidates
-    for count in counts:
+    for count in looked_at(images):
         known = labels[:count]
-        found = {c: answers(network, images[:count], c) for c in left}
-        right = {c: found[c].argmax(1) == known for c in left}
-        best = max(left, key=lambda c: int(right[c].sum()))
-        if not labels_plausible(found[best].argmax(1), known, found[best].shape[1]):
-            return None
-        left = sorted(
-            (c for c in left if not clearly_more(right[best], right[c])), key=lambda c: -int(right[c].sum())
-        )
-        if len(images) <= count or len(left) == 1:
+        said_of = {c: answers(network, images[:count], c) for c in left}
+        right = {c: said_of[c].argmax(1) == known for c in left}
+        ranked = sorted(left, key=lambda c: -int(right[c].sum()))
+        best = ranked[0]
+        telling = labels_plausible(said_of[best].argmax(1), known, said_of[best].shape[1])
+        if telling:
+            ranked = [c for c in ranked if not clearly_more(right[best], right[c])]
+            if said in ranked:
+                return [said]
+        left = apart(ranked)
+        if len(images) <= count or (telling and len(left) == 1):
             break
-    return left
+        if said is not None and not telling and said not in left:
+            left.append(said)
+    if not telling:
+        return None
+    return left if said is None else [*left[: MOST - 1], said]
 
 
 def by_answers(network: nn.Module, images: Tensor, candidates: list[Preprocess]) -> list[Preprocess]:
@@ -281,14 +285,15 @@ def by_answers(network: nn.Module, images: Tensor, candidates: list[Preprocess])
     spread, telling = {}, {}
     for candidate in candidates:
         shares = answers(network, images, candidate)
-        spread[candidate] = float(entropy(shares.mean(0)))
-        telling[candidate] = spread[candidate] - float(entropy(shares).mean())
+        spread[candidate] = entropy(shares.mean(0))
+        # Rounding makes it negative where all answers are the same.
+        telling[candidate] = (spread[candidate] - entropy(shares).mean()).clamp_min(0).item()
     most = max((t for t in telling.values() if math.isfinite(t)), default=math.nan)
     told = [c for c in candidates if telling[c] >= TELLING * most]
     if not told:
         raise Refused("the network's answers to these images are not finite numbers: it is broken.")
-    most = max(spread[c] for c in told)
-    return apart(sorted((c for c in told if spread[c] >= most - SPREAD), key=lambda c: -spread[c]))
+    widest = max(float(spread[c]) for c in told)
+    return apart(sorted((c for c in told if spread[c] >= widest - SPREAD), key=lambda c: -float(spread[c])))
 
 
 def apart(candidates: list[Preprocess]) -> list[Preprocess]:
@@ -301,9 +306,13 @@ def apart(candidates: list[Preprocess]) -> list[Preprocess]:
 
 
 def answers(network: nn.Module, images: Tensor, preprocess: Preprocess) -> Tensor:
-    """The network's probabilities [n classes]."""
+    """The network's probabilities [n classes], on the CPU."""
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        parts = [network(preprocess.normalise(part)).float().softmax(1) for part in images.split(64)]
+        parts = [
+            network(preprocess.normalise(part).to(device)).float().softmax(1).cpu()
+            for part in images.split(64)
+        ]
     return torch.cat(parts)
 
 

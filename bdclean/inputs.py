@@ -172,6 +172,8 @@ def understand(
         if reading.arch == checkpoint.arch:
             break
         checkpoint = replace(checkpoint, arch=reading.arch)
+    else:
+        choices = choose(checkpoint, images, inputs.preprocess, labels)
     arch, others = reading.arch, reading.others
     record.checkpoint.alternatives, record.checkpoint.architecture_margin = others, reading.margin
     if reading.doubt:

@@ -281,7 +281,7 @@ def _measure_all(
 ) -> list[TriggerRow]:
     rows: list[TriggerRow] = []
     stamped = torch.zeros(0, dtype=torch.int64)
-    beside = source == SCREENED or len(jobs) <= FEW_ROWS
+    beside = source == SCREENED or (source != "each" and len(jobs) <= FEW_ROWS)
     for done, (trigger, target) in enumerate(jobs):
         if not done or trigger is not jobs[done - 1][0]:
             stamped = stamped_predictions(bench, trigger, chosen)

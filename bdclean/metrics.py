@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,17 @@ from torch import Tensor, nn
 from bdclean.errors import Refused, out_of_memory
 from bdclean.memory import keep_freed_memory
 from bdclean.record import Measure, Rate
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Float32 is float32 inside, on devices that would round factors to fewer bits."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @dataclass
@@ -33,31 +46,26 @@ class Predictor:
 
     def __call__(self, images: Tensor) -> Tensor:
         """`images` uint8 [n 3 h w] -> int64 [n] on the CPU. Raises Refused for answers that are no numbers."""
-        tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         # room for all answers first: each one kept between large temporaries would let the heap grow by a temporary
         found, first = torch.empty(len(images), dtype=torch.int64, device=self.device), 0
         finite = torch.ones((), dtype=torch.bool, device=self.device)
-        try:
-            with torch.inference_mode():
-                while first < len(images):
-                    batch = images[first : first + self.batch_size].to(self.device)
-                    try:
-                        logits = self.model(batch.contiguous(memory_format=torch.channels_last))
-                        found[first : first + len(batch)] = logits.argmax(dim=1)
-                        finite &= logits.isfinite().all()
-                    except (RuntimeError, MemoryError) as error:
-                        if not out_of_memory(error):
-                            raise
-                        if self.batch_size == 1:
-                            raise Refused(
-                                "out of memory with a single image: use a larger device or --device cpu."
-                            ) from None
-                        self.batch_size = max(1, min(self.batch_size, len(batch)) // 2)
-                        continue
-                    first += len(batch)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        with torch.inference_mode(), without_tf32():
+            while first < len(images):
+                batch = images[first : first + self.batch_size].to(self.device)
+                try:
+                    logits = self.model(batch.contiguous(memory_format=torch.channels_last))
+                    found[first : first + len(batch)] = logits.argmax(dim=1)
+                    finite &= logits.isfinite().all()
+                except (RuntimeError, MemoryError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    if self.batch_size == 1:
+                        raise Refused(
+                            "out of memory with a single image: use a larger device or --device cpu."
+                        ) from None
+                    self.batch_size = max(1, min(self.batch_size, len(batch)) // 2)
+                    continue
+                first += len(batch)
         # Read back once: a device that is read after every batch waits for the next one.
         if not finite:
             raise Refused(

@@ -68,7 +68,7 @@ class Choice:
     labels (accuracy), spread of answers.
 
     `margin`: distance of the nearest other candidate over the largest distance that still counts as plausible, so
-    above 1 the choice is clear. NaN where nothing was compared.
+    above 1 the choice is clear. NaN where no distances were compared.
     """
 
     preprocess: Preprocess

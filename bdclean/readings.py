@@ -37,8 +37,8 @@ SIDES = (32, 48, 64, 96, 128, 160, 192, 224, 256)
 """Image sides, beside the usual one, that people train convolutional networks at."""
 SMALL = 64
 """Up to this side images are small: cheap, and networks for them have stems of their own."""
-MORE = 8
-"""So many times the images, with labels, are looked at by those that the first ones do not part."""
+MORE_IMAGES, MORE_PIXELS = 128, 1 << 21
+"""Labeled images that are looked at by readings which the first ones do not part: 2,048 of 32 x 32."""
 SHOWN = 4
 """Other readings in a record."""
 
@@ -105,10 +105,14 @@ def more_accurate(one: Fit, other: Fit) -> bool:
     return one.right is not None and other.right is not None and clearly_more(one.right, other.right)
 
 
-def sample(images: Tensor, labels: Tensor | None, times: int = 1) -> tuple[Tensor, Tensor | None]:
-    """A seeded draw: 256 images, 16 of large ones, or so many `times` (a folder is read class by class: the first would
-    be of one)."""
-    count = times * (256 if images.shape[2] <= SMALL else 16)
+def sample(images: Tensor, labels: Tensor | None, more: bool = False) -> tuple[Tensor, Tensor | None]:
+    """A seeded draw: 256 images, 16 of large ones (a folder is read class by class, so the first would be of one).
+
+    `more`: up to MORE_PIXELS of them, at least MORE_IMAGES.
+    """
+    count = 256 if images.shape[2] <= SMALL else 16
+    if more:
+        count = max(MORE_IMAGES, MORE_PIXELS // images[0, 0].numel())
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     return images[order], None if labels is None else labels[order]
 
@@ -133,12 +137,7 @@ def read_off(
             tried.append(fit(checkpoint, arch, choice, few, few_labels))
     reading = decide(tried, told)
     if reading.rivals and labels is not None and len(images) > len(few):
-        more, more_labels = sample(images, labels, MORE)
-        left = [fit(checkpoint, arch, choice, more, more_labels) for arch in (reading.arch, *reading.rivals)]
-        again = decide(left, told)
-        named = {again.arch.name, *(other["name"] for other in again.others)}
-        rest = [other for other in reading.others if other["name"] not in named]
-        reading = replace(again, others=[*again.others, *rest][:SHOWN])
+        reading = with_more(checkpoint, choice, sample(images, labels, more=True), tried, reading, told)
     known = {row.name for row in fingerprint.table()}
     if told or reading.doubt or reading.arch.name in known or not any(a.unusual for a in candidates):
         return reading
@@ -147,6 +146,35 @@ def read_off(
         f"one with another activation ({candidates[-1].name}, ...): labeled images, or --arch, would."
     )
     return replace(reading, warning=unseen)
+
+
+def right_on(checkpoint: Checkpoint, arch: Arch, choice: Choice, images: Tensor, labels: Tensor) -> Tensor:
+    """Which of `images` `arch` labels correctly, bool [n]; a few at a time, so that many fit."""
+    model = Classifier(checkpoint.build("cpu", arch), choice.preprocess).eval()
+    with torch.inference_mode():
+        return torch.cat([model(part).argmax(1) for part in images.split(64)]) == labels
+
+
+def with_more(
+    checkpoint: Checkpoint,
+    choice: Choice,
+    sampled: tuple[Tensor, Tensor | None],
+    tried: Sequence[Fit],
+    reading: Reading,
+    told: bool,
+) -> Reading:
+    """`reading` of `tried` again, where those that it left are right on more labeled images or not."""
+    images, labels = sampled
+    assert labels is not None
+    left = []
+    for one in tried:
+        if one.arch in (reading.arch, *reading.rivals):
+            left.append(replace(one, right=right_on(checkpoint, one.arch, choice, images, labels)))
+    again = decide(left, told)
+    first = next(one for one in tried if one.arch == again.arch)
+    rest = sorted((f for f in tried if f.arch not in [one.arch for one in left]), key=order)
+    others = [*again.others, *({"name": f.arch.name, "reason": why(f, first)} for f in rest)]
+    return replace(again, others=others[:SHOWN])
 
 
 def decide(tried: Sequence[Fit], told: bool) -> Reading:
@@ -223,8 +251,8 @@ def own_size(checkpoint: Checkpoint, load: Callable[[Arch], Tensor], settled: bo
             tried.append(fit(checkpoint, arch, chosen, images, None))
             if tried[0].distance is not None and tried[0].distance < GOOD:
                 return checkpoint
-        except (RuntimeError, ValueError):
-            continue  # too small for its pools
+        except (RuntimeError, ValueError, AssertionError):
+            continue  # too small for its pools, or no multiple of its blocks
     if not tried:
         return checkpoint
     best = min(tried, key=order)

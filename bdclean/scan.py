@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from bdclean import gate, measure, pictures
@@ -90,6 +91,8 @@ def scan(
                 list(choice.preprocess.mean),
                 list(choice.preprocess.std),
             )
+            record.checkpoint.preprocess_source = choice.source
+            record.checkpoint.preprocess_margin = choice.margin if math.isfinite(choice.margin) else None
             found = ", ".join(
                 f"{s[3].preprocess.name or s[3].preprocess.spec()}: {s[0].verdict}" for s in sides
             )

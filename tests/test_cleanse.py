@@ -1,6 +1,7 @@
 """The use case behind `cleanse`, on a shipped model."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -140,9 +141,16 @@ def test_labels_wherever_they_are_tell_how_the_network_is_read(tmp_path):
         (Inputs(data=data, test=test), "held_out"),
         (Inputs(data=data, labeled=labeled, test=test), "labeled"),
         (Inputs(data=labeled, test=test), "unlabeled"),
+        (Inputs(data=labeled, labeled=test), "labeled"),
     ):
         found = _images(checkpoint, given, RunRecord("cleanse"), quiet)
         assert found.telling() is getattr(found, telling)
+    guessed = replace(found.unlabeled, labels_source="count")
+    assert replace(found, unlabeled=guessed, labeled=None).telling() is found.held_out
+    assert (
+        replace(found, unlabeled=guessed, labeled=None, held_out=found.held_out.unlabeled()).telling()
+        is guessed
+    )
 
 
 def unclear(monkeypatch):

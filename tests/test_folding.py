@@ -108,6 +108,40 @@ class OwnStatistics(Branching):
         return self.head(self.norm(self.conv(x)).mean((2, 3)))
 
 
+class Keeping(Branching):
+    """Keeps a table between calls, made at the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        if self.table is None or self.table.shape[-2:] != x.shape[-2:]:
+            self.table = torch.ones_like(x[:1])
+        return self.head((x * self.table).mean((2, 3)))
+
+
+class KeepingAll(Keeping):
+    """The same, without a way that depends on it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table = self.norm(self.conv(x))
+        return self.head(self.table.mean((2, 3)))
+
+
+@pytest.mark.parametrize("network", [Keeping, KeepingAll])
+@pytest.mark.parametrize("called", [False, True])
+def test_code_that_keeps_something_between_calls_is_left_unharmed(network, called):
+    torch.manual_seed(0)
+    model = classifier(network())
+    before = answers(model) if called else None
+    quick = folded(model, IMAGES[:2])
+    for one in (quick, model):
+        assert torch.allclose(answers(one), before if called else answers(model), atol=1e-5)
+    assert isinstance(model.network.table, Tensor)
+
+
 @pytest.mark.parametrize("network", [Branching, Drawing])
 def test_a_network_whose_code_a_trace_does_not_show_is_left_as_it_is(network):
     torch.manual_seed(0)

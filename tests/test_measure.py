@@ -152,7 +152,9 @@ def test_a_survivor_that_passes_has_its_controls_beside_it():
     (row,) = assess(watched, [Patch()], fixed={"patch:255": 3})  # as of a cleansed network
     assert (row.outcome, row.target_source) == (PASSES, "suspect")
     assert row.control_rate == {"median": 0.0, "highest": 0.0, "count": 19}
-    rows = assess(watched, [Patch()] * 3, target="each")  # nothing was screened, and there are many
+    rows = assess(
+        watched, [Patch()], target="each"
+    )  # nothing was screened, and with more classes there are many
     assert {(row.outcome, row.control_rate is None) for row in rows} == {(PASSES, True)}
     (given,) = assess(watched, [Patch()], target=3)
     assert (given.outcome, given.control_rate["count"]) == (PASSES, 19)

@@ -315,6 +315,31 @@ class TestWithoutANormalisationLayer:
         kept, _, by = decide(network, images, None, shuffled)
         assert NAMED["half"] in kept and by == ANSWERS
 
+    def test_labels_that_few_images_do_not_confirm_are_tried_on_more(self):
+        """Two classes, a fifth of the images in one: 128 often do not show that the network is better than chance."""
+        images, _ = flat(2000)
+        labels = (images[:, 0, 0, 0].float() / 255 > 0.8).long()
+        wrong = torch.rand(len(labels), generator=torch.Generator().manual_seed(1)) < 0.1
+        labels = torch.where(wrong, 1 - labels, labels)
+
+        class Bright(nn.Module):
+            def forward(self, x):
+                red = x[:, 0].mean((1, 2))
+                return torch.stack([0 * red, 40 * (red - 0.6)], 1)  # 0.8 of the range of `half`
+
+        large = images[:, :, :1, :1].expand(-1, -1, 65, 65)
+        for some in (images, large[:200]):
+            kept, _, by = decide(Bright().eval(), some, NAMED["clip"], labels[: len(some)])
+            assert (kept[0], kept[-1], by) == (NAMED["half"], NAMED["clip"], LABELS)
+
+    @pytest.mark.parametrize("classes", [2, 3, 12, 43, 100])
+    def test_a_network_with_one_answer_is_not_called_broken(self, classes):
+        class One(nn.Module):
+            def forward(self, x):
+                return torch.linspace(0, 1, classes).repeat(len(x), 1)
+
+        assert decide(One().eval(), flat()[0], None)[0]
+
     def test_a_network_whose_answers_are_no_numbers_is_refused(self):
         network = Levels("half").eval()
         network.centres = torch.full((10,), math.nan)

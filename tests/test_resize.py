@@ -1,6 +1,7 @@
 """Pictures are brought to the input size as the network's config says, else stretched."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from bdclean.checkpoint import Checkpoint
 from bdclean.data.decode import FILTERS, Resize, decode
 from bdclean.inputs import Inputs, describe_checkpoint, read_images
 from bdclean.preprocessing import claimed_resize
+from bdclean.tensorfile import read_header
 from bdclean.training import quiet
 
 MODES = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}
@@ -124,3 +126,32 @@ def test_images_beside_a_config_are_cut_and_the_record_says_so(tmp_path):
         checkpoint = Checkpoint.read(path)
         assert describe_checkpoint(checkpoint, path).resize == resize
         assert int(read_images(images, checkpoint, Inputs(data=images), quiet).images.min()) == darkest
+
+
+@pytest.mark.parametrize(
+    ("config", "processor"),
+    [
+        (
+            {
+                "architecture": "resnet18",
+                "pretrained_cfg": {**TIMM, "crop_pct": 0.95, "interpolation": "bicubic"},
+            },
+            None,
+        ),
+        ({"crop_pct": 0.5, "interpolation": "lanczos"}, None),
+        (None, {"size": {"height": 32, "width": 32}, "resample": 3}),
+        ({"model_type": "convnext"}, {**EDGE, "image_processor_type": "ConvNextImageProcessor"}),
+        (None, None),
+    ],
+)
+def test_an_output_is_read_like_its_input(config, processor, tmp_path):
+    """Alone, and where the input's config lies beside it."""
+    network = ResidualNetwork((1, 1, 1), (4, 8, 16), 4, 5)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    found = replace(Checkpoint.read(tmp_path / "model.safetensors"), config=config, preprocessor=processor)
+    (tmp_path / "alone").mkdir()
+    out = tmp_path / "alone" / "out.safetensors"
+    found.write(network, out, {})
+    said = json.loads(read_header(out).metadata.get("bdclean.config", "{}"))
+    assert claimed_resize(said, None) == claimed_resize(config, processor)
+    assert bool(said) == (config is not None or processor is not None)

@@ -25,6 +25,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "hardswish": nn.Hardswish,
 }
+SIZED = re.compile(r"\+\d+px$")
+"""The end of the name of a network for images of another side."""
 KINDS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu",
@@ -60,7 +62,7 @@ def variants(proposal: Proposal, network: nn.Module) -> tuple[tuple[Proposal, st
 
 def keeps_resolution(arch: Arch) -> bool:
     """Whether it is a reading with another stem, which people use for small images alone: it costs up to 16 times."""
-    return arch.name.endswith(("+no-pool", "+stride1", "+stride1-no-pool"))
+    return SIZED.sub("", arch.name).endswith(("+no-pool", "+stride1", "+stride1-no-pool"))
 
 
 def reading(
@@ -73,8 +75,7 @@ def reading(
 
 def at_size(arch: Arch, side: int) -> Arch:
     """`resnet18+32px`: the same network for images of another side."""
-    name = re.sub(r"\+\d+px$", "", arch.name)
-    return replace(arch, name=f"{name}+{side}px", input=(3, side, side))
+    return replace(arch, name=f"{SIZED.sub('', arch.name)}+{side}px", input=(3, side, side))
 
 
 def changed(build: Callable[[], nn.Module], change: Callable[[nn.Module], nn.Module]) -> nn.Module:
