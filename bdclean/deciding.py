@@ -282,18 +282,21 @@ def by_labels(
 
 def by_answers(network: nn.Module, images: Tensor, candidates: list[Preprocess]) -> list[Preprocess]:
     """The candidates under which the network's answers to `images` are spread over the most classes."""
-    spread, telling = {}, {}
-    for candidate in candidates:
-        shares = answers(network, images, candidate)
-        spread[candidate] = entropy(shares.mean(0))
-        # Rounding makes it negative where all answers are the same.
-        telling[candidate] = (spread[candidate] - entropy(shares).mean()).clamp_min(0).item()
-    most = max((t for t in telling.values() if math.isfinite(t)), default=math.nan)
-    told = [c for c in candidates if telling[c] >= TELLING * most]
-    if not told:
+    found = {c: spread(network, images, c) for c in candidates}
+    most = max((told for _, told in found.values() if math.isfinite(told)), default=math.nan)
+    wide = {c: width for c, (width, told) in found.items() if told >= TELLING * most}
+    if not wide:
         raise Refused("the network's answers to these images are not finite numbers: it is broken.")
-    widest = max(float(spread[c]) for c in told)
-    return apart(sorted((c for c in told if spread[c] >= widest - SPREAD), key=lambda c: -float(spread[c])))
+    least = max(wide.values()) - SPREAD
+    return apart(sorted((c for c in wide if wide[c] >= least), key=lambda c: -wide[c]))
+
+
+def spread(network: nn.Module, images: Tensor, preprocess: Preprocess) -> tuple[float, float]:
+    """Entropy (nats) of the network's mean answer to `images`, and how much of it tells one image from another."""
+    shares = answers(network, images, preprocess)
+    width = entropy(shares.mean(0))
+    # Rounding makes the difference negative where all answers are the same.
+    return float(width), float((width - entropy(shares).mean()).clamp_min(0))
 
 
 def apart(candidates: list[Preprocess]) -> list[Preprocess]:

@@ -138,17 +138,15 @@ def read_images(
 def at_own_size(checkpoint: Checkpoint, path: Path, inputs: Inputs) -> Checkpoint:
     """`checkpoint` with the image size that it was trained at, by some of the images of `path`; see `own_size`."""
     said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
-    settled = (
-        inputs.arch is not None
-        or inputs.preprocess != "auto"
-        or (said is not None and said[0].size is not None)
-    )
+    given = parse_preprocess(inputs.preprocess).size if inputs.preprocess != "auto" else None
+    if inputs.arch is not None or given is not None or (said is not None and said[0].size is not None):
+        return checkpoint
     few = replace(inputs, limit=min(64, inputs.limit or 64), labeled=None, classes=None)
 
     def load(arch: Arch) -> Tensor:
         return read_images(path, replace(checkpoint, arch=arch), few, quiet).images
 
-    return own_size(checkpoint, load, settled)
+    return own_size(checkpoint, load, inputs.preprocess)
 
 
 def understand(

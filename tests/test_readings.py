@@ -14,7 +14,7 @@ from bdclean.errors import Refused
 from bdclean.inputs import Inputs, at_own_size, understand
 from bdclean.normalisation import parse_preprocess
 from bdclean.preprocessing import Choice, Classifier
-from bdclean.readings import Fit, better, decide, fit, more_accurate, read_off
+from bdclean.readings import Fit, better, decide, fit, more_accurate, own_size, read_off
 from bdclean.record import RunRecord
 from bdclean.training import set_batch_statistics
 
@@ -144,10 +144,35 @@ def test_the_size_that_a_network_was_trained_at(tmp_path, side):
     assert checkpoint.arch.input == (3, 224, 224)
     found = at_own_size(checkpoint, tmp_path / "i", Inputs())
     assert (found.arch.name, found.arch.input) == (f"resnet1-1-1-1+{side}px", (3, side, side))
-    kept = at_own_size(checkpoint, tmp_path / "i", Inputs(preprocess="half"))
-    assert kept is checkpoint
+    given = at_own_size(checkpoint, tmp_path / "i", Inputs(preprocess="half"))
+    assert given.arch.input == found.arch.input  # that says nothing of the size
+    for said in (Inputs(preprocess="half,size=224/224"), Inputs(arch="resnet1-1-1-1")):
+        assert at_own_size(checkpoint, tmp_path / "i", said) is checkpoint
     named = Checkpoint.read(tmp_path / "m.safetensors", f"resnet1-1-1-1+{side}px")
     assert named.arch.input == (3, side, side)
+
+
+def test_answers_tell_the_size_of_a_network_without_batch_norm(tmp_path, monkeypatch):
+    """A ConvNeXt whose answers are made to tell something at one size alone."""
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    torch.manual_seed(0)
+    network = ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], num_classes=5)
+    save_file(network.state_dict(), tmp_path / "m.safetensors")
+    checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
+    assert checkpoint.arch.input == (3, 224, 224)
+    for telling, side in (
+        ({64: 1.5, 48: 1.0}, 64),
+        ({224: 0.9, 64: 1.6}, 224),
+        ({64: 0.7, 224: 0.1}, 224),
+        ({}, 224),
+    ):
+        monkeypatch.setattr(
+            "bdclean.readings.spread", lambda _, images, __, t=telling: (1.6, t.get(images.shape[2], 0.0))
+        )
+        found = own_size(checkpoint, lambda arch: pictures(32, arch.input[1]))
+        assert found.arch.input == (3, side, side), telling
+        assert (found is checkpoint) == (side == 224)
 
 
 def test_a_fit_repeats_bit_for_bit(tmp_path):
