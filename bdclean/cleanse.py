@@ -21,6 +21,7 @@ from bdclean.inputs import (
     at_own_size,
     describe_checkpoint,
     describe_images,
+    input_size,
     keep_plausible_labels,
     make_predictor,
     make_triggers,
@@ -67,6 +68,7 @@ def cleanse(
         checkpoint.check_writable(out, force)
         if (path := inputs.data or inputs.labeled) is not None:
             checkpoint = at_own_size(checkpoint, path, inputs)
+        made = make_triggers(triggers, input_size(checkpoint, inputs))
         images = _images(checkpoint, inputs, record, tell)
         told_by = images.telling()
         suspect = understand(checkpoint, told_by.images, inputs, record, told_by.labels)
@@ -95,7 +97,6 @@ def cleanse(
                 f"{recipe} needs labels and {inputs.data} has none: give --labeled, with images in one "
                 "folder per class or a CSV as --classes, or use --recipe bcu."
             )
-        made = make_triggers(triggers, (before.images.shape[2], before.images.shape[3]))
         record.before = Side(measures=measure.clean_measures(before))
         rows_before = measure.assess(before, made, found=record.before.triggers)
         record.before = Side(

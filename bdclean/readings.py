@@ -253,9 +253,10 @@ def own_size(checkpoint: Checkpoint, load: Callable[[Arch], Tensor], given: str 
     found: dict[int, float] = {}
     for side in (usual.input[1], *(s for s in SIDES if s != usual.input[1])):
         arch = usual if side == usual.input[1] else at_size(usual, side)
+        images = load(arch)
         # Too small for its pools, or no multiple of its blocks.
         with contextlib.suppress(RuntimeError, ValueError, AssertionError):
-            found[side] = misfit(replace(checkpoint, arch=arch), load(arch), given)
+            found[side] = misfit(replace(checkpoint, arch=arch), images, given)
         if found.get(usual.input[1], math.inf) < 1:
             return checkpoint
     best = min(found, key=lambda side: found[side], default=usual.input[1])

@@ -15,6 +15,7 @@ from bdclean.inputs import (
     at_own_size,
     describe_checkpoint,
     describe_images,
+    input_size,
     keep_plausible_labels,
     make_predictor,
     make_triggers,
@@ -55,13 +56,12 @@ def scan(
         if path is None:
             raise UsageError("scan needs images: give --data PATH.")
         checkpoint = at_own_size(checkpoint, path, inputs)
+        made = make_triggers(triggers, input_size(checkpoint, inputs))
         images = read_images(path, checkpoint, inputs, tell, forced=path == inputs.labeled)
         record.data = describe_images(path, images)
         record.warnings += images.warnings
         warn_of_copies(images, record)
         suspect = understand(checkpoint, images.images, inputs, record, images.labels)
-        size = (images.images.shape[2], images.images.shape[3])
-        made = make_triggers(triggers, size)
         aim = check_target(target, suspect)
         sides = []
         for choice in suspect.choices:

@@ -241,4 +241,4 @@ class TestContainers:
             raise ValueError("a defect")
 
         with pytest.raises(ValueError, match="a defect"):
-            own_size(Checkpoint.read(model), load, False)
+            own_size(Checkpoint.read(model), load)
