@@ -32,9 +32,10 @@ SOURCE_KEY = "bdclean.source_sha256"
 CONFIG_KEY = "bdclean.config"
 # The claims that an output keeps from its input.
 CLAIM_KEYS = ("bdclean.preprocess", CONFIG_KEY)
-# The parts of a config that say which network it is.
+# The parts of a config that say which network it is, and what its classes are called.
 CONFIG_PARTS = ("architecture", "num_classes", "model_args", "global_pool", "model_type", "num_attention_heads",
-                "layer_norm_eps", "hidden_act", "downsample_in_bottleneck")  # fmt: skip
+                "layer_norm_eps", "hidden_act", "downsample_in_bottleneck", "image_size", "id2label",
+                "label_names")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Checkpoint:
         shapes = {e.name: e.shape for e in source.entries if e.name not in beside}
         if not shapes:
             raise Refused(f"{shown(path)} holds no tensors.")
-        config = _own_config(source.metadata) or source.config
+        own = _own_config(source.metadata)
+        config = source.config if own is None else {**(source.config or {}), **own}
         found, notes = identify(shapes, arch, config)
         match = replace(found[0], unread=found[0].unread + source.beside)
         _check_types(source.entries, match, shown(path))
@@ -196,10 +198,11 @@ class Checkpoint:
         """The file's own metadata in its order, then provenance; that of an earlier cleansing is replaced."""
         kept = {k: v for k, v in self.metadata.items() if not k.startswith("bdclean.") or k in CLAIM_KEYS}
         given = {k if k.startswith("bdclean.") else f"bdclean.{k}": str(v) for k, v in provenance.items()}
-        if CONFIG_KEY not in kept:
+        if _own_config(kept) is None:
+            kept.pop(CONFIG_KEY, None)
             said = {k: v for k, v in (self.config or {}).items() if k in CONFIG_PARTS}
             resize = claimed_resize(self.config, self.preprocessor)
-            if "architecture" in said or "model_type" in said or resize != STRETCH:
+            if said or resize != STRETCH:
                 said |= asdict(resize) | {"input_size": [3, *self.arch.input[1:]]}
                 kept |= {CONFIG_KEY: json.dumps(said, sort_keys=True)}
         return kept | {SOURCE_KEY: self.sha256} | dict(sorted(given.items())) | {SOURCE_KEY: self.sha256}

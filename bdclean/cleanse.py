@@ -63,11 +63,12 @@ def cleanse(
         method: Recipe = registry.configure(registry.load(registry.RECIPES, recipe), settings or {})
         checkpoint = Checkpoint.read(model, inputs.arch, inputs.allow_pickle)
         record.checkpoint = describe_checkpoint(checkpoint, model)
-        record.warnings += checkpoint.warnings
         out = default_output(model, out)
         checkpoint.check_writable(out, force)
+        usual = checkpoint.arch.input
         if (path := inputs.data or inputs.labeled) is not None:
             checkpoint = at_own_size(checkpoint, path, inputs)
+        record.warnings += checkpoint.warnings
         made = make_triggers(triggers, input_size(checkpoint, inputs))
         images = _images(checkpoint, inputs, record, tell)
         told_by = images.telling()
@@ -113,9 +114,12 @@ def cleanse(
         )
         if record.data is not None:
             record.data.set_aside = cleansed.set_aside
+        said, size = suspect.choices[0].preprocess, (before.images.shape[2], before.images.shape[3])
+        if size != usual[1:]:  # then the output must say it: nothing else does
+            said = replace(said, size=size)
         provenance = {
             "recipe": recipe, "seed": str(inputs.seed), "version": __version__,
-            "preprocess": suspect.choices[0].preprocess.spec(),
+            "preprocess": said.spec(),
         }  # fmt: skip
         digest = checkpoint.write(cleansed.model, out, provenance, force)
         record.output = OutputEntry(str(out), digest)

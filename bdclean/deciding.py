@@ -268,16 +268,15 @@ def by_labels(
         telling = labels_plausible(said_of[best].argmax(1), known, said_of[best].shape[1])
         if telling:
             ranked = [c for c in ranked if not clearly_more(right[best], right[c])]
-            if said in ranked:
-                return [said]
-        left = apart(ranked)
-        if len(images) <= count or (telling and len(left) == 1):
+        # With a claim the question is only whether another is better.
+        left = apart(ranked) if said is None else [said, *(c for c in ranked if c != said)][: MOST - 1]
+        if len(images) <= count:
             break
-        if said is not None and not telling and said not in left:
-            left.append(said)
     if not telling:
         return None
-    return left if said is None else [*left[: MOST - 1], said]
+    if said is None:
+        return left
+    return [said] if said in ranked else [*apart(ranked)[: MOST - 1], said]
 
 
 def by_answers(network: nn.Module, images: Tensor, candidates: list[Preprocess]) -> list[Preprocess]:

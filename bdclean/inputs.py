@@ -97,19 +97,21 @@ def input_size(checkpoint: Checkpoint, inputs: Inputs) -> tuple[int, int]:
 
     Raises Refused where the network cannot be run on what the user says; such a claim is passed over.
     """
-    if inputs.preprocess != "auto":
-        size = parse_preprocess(inputs.preprocess).size
-        if size is not None and not accepts(checkpoint.arch, size):
-            own = "x".join(map(str, checkpoint.arch.input[1:]))
-            raise Refused(
-                f"{checkpoint.arch.name} cannot be run on images of {size[0]}x{size[1]}: leave size out, it is {own}."
-            )
-    else:
-        said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
-        size = said[0].size if said else None
-        if size is not None and not accepts(checkpoint.arch, size):
-            size = None
+    given = parse_preprocess(inputs.preprocess).size if inputs.preprocess != "auto" else None
+    if given is not None and not accepts(checkpoint.arch, given):
+        own = "x".join(map(str, checkpoint.arch.input[1:]))
+        raise Refused(
+            f"{checkpoint.arch.name} cannot be run on images of {given[0]}x{given[1]}: leave size out, it is {own}."
+        )
+    size = given or claimed_size(checkpoint)
     return size or (checkpoint.arch.input[1], checkpoint.arch.input[2])
+
+
+def claimed_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """The height and width that the file claims, if its network can be run on them."""
+    said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
+    size = said[0].size if said is not None else None
+    return size if size is not None and accepts(checkpoint.arch, size) else None
 
 
 def read_images(
@@ -137,9 +139,8 @@ def read_images(
 
 def at_own_size(checkpoint: Checkpoint, path: Path, inputs: Inputs) -> Checkpoint:
     """`checkpoint` with the image size that it was trained at, by some of the images of `path`; see `own_size`."""
-    said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
     given = parse_preprocess(inputs.preprocess).size if inputs.preprocess != "auto" else None
-    if inputs.arch is not None or given is not None or (said is not None and said[0].size is not None):
+    if inputs.arch is not None or given is not None or claimed_size(checkpoint) is not None:
         return checkpoint
     few = replace(inputs, limit=min(64, inputs.limit or 64), labeled=None, classes=None)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bdclean.architectures import Arch, fingerprint
-from bdclean.architectures.variants import at_size, keeps_resolution
+from bdclean.architectures.variants import SIZED, at_size, keeps_resolution
 from bdclean.checkpoint import Checkpoint
 from bdclean.deciding import clearly_more, layer_distance, spread
 from bdclean.preprocessing import NAMED, Choice, Classifier, choose, claim, parse_preprocess
@@ -40,8 +40,9 @@ SMALL = 64
 """Up to this side images are small: cheap, and networks for them have stems of their own."""
 MORE_IMAGES, MORE_PIXELS = 128, 1 << 21
 """Labeled images that are looked at by readings which the first ones do not part: 2,048 of 32 x 32."""
-FEW, TELLS = 32, 0.5
-"""Images that tell the size of a network without batch norm, and the share of what they can tell that is enough."""
+FEW, FEW_SIDES, TELLS, LEAST_CLASSES = 32, 128, 0.5, 4
+"""Images that tell the size of a network without batch norm of so many classes or more, the largest size beside the
+usual one that is tried, and the share of what they can tell that is enough."""
 SHOWN = 4
 """Other readings in a record."""
 
@@ -142,7 +143,12 @@ def read_off(
     if reading.rivals and labels is not None and len(images) > len(few):
         reading = with_more(checkpoint, choice, sample(images, labels, more=True), tried, reading, told)
     known = {row.name for row in fingerprint.table()}
-    if told or reading.doubt or reading.arch.name in known or not any(a.unusual for a in candidates):
+    if (
+        told
+        or reading.doubt
+        or SIZED.sub("", reading.arch.name) in known
+        or not any(a.unusual for a in candidates)
+    ):
         return reading
     unseen = (
         f"without batch norm and labels nothing tells whether {reading.arch.name} is the right reading or "
@@ -249,9 +255,12 @@ def own_size(checkpoint: Checkpoint, load: Callable[[Arch], Tensor], given: str 
         return checkpoint
     norms = (m for m in outline.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     remembers = any(norm.running_mean is not None for norm in norms)
+    if not remembers and checkpoint.arch.classes < LEAST_CLASSES:
+        return checkpoint  # images of one class alone would look like the wrong size
     misfit = misfit_of_statistics if remembers else misfit_of_answers
     found: dict[int, float] = {}
-    for side in (usual.input[1], *(s for s in SIDES if s != usual.input[1])):
+    sides = [s for s in SIDES if s != usual.input[1] and (remembers or s <= FEW_SIDES)]
+    for side in (usual.input[1], *sides):
         arch = usual if side == usual.input[1] else at_size(usual, side)
         images = load(arch)
         # Too small for its pools, or no multiple of its blocks.
@@ -264,7 +273,14 @@ def own_size(checkpoint: Checkpoint, load: Callable[[Arch], Tensor], given: str 
     if not clear or (not remembers and found[best] >= 1):
         return checkpoint
     candidates = tuple(at_size(a, best) for a in checkpoint.candidates)
-    return replace(checkpoint, arch=at_size(usual, best), candidates=candidates)
+    found_out = replace(checkpoint, arch=at_size(usual, best), candidates=candidates)
+    if remembers:
+        return found_out
+    guessed = (
+        f"the network's answers tell images from one another at {best}x{best} and hardly at the usual "
+        f"{usual.input[1]}x{usual.input[1]}: it is read at {best}x{best} (--preprocess NAME,size=H/W says it)."
+    )
+    return replace(found_out, warnings=(*checkpoint.warnings, guessed))
 
 
 def misfit_of_statistics(checkpoint: Checkpoint, images: Tensor, given: str) -> float:
@@ -279,7 +295,8 @@ def misfit_of_answers(checkpoint: Checkpoint, images: Tensor, given: str) -> flo
 
     A small ConvNeXt trained at 32 pixels gave answers that told 3.2 nats (of 3.8) there, 0.6 at 48 and 0.1 at 224.
     """
-    few, network = images[:FEW], checkpoint.build()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:FEW]
+    few, network = images[order], checkpoint.build()
     said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
     ways = [said[0]] if said is not None else [NAMED[name] for name in ("none", "half", "imagenet")]
     if given != "auto":

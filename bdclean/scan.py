@@ -47,7 +47,6 @@ def scan(
     try:
         checkpoint = Checkpoint.read(model, inputs.arch, inputs.allow_pickle)
         record.checkpoint = describe_checkpoint(checkpoint, model)
-        record.warnings += checkpoint.warnings
         if inputs.labeled is not None and (inputs.data or inputs.test) is not None:
             raise UsageError(
                 "scan measures one set of images: give --data, --test or --labeled, not --labeled beside."
@@ -56,6 +55,7 @@ def scan(
         if path is None:
             raise UsageError("scan needs images: give --data PATH.")
         checkpoint = at_own_size(checkpoint, path, inputs)
+        record.warnings += checkpoint.warnings
         made = make_triggers(triggers, input_size(checkpoint, inputs))
         images = read_images(path, checkpoint, inputs, tell, forced=path == inputs.labeled)
         record.data = describe_images(path, images)

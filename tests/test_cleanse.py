@@ -6,18 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from bdclean import inputs
 from bdclean.checkpoint import Checkpoint
 from bdclean.cleanse import _images, cleanse
+from bdclean.data import load_images
 from bdclean.errors import Refused, UsageError
-from bdclean.inputs import Inputs
-from bdclean.preprocessing import Choice, parse_preprocess
+from bdclean.inputs import Inputs, at_own_size, input_size
+from bdclean.preprocessing import Choice, Classifier, parse_preprocess
 from bdclean.readings import Reading
 from bdclean.record import RunRecord
 from bdclean.scan import scan
-from bdclean.training import quiet
+from bdclean.training import quiet, set_batch_statistics
 
 SAMPLES = Path(__file__).resolve().parent.parent / "sample_models"
 
@@ -185,3 +188,28 @@ def test_cleanse_asks_where_the_normalisation_is_unclear(monkeypatch, tmp_path):
             tell=quiet,
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_output_says_the_size_that_its_input_was_read_at(tmp_path):
+    """torchvision's ResNet trained at 32 pixels: read alone, the output is not taken for one of 224."""
+    from torchvision.models import resnet
+
+    data = pictures(tmp_path / "data", 1, 240)
+    torch.manual_seed(0)
+    network = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    images = load_images(data, (32, 32), limit=64).images
+    half = parse_preprocess("half")
+    set_batch_statistics(Classifier(network, half), lambda: iter([images]))
+    save_file(network.state_dict(), tmp_path / "m.safetensors", {"bdclean.preprocess": "half"})
+    for preprocess in ("auto", "half"):
+        record = cleanse(
+            tmp_path / "m.safetensors",
+            Inputs(data=data, test=SAMPLES / "images" / "labeled", limit=240, device="cpu", preprocess=preprocess),
+            recipe="bcu", settings={"epochs": "0.5"}, triggers=("badnets:size=3",), out=tmp_path / "o.safetensors",
+            tell=quiet,
+        )  # fmt: skip
+        assert record.checkpoint.input_size == [3, 32, 32]
+        written = Checkpoint.read(tmp_path / "o.safetensors")
+        assert input_size(written, Inputs()) == (32, 32)
+        assert at_own_size(written, data, Inputs()) is written

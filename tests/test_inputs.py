@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.models import resnet18
 
 from bdclean.architectures.residual import ResidualNetwork
 from bdclean.checkpoint import Checkpoint
@@ -15,6 +16,8 @@ from bdclean.data.placing import place, take
 from bdclean.errors import Refused
 from bdclean.inputs import (
     Inputs,
+    claimed_size,
+    input_size,
     keep_plausible_labels,
     read_images,
     understand,
@@ -138,3 +141,14 @@ def test_first_layers_that_give_no_numbers_are_refused(tmp_path):
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     with pytest.raises(Refused, match="finite numbers"):
         understand(checkpoint, images, Inputs(device="cpu"), RunRecord("scan"))
+
+
+def test_a_normalisation_without_a_size_leaves_the_claimed_one(tmp_path):
+    save_file(resnet18(num_classes=5).state_dict(), tmp_path / "model.safetensors")
+    claim = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 64, 64]}
+    (tmp_path / "config.json").write_text(json.dumps(claim))
+    checkpoint = Checkpoint.read(tmp_path)
+    for given, size in (("auto", (64, 64)), ("half", (64, 64)), ("half,size=96/96", (96, 96))):
+        assert input_size(checkpoint, Inputs(preprocess=given)) == size
+    (tmp_path / "config.json").write_text(json.dumps(claim | {"input_size": [3, 9, 9]}))
+    assert claimed_size(Checkpoint.read(tmp_path)) in ((9, 9), None)

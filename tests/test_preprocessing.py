@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from scipy.stats import binomtest
 from torch import nn
 
+from bdclean import deciding
 from bdclean.architectures.residual import ResidualNetwork
 from bdclean.checkpoint import Checkpoint
 from bdclean.data.augment import crop
@@ -331,6 +332,36 @@ class TestWithoutANormalisationLayer:
         for some in (images, large[:200]):
             kept, _, by = decide(Bright().eval(), some, NAMED["clip"], labels[: len(some)])
             assert (kept[0], kept[-1], by) == (NAMED["half"], NAMED["clip"], LABELS)
+
+    def test_a_claim_that_few_images_do_not_contradict_is_held_against_more(self, monkeypatch):
+        """Right on 90 % under `half` and on 80 % under the claim: 128 images seldom tell, 2,000 do."""
+        images, labels = flat(2000)
+        chance = torch.rand(len(labels), generator=torch.Generator().manual_seed(2))
+        wrong = (labels + 5) % 10
+
+        class Two(nn.Module):
+            """Answers by the picture's number; another tenth of the answers is wrong where black is not -1."""
+
+            def forward(self, x):
+                numbers = (images.float() / 255 - 0.5).mul(2)
+                half = len(x) and bool((x[0] - numbers[self.at]).abs().max() < 1e-4)
+                part = slice(self.at, self.at + len(x))
+                self.at = (self.at + len(x)) % self.count
+                said = torch.where(chance[part] < (0.9 if half else 0.8), labels[part], wrong[part])
+                return 9.0 * nn.functional.one_hot(said, 10)
+
+        network = Two().eval()
+        found, real = [], deciding.answers
+
+        def counted(network, some, preprocess):
+            network.at, network.count = 0, len(some)
+            found.append(len(some))
+            return real(network, some, preprocess)
+
+        monkeypatch.setattr(deciding, "answers", counted)
+        kept, _, by = decide(network, images, NAMED["imagenet"], labels)
+        assert (kept[0], kept[-1], by) == (NAMED["half"], NAMED["imagenet"], LABELS)
+        assert set(found) == {128, 2000}
 
     @pytest.mark.parametrize("classes", [2, 3, 12, 43, 100])
     def test_a_network_with_one_answer_is_not_called_broken(self, classes):

@@ -173,6 +173,7 @@ def test_answers_tell_the_size_of_a_network_without_batch_norm(tmp_path, monkeyp
         found = own_size(checkpoint, lambda arch: pictures(32, arch.input[1]))
         assert found.arch.input == (3, side, side), telling
         assert (found is checkpoint) == (side == 224)
+        assert bool(found.warnings) == (side != 224)
 
 
 def test_a_fit_repeats_bit_for_bit(tmp_path):
