@@ -36,6 +36,8 @@ GOOD = 0.05
 others)."""
 SIDES = (32, 48, 64, 96, 128, 160, 192, 224, 256)
 """Image sides, beside the usual one, that people train convolutional networks at."""
+LARGER = 2
+"""So many times the usual side are tried: a stem for small images makes large ones costly, and people take another."""
 SMALL = 64
 """Up to this side images are small: cheap, and networks for them have stems of their own."""
 MORE_IMAGES, MORE_PIXELS = 128, 1 << 21
@@ -259,7 +261,8 @@ def own_size(checkpoint: Checkpoint, load: Callable[[Arch], Tensor], given: str 
         return checkpoint  # images of one class alone would look like the wrong size
     misfit = misfit_of_statistics if remembers else misfit_of_answers
     found: dict[int, float] = {}
-    sides = [s for s in SIDES if s != usual.input[1] and (remembers or s <= FEW_SIDES)]
+    largest = LARGER * usual.input[1] if remembers else FEW_SIDES
+    sides = [s for s in SIDES if s != usual.input[1] and s <= largest]
     for side in (usual.input[1], *sides):
         arch = usual if side == usual.input[1] else at_size(usual, side)
         images = load(arch)
