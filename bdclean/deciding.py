@@ -308,13 +308,9 @@ def apart(candidates: list[Preprocess]) -> list[Preprocess]:
 
 
 def answers(network: nn.Module, images: Tensor, preprocess: Preprocess) -> Tensor:
-    """The network's probabilities [n classes], on the CPU."""
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    """The network's probabilities [n classes]."""
     with torch.no_grad():
-        parts = [
-            network(preprocess.normalise(part).to(device)).float().softmax(1).cpu()
-            for part in images.split(64)
-        ]
+        parts = [network(preprocess.normalise(part)).float().softmax(1) for part in images.split(64)]
     return torch.cat(parts)
 
 

@@ -31,9 +31,8 @@ def folded(model: Classifier, images: Tensor) -> Classifier:
         with torch.inference_mode(), without_tf32():
             exact, found = model(pixels), quick(pixels)
         close = bool((found - exact).abs().max() <= TOLERANCE * exact.abs().max())
-    except (
-        Exception
-    ):  # whatever code that is not ours raises when it is traced; the network itself still runs
+    except Exception:
+        # Whatever code that is not ours raises when it is traced: the network itself still runs.
         return model
     return quick if close else model
 
@@ -58,9 +57,8 @@ def _fold(network: nn.Module) -> fx.GraphModule:
         fused[str(before.target)] = fuse_conv_bn_eval(conv, norm)
         node.replace_all_uses_with(before)
         graph.erase_node(node)
-    traced = fx.GraphModule(
-        network, graph
-    )  # its containers are new: replacing a module leaves `network` alone
+    # Its containers are new, so that replacing a module leaves the modules of `network` alone.
+    traced = fx.GraphModule(network, graph)
     for name, module in fused.items():
         parent, _, own = name.rpartition(".")
         setattr(traced.get_submodule(parent), own, module.requires_grad_(False))

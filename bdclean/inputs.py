@@ -97,7 +97,7 @@ def input_size(checkpoint: Checkpoint, inputs: Inputs) -> tuple[int, int]:
 
     Raises Refused where the network cannot be run on what the user says; such a claim is passed over.
     """
-    given = parse_preprocess(inputs.preprocess).size if inputs.preprocess != "auto" else None
+    given = given_size(inputs)
     if given is not None and not accepts(checkpoint.arch, given):
         own = "x".join(map(str, checkpoint.arch.input[1:]))
         raise Refused(
@@ -105,6 +105,11 @@ def input_size(checkpoint: Checkpoint, inputs: Inputs) -> tuple[int, int]:
         )
     size = given or claimed_size(checkpoint)
     return size or (checkpoint.arch.input[1], checkpoint.arch.input[2])
+
+
+def given_size(inputs: Inputs) -> tuple[int, int] | None:
+    """The height and width that `--preprocess` says, if it says any."""
+    return parse_preprocess(inputs.preprocess).size if inputs.preprocess != "auto" else None
 
 
 def claimed_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
@@ -139,7 +144,7 @@ def read_images(
 
 def at_own_size(checkpoint: Checkpoint, path: Path, inputs: Inputs) -> Checkpoint:
     """`checkpoint` with the image size that it was trained at, by some of the images of `path`; see `own_size`."""
-    given = parse_preprocess(inputs.preprocess).size if inputs.preprocess != "auto" else None
+    given = given_size(inputs)
     if inputs.arch is not None or given is not None or claimed_size(checkpoint) is not None:
         return checkpoint
     few = replace(inputs, limit=min(64, inputs.limit or 64), labeled=None, classes=None)
