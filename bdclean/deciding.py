@@ -135,15 +135,6 @@ def backwards(
     return gain > SURER if not claimed else gain >= -SURER
 
 
-def foreign(network: nn.Module, images: Tensor, preprocess: Preprocess) -> bool:
-    """Whether the first normalisation layer shows that uint8 `images` [n 3 h w] are not of the training kind.
-
-    Few images are often far by chance: with n of them, distances up to 0.7 / n were seen of a network's own kind.
-    """
-    most = FOREIGN + 1 / len(images)
-    return any(distance > most for distance in distances(network, images, [preprocess]).values())
-
-
 def distances(network: nn.Module, images: Tensor, candidates: list[Preprocess]) -> dict[Preprocess, float]:
     """Each candidate's distance from the first normalisation layer; empty where no such layer runs.
 

@@ -4,7 +4,8 @@ Three forms: a soft mask and pattern, after Neural Cleanse (Wang et al. 2019, IE
 added to the whole picture, pixel by pixel or smooth, in kin a targeted universal perturbation (Moosavi-Dezfooli et al.
 2017). The loss is the cross-entropy towards the class plus a weight on the change's size, the weight raised while the
 success rate is above a goal and lowered otherwise. Departures from Neural Cleanse: all classes are optimised in one
-batch; success is averaged over steps; fewer steps, and classes that fall far behind stop early where there are many.
+batch, each from several starts, of which fewer go on in each of three rounds; success is averaged over steps; fewer
+steps, and classes that fall far behind stop early where there are many.
 """
 
 from __future__ import annotations
@@ -17,17 +18,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bdclean.training import Batch, Run, State, fit
+from bdclean.training import Batch, Measures, Run, State, fit
 
 RAISE = 1.15
-TOGETHER = 24
-"""How many classes go on after a third of the steps: those with the smallest changes.
+ROUNDS = (0.3, 0.2, 0.5)
+"""Shares of the steps. After the first the two best starts of each kind go on, after the second the best one.
 
-A trigger's class leads from early on (measured: a mask of 23 pixels against 38 to 53 after 60 steps); the rest of the
-steps shows by how much, for which several others must go on.
+Where a start ends is chance: of twelve of a trigger's class (a 3x3 grid, its mask 4 pixels at last, those of other
+classes 20 and more) four were near it after 100 steps. Starts in a window around it are told from others after 30.
 """
-FEWEST = 8
-"""While more than TOGETHER classes go on, they share what those are shown; each is shown so many images at least."""
+TOGETHER = 24
+"""How many classes go on after the first round: those with the smallest changes.
+
+A trigger's class leads from early on; the rest of the steps shows by how much, for which several others must go on.
+"""
+WINDOWS, FEW_WINDOWS, WHOLE = 3, 2, 3
+"""Masks start in so many windows along an axis, half the picture wide, in two where there are more than MANY classes,
+and so many cover the whole picture, for triggers that are spread over it."""
+MANY = 48
+SHOWN, FEWEST = 2, 8
+"""Starts of a class share SHOWN times the images that one would see, and see so many each at least."""
 PIXELS = 1 << 20
 """Pixels that go forward and back at once, 1,024 images of 32 x 32: with more, gradients are added up."""
 SIDE = 8
@@ -53,8 +63,9 @@ class Form:
     family: str
     """The family of `corruptions` that it belongs to."""
     shape: tuple[int, ...]
-    """Of one row of parameters, which start uniform in [-spread, spread]."""
-    spread: float
+    """Of one row of parameters."""
+    start: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+    """Parameters [k s ...] that s starts of each of k classes begin with, and the kind of each start, int64 [s]."""
     stamp: Callable[[Tensor, Tensor], Tensor]
     """Parameters [k ...] and pixels [n 3 h w] in [0, 1] to changed pixels [k n 3 h w] in [0, 1]."""
     sizes: Callable[[Tensor], Tensor]
@@ -90,13 +101,29 @@ def mask(height: int, width: int) -> Form:
         masks, patterns = halves(parameters)
         return (1 - masks[:, None]) * pixels + (masks * patterns)[:, None]
 
+    def start(classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Masks of about 0.73 in a window of half the sides and almost nothing beside it, or of about 0.5 everywhere;
+        patterns that are far from grey."""
+        along = WINDOWS if classes <= MANY else FEW_WINDOWS
+        rows = _noise((classes, along**2 + WHOLE, 4, height, width), generator)
+        rows[:, :, 1:] *= 3
+        tall, wide = max(1, height // 2), max(1, width // 2)
+        for k in range(along**2):
+            top, left = (
+                round(at * (whole - part) / (along - 1))
+                for at, whole, part in ((k // along, height, tall), (k % along, width, wide))
+            )
+            rows[:, k, 0] -= 5
+            rows[:, k, 0, top : top + tall, left : left + wide] += 6
+        return rows, torch.tensor([0] * along**2 + [1] * WHOLE)
+
     return Form(
-        "mask", "patch", (4, height, width), 1.0, stamp,
+        "mask", "patch", (4, height, width), start, stamp,
         sizes=lambda parameters: halves(parameters)[0].sum(dim=(1, 2, 3)),
         picture=lambda row: stamp(row[None], row.new_full((1, 3, height, width), 0.5))[0, 0],
         said="a mask of {:.1f} pixels",
-        steps=1.0, rate=0.2, last_rate=0.2, push=0.2, reach=6.9,
-        weight=1e-3 * 1024 / (height * width),  # Neural Cleanse's first weight, for 32 x 32 pixels
+        steps=1.0, rate=0.3, last_rate=0.2, push=0.2, reach=6.9,
+        weight=1e-2 * 1024 / (height * width),  # ten times Neural Cleanse's first weight: there are fewer steps
         goal=0.95, least=0.8,
     )  # fmt: skip
 
@@ -119,8 +146,11 @@ def added(height: int, width: int, kind: str) -> Form:
         one = field(row[None])[0]
         return 0.5 + 0.5 * one / one.abs().max().clamp_min(1e-6)
 
+    def start(classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return 0.035 * _noise((classes, 2, *shapes[kind]), generator), torch.zeros(2, dtype=torch.int64)
+
     return Form(
-        kind, {"pattern": "noise", "smooth": "low"}[kind], shapes[kind], 0.035,
+        kind, {"pattern": "noise", "smooth": "low"}[kind], shapes[kind], start,
         stamp=lambda parameters, pixels: (pixels + field(parameters)[:, None]).clamp(0, 1),
         # the floor keeps the root's gradient finite where nothing is added
         sizes=lambda parameters: 255 * field(parameters).pow(2).mean(dim=(1, 2, 3)).clamp_min(1e-12).sqrt(),
@@ -129,6 +159,11 @@ def added(height: int, width: int, kind: str) -> Form:
         steps=0.6, rate=0.02, last_rate=0.002, push=0.006, reach=1.0, weight=0.02,
         goal=0.85, least=0.6,
     )  # fmt: skip
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform in [-1, 1]."""
+    return torch.rand(shape, generator=generator, device=generator.device) * 2 - 1
 
 
 @dataclass(frozen=True)
@@ -162,20 +197,16 @@ class Inverted:
 
 
 class _Fitted(nn.Module):
-    """Parameters of all classes, and what steers them: all of it is in the resume state."""
+    """Parameters [rows ...], and what steers them [rows]: all of it is in the resume state."""
 
     weights: Tensor
     success: Tensor
-    active: Tensor
 
-    def __init__(self, form: Form, classes: int, generator: torch.Generator):
+    def __init__(self, changes: Tensor, weight: float):
         super().__init__()
-        device = generator.device
-        start = torch.rand((classes, *form.shape), generator=generator, device=device)
-        self.changes = nn.Parameter(form.spread * (start * 2 - 1))
-        self.register_buffer("weights", torch.full((classes,), form.weight, device=device))
-        self.register_buffer("success", torch.zeros(classes, device=device))
-        self.register_buffer("active", torch.ones(classes, dtype=torch.bool, device=device))
+        self.changes = nn.Parameter(changes.clone())
+        self.register_buffer("weights", changes.new_full((len(changes),), weight))
+        self.register_buffer("success", changes.new_zeros(len(changes)))
 
 
 def invert(
@@ -190,31 +221,56 @@ def invert(
 ) -> Inverted:
     """Fit a change of `form` for each of `classes` [k] on `model`, which is put into evaluation mode.
 
-    `images` are uint8 [n 3 h w]. Each step shows every class `batch_size` images, whatever class they are of; fewer
-    while more than TOGETHER classes go on. Returned are the classes that were fitted to the end.
+    `images` are uint8 [n 3 h w]. A class is shown `batch_size` of them a step, whatever class they are of; more, but
+    fewer each, while several of its starts go on. Returned are the classes that were fitted to the end, which are at
+    most TOGETHER.
     """
     model.eval()
-    classes, stage = classes.to(run.device), f"invert-{form.name}"
-    fitted = _Fitted(form, len(classes), run.generator(stage, "start"))
-    optimiser = torch.optim.Adam(fitted.parameters(), lr=form.rate, betas=(0.5, 0.9))
+    stage = f"invert-{form.name}"
+    rows, kinds = form.start(len(classes), run.generator(stage, "start"))
+    starts = rows.shape[1]
+    kinds = kinds.to(run.device).repeat(len(classes))
+    going = Inverted(
+        form,
+        classes.to(run.device).repeat_interleave(starts),
+        rows.flatten(0, 1),
+        rows.new_zeros(kinds.shape),
+    )
+    for number, share in enumerate(ROUNDS):
 
-    def step(batch: Batch) -> tuple[None, dict[str, float]]:
-        if batch.step == max(1, steps // 3):
-            fitted.active.zero_()
-            smallest = form.sizes(fitted.changes.detach()).argsort()
-            fitted.active[smallest[:TOGETHER]] = True
+        def fitted(going: Inverted = going, number: int = number, share: float = share) -> Tensor:
+            return _fit_round(
+                model, images, going, stage, number, max(1, round(share * steps)), batch_size, run
+            ).pack()
+
+        going = Inverted.unpack(run.keep(f"{stage}-{number}", fitted), form)
+        kept = _best(going, kinds, most=2) if number == 0 else _best(going, torch.zeros_like(kinds), most=1)
+        if number == 0:
+            kept = kept[torch.isin(going.classes[kept], _leading(going, kept))]
+        going, kinds = going.select(kept), kinds[kept]
+    return going
+
+
+def _fit_round(
+    model: nn.Module, images: Tensor, going: Inverted, stage: str, number: int, steps: int, batch_size: int, run: Run
+) -> Inverted:  # fmt: skip
+    """`going` after `steps` more steps."""
+    form, classes, before = going.form, going.classes, sum(ROUNDS[:number])
+    fitted = _Fitted(going.parameters, form.weight)
+    optimiser = torch.optim.Adam(fitted.parameters(), lr=form.rate, betas=(0.5, 0.9))
+    starts = len(classes) // len(classes.unique())
+    shown = max(FEWEST, min(batch_size, SHOWN * batch_size // starts))
+
+    def step(batch: Batch) -> tuple[None, Measures]:
         optimiser.zero_grad()
-        active, rate = fitted.active.nonzero().squeeze(1), fitted.success.clone()
-        shown = max(FEWEST, batch_size * TOGETHER // max(TOGETHER, len(active)))
+        rate = torch.zeros_like(fitted.success)
         pixels = batch.images[:shown].float() / 255
         at_once = max(1, PIXELS // pixels[0, 0].numel())
-        for part in chunks(len(active), max(1, at_once // len(pixels))):
-            rows = active[part.to(run.device)]
-            rate[rows] = 0
+        for part in chunks(len(classes), max(1, at_once // len(pixels))):
+            rows = part.to(run.device)
             for few in pixels.split(at_once):
                 changes, share = fitted.changes[rows], len(few) / len(pixels)
-                with run.precision.autocast(run.device):
-                    logits = model(run.precision.layout(form.stamp(changes, few).flatten(0, 1))).float()
+                logits = run.forward(model, form.stamp(changes, few).flatten(0, 1)).float()
                 targets = classes[rows].repeat_interleave(len(few))
                 losses = F.cross_entropy(logits, targets, reduction="none").view(len(rows), -1).mean(1)
                 total = share * (losses + fitted.weights[rows] * form.sizes(changes)).sum()
@@ -224,14 +280,30 @@ def invert(
         optimiser.step()
         fitted.success.copy_(rate if batch.step == 0 else fitted.success.lerp(rate, 0.2))
         fitted.weights.mul_(torch.where(rate > form.goal, RAISE, 1 / RAISE)).clamp_(1e-6, 1.0)
-        return None, {"success": fitted.success.mean().item()}
+        return None, {"success": fitted.success.mean()}
 
     def schedule(step: int) -> float:
-        return form.rate + (form.last_rate - form.rate) * step / max(1, steps)
+        done = before + ROUNDS[number] * step / max(1, steps)
+        return form.rate + (form.last_rate - form.rate) * done
 
-    fit(step, State(stage, fitted, optimiser, images, None, batch_size, steps, schedule), run)
-    with torch.no_grad():
-        return Inverted(form, classes, fitted.changes.detach(), fitted.success).select(fitted.active)
+    state = State(f"{stage}-{number}", fitted, optimiser, images, None, batch_size, steps, schedule)
+    fit(step, state, run)
+    return Inverted(form, classes, fitted.changes.detach(), fitted.success)
+
+
+def _best(going: Inverted, kinds: Tensor, most: int) -> Tensor:
+    """Indices of the `most` best rows of each class and kind, in order: small, and with success."""
+    worth = going.sizes / going.success.clamp_min(0.05)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row in worth.argsort(stable=True).tolist():
+        groups.setdefault((int(going.classes[row]), int(kinds[row])), []).append(row)
+    return torch.tensor(sorted(row for group in groups.values() for row in group[:most]), device=worth.device)
+
+
+def _leading(going: Inverted, kept: Tensor) -> Tensor:
+    """The TOGETHER classes whose best of the rows `kept` is smallest."""
+    best = kept[going.sizes[kept].argsort()]
+    return torch.tensor(list(dict.fromkeys(going.classes[best].tolist()))[:TOGETHER], device=kept.device)
 
 
 def chunks(total: int, size: int) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ import json
 import math
 import zlib
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,21 @@ SAVE_EVERY_SECONDS = 20.0
 KEY = "bdclean.resume"
 
 
+@dataclass
+class Position:
+    """How far a stage has come: `done` steps, the curve, and the sums of the measures since its last row."""
+
+    stage: str = ""
+    done: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)
+    share: float = 1.0
+    """Of the schedule's learning rates that is taken, in (0, 1]."""
+    good: int = 0
+    """The step that is gone back to when steps burst the network; `newest` takes its place at the next row."""
+    newest: int = 0
+
+
 class Saved:
     """Resume state on disk: `PATH` (safetensors) whose metadata is the authority, and a readable JSON copy beside it.
 
@@ -32,8 +48,7 @@ class Saved:
         self.path = path
         self.arguments = json.loads(json.dumps(dict(arguments)))
         self.kept: dict[str, Tensor] = {}
-        self.stage, self.done, self.curve = "", 0, []  # type: str, int, list[dict[str, float]]
-        self.sums: dict[str, float] = {}
+        self.position = Position()
         self.tensors: dict[str, Tensor] = {}
         self.notes: dict[str, Any] = {}
 
@@ -50,7 +65,7 @@ class Saved:
             found = json.loads(header.metadata[KEY])
             tensors, _ = read_tensors(self.path, header)
             theirs, notes = dict(found["arguments"]), dict(found["notes"])
-            stage, done, curve, sums = _position(found)
+            position = _position(found)
             if found["check"] != _check(tensors):
                 raise ValueError("its tensors are not those that were written")
         except Exception as error:
@@ -67,33 +82,20 @@ class Saved:
                 f"the resume state {self.path} was made with {key} = {old!r}, this run has {new!r}: "
                 "repeat that run's arguments, or start anew without --resume."
             )
-        self.stage, self.done, self.curve, self.sums, self.notes = stage, done, curve, sums, notes
+        self.position, self.notes = position, notes
         # cloned, so that what is kept does not hold on to the whole file's memory
         self.kept = {name[5:]: tensor.clone() for name, tensor in tensors.items() if name.startswith("kept.")}
         self.tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("kept.")}
         return True
 
-    def save(
-        self,
-        stage: str,
-        done: int,
-        curve: list[dict[str, float]],
-        sums: dict[str, float],
-        tensors: Mapping[str, Tensor],
-    ) -> None:
-        """Replace the state on disk atomically; a kill at any moment leaves the old state or the new one.
-
-        `sums` are those of the measures since the curve's last row.
-        """
-        self.stage, self.done, self.curve, self.sums = stage, done, curve, sums
+    def save(self, position: Position, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the state on disk atomically; a kill at any moment leaves the old state or the new one."""
+        self.position = position
         everything = {**tensors, **{f"kept.{name}": tensor for name, tensor in self.kept.items()}}
         everything = {name: tensor.detach().cpu().contiguous() for name, tensor in everything.items()}
         found = {
             "arguments": self.arguments,
-            "stage": stage,
-            "done": done,
-            "curve": curve,
-            "sums": sums,
+            **asdict(position),
             "notes": self.notes,
             "check": _check(everything),
         }
@@ -101,17 +103,24 @@ class Saved:
         write_text(self.json_path, json.dumps(found, indent=1))
 
 
-def _position(found: Mapping[str, Any]) -> tuple[str, int, list[dict[str, float]], dict[str, float]]:
-    """Stage, steps done, curve and sums of a state; raises ValueError on what no run can have written."""
-    stage, done, curve, sums = found["stage"], found["done"], found["curve"], found["sums"]
+def _position(found: Mapping[str, Any]) -> Position:
+    """The position of a state; raises ValueError on what no run can have written."""
+    position = Position(**{f.name: found[f.name] for f in fields(Position)})
+    stage, done, curve, share = position.stage, position.done, position.curve, position.share
     if not isinstance(stage, str) or type(done) is not int or done < 0:
         raise ValueError(f"it says step {done!r} of stage {stage!r}")
-    if not isinstance(curve, list) or not all(map(_numbers, curve)) or not _numbers(sums):
+    if not isinstance(curve, list) or not all(map(_numbers, curve)) or not _numbers(position.sums):
         raise ValueError("its curve is not a list of tables of numbers")
     steps = [row.get("step", 0) for row in curve]
     if steps != sorted(set(steps)) or any(not 0 < step <= done for step in steps):
         raise ValueError(f"its curve goes through steps {steps[-3:]} and {done} are done")
-    return stage, done, curve, sums
+    if type(share) is not float or not 0 < share <= 1:
+        raise ValueError(f"it says {share!r} of the learning rate")
+    if any(type(at) is not int or at not in (0, *steps) for at in (position.good, position.newest)):
+        raise ValueError(
+            f"it goes back to steps {position.good!r} and {position.newest!r}, not rows of its curve"
+        )
+    return position
 
 
 def _numbers(table: object) -> bool:

@@ -14,8 +14,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +29,7 @@ from bdclean.data.scratch import allocate, available
 from bdclean.errors import ENDING, Interrupted, Refused
 from bdclean.memory import Roomy, keep_freed_memory
 from bdclean.preprocessing import Classifier
-from bdclean.saving import Saved
+from bdclean.saving import Position, Saved
 
 
 class Tell(Protocol):
@@ -127,9 +128,22 @@ class State:
     schedule: Callable[[int], float] | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Tensors that `step` changes in place and that belong to the state."""
+    most: float = math.inf
+    """With a mean loss above it the network has burst: the steps that led there are undone."""
 
 
-Step = Callable[[Batch], tuple[Tensor | None, dict[str, float]]]
+Measures = Mapping[str, Tensor | float]
+Step = Callable[[Batch], tuple[Tensor | None, Measures]]
+
+ROWS = 100
+"""Rows of a curve. Losses are read once a row: reading them at every step would make an accelerator wait."""
+MOST_HALVINGS = 10
+"""Of the learning rate, until a stage gives up: a thousandth of it moves nothing any more."""
+
+
+def burst(classes: int) -> float:
+    """A mean cross-entropy or divergence, in nats, that no learning network has: knowing nothing costs log(classes)."""
+    return 30.0 * max(1.0, math.log(classes))
 
 
 def order(images: int, batch_size: int, step: int, seed: int, stage: str) -> Tensor:
@@ -147,115 +161,219 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
     """Run `step` for `state.steps` batches and return the curve: a row about every hundredth of the way.
 
     `step` returns a loss, which is then minimised (or None where it has optimised by itself), and measures to show.
-    Raises Refused where the loss is no longer finite or the memory too small, and Interrupted after SIGINT, SIGTERM or
-    SIGHUP with the state saved.
+    Steps that burst the network (something is not finite, or the loss is above `state.most`) are undone, back to where
+    all was well, and done again at half the learning rate; later rows of the curve say their `rate_share`.
+    Raises Refused where that does not help or the memory is too small, and Interrupted after SIGINT, SIGTERM or SIGHUP
+    with the state saved.
     """
-    done, curve, sums = 0, [], {}  # type: int, list[dict[str, float]], dict[str, float]
-    if run.saved is not None and run.saved.stage == state.stage:
-        done, curve, sums = run.saved.done, list(run.saved.curve), dict(run.saved.sums)
-        if done > state.steps:
-            raise Refused(
-                f"the resume state {run.saved.path} says that {done} steps of {state.stage} are done, and it has "
-                f"{state.steps}: delete it and start anew without --resume."
-            )
-        _restore(state, run.saved.tensors)
-        run.saved.tensors = {}  # its memory is free from here on
+    course = _Course(state, run)
     if run.device.type == "cpu":
         keep_freed_memory()
     images = place(state.images, run.device)
     labels = state.labels.to(run.device) if state.labels is not None else None
-    host = available() if run.device.type == "cpu" else None
-    changing = [*state.model.buffers(), *state.extra.values()]
-    roomy = Roomy(state.model.parameters(), changing, host, lambda size: allocate((size,), 0)[0])
-    saved_at, started, first = time.monotonic(), time.monotonic(), done
-    every = max(1, state.steps // 100)
+    roomy = _roomy(state, run)
+    saved_at = started = time.monotonic()
+    first = course.position.done
     with _deferred_signals() as caught:
-        while done < state.steps:
-            chosen = order(len(images), min(state.batch_size, len(images)), done, run.seed, state.stage).to(
-                run.device
-            )
-            seed = seed_for(run.seed, state.stage, "step", done)
-            batch = Batch(
-                take(images, chosen, run.device),
-                labels[chosen] if labels is not None else None,
-                done,
-                done / state.steps,
-                torch.Generator(run.device),
-            )
-            if state.schedule is not None:
-                for group in state.optimiser.param_groups:
-                    group["lr"] = state.schedule(done)
-
-            def passes(batch: Batch = batch, seed: int = seed) -> tuple[Tensor | None, dict[str, float]]:
-                torch.manual_seed(seed)  # dropout draws from the global generator
-                batch.generator.manual_seed(seed)
-                loss, measures = step(batch)
-                if loss is not None:
-                    state.optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
-                return loss, measures
-
-            loss, measures = roomy(passes, state.stage)
-            if loss is not None:
-                state.optimiser.step()
-                measures = {"loss": loss.item(), **measures}
-            if not all(map(math.isfinite, measures.values())):
-                raise Refused(
-                    f"{state.stage} diverged at step {done + 1} of {state.steps} ({measures}): "
-                    "lower the learning rate with --set."
-                )
-            done += 1
-            for name, value in measures.items():
-                sums[name] = sums.get(name, 0.0) + value
-            if done % every == 0 or done == state.steps:
-                since = done - int(curve[-1]["step"] if curve else 0)
-                curve.append({"step": done, **{name: value / since for name, value in sums.items()}})
-                sums = {}
-            rate = (done - first) * min(state.batch_size, len(images)) / (time.monotonic() - started)
-            run.tell(state.stage, done, state.steps, **measures, images_per_second=rate)
-            if run.saved is not None and (
-                caught or time.monotonic() - saved_at > saving.SAVE_EVERY_SECONDS or done == state.steps
-            ):
-                run.saved.save(state.stage, done, curve, sums, _tensors(state))
+        while course.position.done < state.steps:
+            batch, seed = course.batch(images, labels)
+            course.take(*roomy(partial(_passes, step, state, batch, seed), state.stage))
+            done, now = course.position.done, time.monotonic()
+            rate = max(0, done - first) * min(state.batch_size, len(images)) / (now - started)
+            run.tell(state.stage, done, state.steps, **course.latest(), images_per_second=rate)
+            due = caught or done == state.steps or now - saved_at > saving.SAVE_EVERY_SECONDS
+            if run.saved is not None and due:
+                run.saved.save(course.read(), course.tensors())
                 saved_at = time.monotonic()
             if caught:
-                kept = (
-                    f"; its state is in {run.saved.path}, go on with --resume"
-                    if run.saved is not None
-                    else ""
-                )
-                raise Interrupted(
-                    f"interrupted at step {done} of {state.steps} of {state.stage}{kept}.", 128 + caught[0]
-                )
-    return curve
+                raise _interrupted(caught[0], state, done, run.saved)
+    return course.position.curve
 
 
-def _tensors(state: State) -> dict[str, Tensor]:
-    tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
-    for index, slots in state.optimiser.state_dict()["state"].items():
-        for slot, value in slots.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimiser.{index}.{slot}"] = value
-    tensors.update({f"extra.{name}": tensor for name, tensor in state.extra.items()})
-    return tensors
+def halvings(curve: Sequence[Mapping[str, float]]) -> list[str]:
+    """Says how often the learning rate of a `curve` was halved, in no or one sentence."""
+    share = min((row.get("rate_share", 1.0) for row in curve), default=1.0)
+    return [
+        f"steps burst the network and were undone: the learning rate ended at {share:g} of its schedule"
+    ] * (share < 1)
 
 
-def _restore(state: State, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        state.model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
-        optimiser = copy.deepcopy(state.optimiser.state_dict())
-        for name, tensor in tensors.items():
-            if name.startswith("optimiser."):
-                _, index, slot = name.split(".", 2)
-                optimiser["state"].setdefault(int(index), {})[slot] = tensor
-        state.optimiser.load_state_dict(optimiser)
-        with torch.no_grad():
-            for name, tensor in state.extra.items():
-                tensor.copy_(tensors[f"extra.{name}"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise Refused(
-            f"the resume state does not fit this network ({error}): start anew without --resume."
-        ) from error
+def _passes(step: Step, state: State, batch: Batch, seed: int) -> tuple[bool, Measures]:
+    """A step up to its gradients: whether there are any, and its measures."""
+    torch.manual_seed(seed)  # dropout draws from the global generator
+    batch.generator.manual_seed(seed)
+    loss, measures = step(batch)
+    if loss is None:
+        return False, measures
+    state.optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    return True, {"loss": loss.detach(), **measures}
+
+
+def _roomy(state: State, run: Run) -> Roomy:
+    changing = [*state.model.buffers(), *state.extra.values()]
+    host = available() if run.device.type == "cpu" else None
+    return Roomy(state.model.parameters(), changing, host, lambda size: allocate((size,), 0)[0])
+
+
+def _interrupted(number: int, state: State, done: int, saved: Saved | None) -> Interrupted:
+    kept = f"; its state is in {saved.path}, go on with --resume" if saved is not None else ""
+    return Interrupted(f"interrupted at step {done} of {state.steps} of {state.stage}{kept}.", 128 + number)
+
+
+class _Course:
+    """How far a stage has come, and the weights that it goes back to when steps burst the network.
+
+    `newest` are those at the end of the curve's last row; `good` those a row before, after which all is known to have
+    been well.
+    """
+
+    def __init__(self, state: State, run: Run) -> None:
+        self.state, self.run = state, run
+        self.position = Position(state.stage)
+        self.unread: list[Measures] = []
+        self.rates = [group["lr"] for group in state.optimiser.param_groups]
+        self.good = self.newest = _weights(state)
+        if run.saved is not None and run.saved.position.stage == state.stage:
+            self._go_on(run.saved)
+
+    def _go_on(self, saved: Saved) -> None:
+        if saved.position.done > self.state.steps:
+            raise Refused(
+                f"the resume state {saved.path} says that {saved.position.done} steps of {self.state.stage} are done, "
+                f"and it has {self.state.steps}: delete it and start anew without --resume."
+            )
+        self.position = copy.deepcopy(saved.position)
+        try:
+            _restore_weights(self.state, _part(saved.tensors, "now"))
+            _restore_optimiser(self.state.optimiser, _part(saved.tensors, "optimiser"))
+            self.good, self.newest = (_part(saved.tensors, name) for name in ("good", "newest"))
+            if not self.good.keys() == self.newest.keys() == _weights(self.state).keys():
+                raise KeyError("good, newest")
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise Refused(
+                f"the resume state does not fit this network ({error}): start anew without --resume."
+            ) from error
+        saved.tensors = {}  # its memory is free from here on
+
+    def batch(self, images: Tensor, labels: Tensor | None) -> tuple[Batch, int]:
+        """The next batch, and the seed of its step; the optimiser gets the learning rate of that step."""
+        state, run, done = self.state, self.run, self.position.done
+        for group, rate in zip(state.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = self.position.share * (rate if state.schedule is None else state.schedule(done))
+        size = min(state.batch_size, len(images))
+        chosen = order(len(images), size, done, run.seed, state.stage).to(run.device)
+        batch = Batch(
+            take(images, chosen, run.device),
+            labels[chosen] if labels is not None else None,
+            done,
+            done / state.steps,
+            torch.Generator(run.device),
+        )
+        return batch, seed_for(run.seed, state.stage, "step", done)
+
+    def take(self, differentiated: bool, measures: Measures) -> None:
+        """Step along the gradients, if there are any; at the end of a row, look whether all is well."""
+        if differentiated:
+            self.state.optimiser.step()
+        self.unread.append(measures)
+        self.position.done += 1
+        done, steps = self.position.done, self.state.steps
+        if done % max(1, steps // ROWS) == 0 or done == steps:
+            self._close_row()
+
+    def read(self) -> Position:
+        """The position, with all measures in it."""
+        sums = self.position.sums
+        for measures in self.unread:
+            for name, value in measures.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        self.unread = []
+        return self.position
+
+    def latest(self) -> dict[str, float]:
+        """The measures of the curve's last row."""
+        row = self.position.curve[-1] if self.position.curve else {}
+        return {name: value for name, value in row.items() if name not in ("step", "rate_share")}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a resumed run needs."""
+        parts = {
+            "now": _weights(self.state, copied=False),
+            "optimiser": _slots(self.state.optimiser),
+            "good": self.good,
+            "newest": self.newest,
+        }
+        return {f"{part}.{name}": tensor for part, of in parts.items() for name, tensor in of.items()}
+
+    def _close_row(self) -> None:
+        position = self.read()
+        since = position.done - int(position.curve[-1]["step"] if position.curve else 0)
+        row = {name: value / since for name, value in position.sums.items()}
+        weights = _weights(self.state)
+        finite = all(map(math.isfinite, row.values())) and all(
+            bool(w.isfinite().all()) for w in weights.values()
+        )
+        if not finite or row.get("loss", 0.0) > self.state.most:
+            self._go_back(row)
+            return
+        position.curve.append({"step": position.done, **row})
+        if position.share < 1:
+            position.curve[-1]["rate_share"] = position.share
+        position.sums = {}
+        self.good, self.newest = self.newest, weights
+        position.good, position.newest = position.newest, position.done
+
+    def _go_back(self, row: Mapping[str, float]) -> None:
+        position, state = self.position, self.state
+        if position.share <= 0.5**MOST_HALVINGS:
+            raise Refused(
+                f"{state.stage} diverged at step {position.done} of {state.steps} ({dict(row)}), with a thousandth of "
+                "its learning rate, too: lower the learning rate with --set."
+            )
+        _restore_weights(state, self.good)
+        state.optimiser.state.clear()  # what it remembers led here
+        self.newest, position.newest = self.good, position.good
+        position.done, position.sums = position.good, {}
+        position.curve = [row for row in position.curve if row["step"] <= position.good]
+        position.share /= 2
+
+
+def _weights(state: State, copied: bool = True) -> dict[str, Tensor]:
+    """What training changes, but for the optimiser's memory: parameters, buffers, and `state.extra`."""
+    found = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
+    found |= {f"extra.{name}": tensor for name, tensor in state.extra.items()}
+    return {name: tensor.detach().clone() if copied else tensor for name, tensor in found.items()}
+
+
+def _restore_weights(state: State, weights: Mapping[str, Tensor]) -> None:
+    state.model.load_state_dict(_part(weights, "model"))
+    with torch.no_grad():
+        for name, tensor in state.extra.items():
+            tensor.copy_(weights[f"extra.{name}"])
+
+
+def _slots(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimiser remembers of each parameter: `index.slot` -> tensor."""
+    return {
+        f"{index}.{slot}": value
+        for index, slots in optimiser.state_dict()["state"].items()
+        for slot, value in slots.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _restore_optimiser(optimiser: torch.optim.Optimizer, slots: Mapping[str, Tensor]) -> None:
+    remembered = copy.deepcopy(optimiser.state_dict())
+    for name, tensor in slots.items():
+        index, slot = name.split(".", 1)
+        remembered["state"].setdefault(int(index), {})[slot] = tensor
+    optimiser.load_state_dict(remembered)
+
+
+def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Those of `tensors` whose names begin with `name.`, without it."""
+    return {key[len(name) + 1 :]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
 
 
 @contextlib.contextmanager
@@ -382,9 +500,7 @@ def set_batch_statistics(model: nn.Module, batches: Callable[[], Iterator[Tensor
 
     Nothing is done where the network has no batch norm. The networks's mode is left as it was.
     """
-    norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
+    norms = remembering(model)
     if not norms:
         return
     training, momenta = model.training, [m.momentum for m in norms]
@@ -399,3 +515,68 @@ def set_batch_statistics(model: nn.Module, batches: Callable[[], Iterator[Tensor
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.train(training)
+
+
+def remembering(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The batch norms of `model` that keep running statistics."""
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        and m.running_mean is not None
+        and m.running_var is not None
+    ]
+
+
+def recentre(model: nn.Module, batches: Callable[[], Iterator[Tensor]]) -> None:
+    """Give every batch norm the statistics of `batches` without changing what the network computes.
+
+    What the statistics of these images differ from the running ones goes into the scale and the shift, so that the
+    network in evaluation mode stays the same function of its input. From there on it can be trained with the statistics
+    of these images, whatever kind they are of. The statistics are those of the network as it is, all layers at once. A
+    batch norm without scale and shift, or with channels that are not finite, is left as it was.
+    """
+    norms = [m for m in remembering(model) if m.affine]
+    seen: dict[nn.Module, list[tuple[int, Tensor, Tensor]]] = {norm: [] for norm in norms}
+
+    def note(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().float()
+        axes = [k for k in range(x.ndim) if k != 1]
+        variance, mean = torch.var_mean(x, axes, correction=0)
+        seen[norm].append((x.numel() // x.shape[1], variance, mean))
+
+    handles = [norm.register_forward_pre_hook(note) for norm in norms]
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in batches():
+                model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    for norm in norms:
+        if seen[norm]:
+            _carry_over(norm, *zip(*seen[norm], strict=True))
+
+
+def _carry_over(norm: nn.modules.batchnorm._BatchNorm, counts: Any, variances: Any, means: Any) -> None:
+    """Give `norm` the pooled statistics of parts, float [channels] each; its scale and shift make up for them."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    shares = torch.tensor(counts, device=norm.running_mean.device, dtype=torch.float32)[:, None] / sum(counts)
+    means, variances = torch.stack(means), torch.stack(variances)
+    mean = (shares * means).sum(0)
+    variance = (shares * (variances + (means - mean) ** 2)).sum(0)
+    was = (norm.running_var.float() + norm.eps).sqrt()
+    scale = norm.weight.detach().float() * (variance + norm.eps).sqrt() / was
+    shift = (
+        norm.bias.detach().float() + norm.weight.detach().float() * (mean - norm.running_mean.float()) / was
+    )
+    if not all(bool(x.isfinite().all()) for x in (mean, variance, scale, shift)):
+        return
+    with torch.no_grad():
+        for old, new in (
+            (norm.running_mean, mean), (norm.running_var, variance), (norm.weight, scale), (norm.bias, shift)
+        ):  # fmt: skip
+            old.copy_(new)

@@ -23,7 +23,6 @@ from bdclean.deciding import (
     decide,
     distance,
     first_statistics,
-    foreign,
 )
 from bdclean.errors import Refused, UsageError
 from bdclean.preprocessing import CANDIDATES, NAMED, Classifier, Preprocess, choose, claim, parse_preprocess
@@ -408,18 +407,6 @@ def test_choose_says_who_decided(model, tmp_path):
         ("imagenet", "config.json"),
     ]
     assert all(isinstance(c.preprocess, Preprocess) for c in found)
-
-
-def test_images_of_another_kind_are_told_from_the_networks_own(model):
-    checkpoint = Checkpoint.read(model)
-    network, half = checkpoint.build(), parse_preprocess("half")
-    own = pictures(256, 1)
-    noise = torch.randint(256, own.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert not foreign(network, own, half)
-    for n in (20, 40, 80):  # few are far by chance
-        assert not any(foreign(network, pictures(n, seed), half) for seed in range(10, 16))
-    assert foreign(network, noise, half) and foreign(network, 255 - own // 4, half)
-    assert not foreign(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), own, half), "nothing tells"
 
 
 def test_the_order_of_a_folder_does_not_matter(model):

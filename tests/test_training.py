@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bdclean.errors import Interrupted, Refused
 from bdclean.preprocessing import Classifier, parse_preprocess
-from bdclean.saving import Saved
+from bdclean.saving import Position, Saved
 from bdclean.tensorfile import read_header, read_tensors
 from bdclean.training import (
     Augmentation,
@@ -22,8 +22,10 @@ from bdclean.training import (
     choose_augmentation,
     fit,
     frozen,
+    halvings,
     order,
     probe_precision,
+    recentre,
     seed_for,
     set_batch_statistics,
     triangular,
@@ -178,7 +180,7 @@ def test_a_run_stopped_after_any_step_ends_in_the_same_bits(tmp_path, optimiser,
         assert caught.value.exit_code == 130
         torch.rand(stop)  # whatever else drew random numbers meanwhile
         saved = Saved(path, ARGUMENTS)
-        assert saved.open() and saved.done == stop
+        assert saved.open() and saved.position.done == stop
         found, curve = result(Run(CPU, precision, 7, saved=saved), optimiser=optimiser)
         assert same(found, expected) and curve == expected_curve
 
@@ -223,6 +225,79 @@ def test_divergence_is_refused():
         fit(step, state, run)
 
 
+def lowered(run, at, worth=math.inf, steps=300):
+    """A run in which the loss is `worth` once step `at` is reached at more than a quarter of the learning rate."""
+    state, step = job(run, steps=steps)
+    state.most = 1e3
+
+    def bursting(batch):
+        loss, measures = step(batch)
+        high = state.optimiser.param_groups[0]["lr"] > 0.05 / (1 + batch.step) / 4
+        return (loss * worth if batch.step == at and high else loss), measures
+
+    curve = fit(bursting, state, run)
+    return {**state.model.state_dict(), **state.extra}, curve
+
+
+@pytest.mark.parametrize("worth", [math.inf, math.nan, 1e6])
+def test_steps_that_burst_are_undone_and_the_rate_is_lowered(worth):
+    _, curve = lowered(Run(CPU, Precision(), 0), 50, worth)
+    assert [row["step"] for row in curve] == list(range(3, 301, 3))
+    assert all(math.isfinite(value) for row in curve for value in row.values())
+    shares = [row.get("rate_share", 1.0) for row in curve]
+    assert shares == [1.0] * 15 + [0.25] * 85, "row 17 burst: rows 16 and 17 were done again, twice"
+    assert "ended at 0.25" in halvings(curve)[0] and halvings(curve[:10]) == []
+
+
+def test_a_burst_in_the_first_step_goes_back_to_the_start():
+    weights, curve = lowered(Run(CPU, Precision(), 0), 0)
+    assert curve[0]["step"] == 3 and {row["rate_share"] for row in curve} == {0.25}
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_run_stopped_between_bursts_ends_in_the_same_bits(tmp_path):
+    expected = lowered(Run(CPU, Precision(), 0), 20, steps=30)
+    for stop in (18, 20, 25):
+        told = []
+
+        def tell(stage, done, total, stop=stop, told=told, **measures):
+            told.append(done)
+            if told.count(stop) == (2 if stop == 20 else 1):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        path = tmp_path / f"{stop}.resume.safetensors"
+        with pytest.raises(Interrupted):
+            lowered(Run(CPU, Precision(), 0, tell, Saved(path, ARGUMENTS)), 20, steps=30)
+        saved = Saved(path, ARGUMENTS)
+        assert saved.open()
+        weights, curve = lowered(Run(CPU, Precision(), 0, saved=saved), 20, steps=30)
+        assert same(weights, expected[0]) and curve == expected[1]
+
+
+def test_recentring_changes_statistics_and_no_answer():
+    model, images = tiny().eval(), pictures(24).float() / 255
+    norm = model.network.norm
+    with torch.no_grad():
+        norm.running_mean.copy_(torch.linspace(-2, 2, 6))
+        norm.running_var.copy_(torch.tensor([1e-3, 1e-6, 0.5, 1.0, 2.0, 9.0]))
+        norm.weight.copy_(torch.linspace(-1, 1.5, 6))
+    with torch.no_grad():
+        before = model(images)
+    recentre(model, lambda: iter(images.split([16, 8])))
+    with torch.no_grad():
+        inputs = model.network.conv(model.normalise(images))
+        assert torch.allclose(model(images), before, rtol=1e-4, atol=1e-4)
+    variance, mean = torch.var_mean(inputs, (0, 2, 3), correction=0)
+    assert torch.allclose(norm.running_mean, mean, atol=1e-6) and torch.allclose(
+        norm.running_var, variance, rtol=1e-4
+    )
+    model.train()
+    model.network.dropout.eval()
+    assert torch.allclose(model(images), before, rtol=1e-3, atol=1e-3), (
+        "what batches see is what it was given"
+    )
+
+
 def saved_run(tmp_path):
     path = tmp_path / "out.resume.safetensors"
     result(Run(CPU, Precision(), 7, saved=Saved(path, ARGUMENTS)))
@@ -231,7 +306,7 @@ def saved_run(tmp_path):
 
 def test_a_state_of_a_finished_run_is_the_result(tmp_path):
     saved = Saved(saved_run(tmp_path), ARGUMENTS)
-    assert saved.open() and saved.done == 6
+    assert saved.open() and saved.position.done == 6
     assert same(result(Run(CPU, Precision(), 7, saved=saved))[0], result(Run(CPU, Precision(), 7))[0])
     copy = json.loads(saved.json_path.read_text())
     assert copy["done"] == 6 and copy["arguments"] == ARGUMENTS
@@ -253,7 +328,7 @@ def test_other_arguments_are_refused_by_name(tmp_path, changed, words):
 
 def test_a_difference_names_what_was_typed_before_what_follows_from_it(tmp_path):
     typed = {"data": "a", "labeled": None, "seed": 0, "settings": {"epochs": "1", "peak": "2"}}
-    Saved(path := tmp_path / "s.safetensors", typed).save("x", 0, [], {}, {"w": torch.zeros(1)})
+    Saved(path := tmp_path / "s.safetensors", typed).save(Position("x"), {"w": torch.zeros(1)})
     with pytest.raises(Refused, match=r"made with seed = 0, this run has 1:"):
         Saved(path, {**typed, "data": "b", "seed": 1}).open()
     with pytest.raises(Refused, match=r"made with peak = '2', this run has '3':"):
@@ -263,7 +338,7 @@ def test_a_difference_names_what_was_typed_before_what_follows_from_it(tmp_path)
 def test_a_state_of_another_network_is_refused(tmp_path):
     saved = Saved(saved_run(tmp_path), ARGUMENTS)
     saved.open()
-    saved.tensors["model.network.head.weight"] = torch.zeros(9, 9)
+    saved.tensors["now.model.network.head.weight"] = torch.zeros(9, 9)
     with pytest.raises(Refused, match="does not fit this network"):
         result(Run(CPU, Precision(), 7, saved=saved))
 
@@ -282,7 +357,8 @@ def hostile(path, how):
         save_file({"x": torch.zeros(2)}, path, {"bdclean.resume": how})
 
 
-ANSWERS = ['{"arguments": 5, "stage": "x", "done": 1, "curve": [], "sums": {}, "notes": {}}', "[]", "{}", "{"]
+POSITION = {"stage": "x", "done": 1, "curve": [], "sums": {}, "share": 1.0, "good": 0, "newest": 0}
+ANSWERS = [json.dumps({"arguments": 5, **POSITION, "notes": {}}), "[]", "{}", "{"]
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "pickle", "no metadata", *ANSWERS])
@@ -305,6 +381,10 @@ def test_an_unreadable_state_is_refused(tmp_path, how):
         ({"curve": [{"loss": 1.0}]}, "goes through steps"),
         ({"curve": [[1]]}, "not a list of tables"),
         ({"sums": {"loss": "1"}}, "not a list of tables"),
+        ({"share": 0.0}, "says 0.0 of the learning rate"),
+        ({"share": "1"}, "says '1' of the learning rate"),
+        ({"good": 99}, "goes back to steps 99"),
+        ({"newest": -1}, "goes back to steps 5 and -1"),
         ({"check": 5}, "not those that were written"),
         ({"arguments": 5}, "cannot be read"),
     ],
@@ -349,7 +429,7 @@ def test_keep_makes_a_tensor_once(tmp_path):
     saved = Saved(tmp_path / "s.safetensors", ARGUMENTS)
     run = Run(CPU, Precision(), 0, saved=saved)
     assert torch.equal(run.keep("x", make), run.keep("x", make)) and len(made) == 1
-    saved.save("stage", 1, [], {}, {})
+    saved.save(Position("stage", 1), {})
     again = Saved(tmp_path / "s.safetensors", ARGUMENTS)
     again.open()
     assert torch.equal(Run(CPU, Precision(), 0, saved=again).keep("x", make), torch.arange(3.0))

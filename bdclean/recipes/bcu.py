@@ -17,7 +17,7 @@ from bdclean.errors import UsageError
 from bdclean.losses import distillation_kl
 from bdclean.preprocessing import Classifier
 from bdclean.recipes import Cleansed
-from bdclean.training import Batch, Run, State, choose_augmentation, fit, frozen
+from bdclean.training import Batch, Measures, Run, State, burst, choose_augmentation, fit, frozen, halvings
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class BCU:
         def rate(step: int) -> float:
             return self.rate * (1 + math.cos(math.pi * epoch(step) / self.epochs)) / 2
 
-        def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        def step(batch: Batch) -> tuple[Tensor, Measures]:
             images = run.precision.layout(augment(batch.images, batch.generator))
             rise = (epoch(batch.step) + 1) / self.epochs
             temperature = self.temperature_start + (self.temperature_end - self.temperature_start) * min(
@@ -88,16 +88,27 @@ class BCU:
                     answers = teacher(images)
                 logits = student(images)
             agreement = (logits.argmax(1) == answers.argmax(1)).float().mean()
-            return distillation_kl(logits, answers, temperature), {"agreement": agreement.item()}
+            return distillation_kl(logits, answers, temperature), {"agreement": agreement}
 
         optimiser = torch.optim.SGD(
             student.parameters(), self.rate, momentum=self.momentum, weight_decay=self.weight_decay
         )
-        state = State("bcu", student, optimiser, unlabeled.images, None, self.batch_size, steps, rate)
+        state = State(
+            "bcu",
+            student,
+            optimiser,
+            unlabeled.images,
+            None,
+            self.batch_size,
+            steps,
+            rate,
+            most=burst(arch.classes),
+        )
         curve = fit(step, state, run)
         stages = [
             f"re-initialised shares by depth: {drawn}",
             f"distilled for {steps} updates, {augment.describe()}",
+            *halvings(curve),
         ]
         return Cleansed(student.eval(), arch, curve, asdict(self), stages)
 

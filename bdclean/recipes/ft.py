@@ -17,7 +17,7 @@ from bdclean.data import ImageSet
 from bdclean.errors import Refused, UsageError
 from bdclean.preprocessing import Classifier
 from bdclean.recipes import Cleansed
-from bdclean.training import Batch, Run, State, choose_augmentation, fit, frozen
+from bdclean.training import Batch, Measures, Run, State, burst, choose_augmentation, fit, frozen, halvings
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,31 @@ def fine_tune(
     augment = choose_augmentation(teacher, labeled.images, run)
     student = copy.deepcopy(teacher).requires_grad_(True).train()
 
-    def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def step(batch: Batch) -> tuple[Tensor, Measures]:
         with run.precision.autocast(run.device):
             logits = student(run.precision.layout(augment(batch.images, batch.generator))).float()
         assert batch.labels is not None
         right = (logits.argmax(1) == batch.labels).float().mean()
-        return F.cross_entropy(logits, batch.labels), {"accuracy": right.item()}
+        return F.cross_entropy(logits, batch.labels), {"accuracy": right}
 
     optimiser = torch.optim.SGD(student.parameters(), rate(0), momentum=momentum, weight_decay=weight_decay)
     curve = fit(
-        step, State(name, student, optimiser, labeled.images, labeled.labels, batch_size, steps, rate), run
+        step,
+        State(
+            name,
+            student,
+            optimiser,
+            labeled.images,
+            labeled.labels,
+            batch_size,
+            steps,
+            rate,
+            most=burst(arch.classes),
+        ),
+        run,
     )
-    stages = [f"fine-tuned for {steps} updates on {len(labeled)} labeled images, {augment.describe()}"]
+    stages = [
+        f"fine-tuned for {steps} updates on {len(labeled)} labeled images, {augment.describe()}",
+        *halvings(curve),
+    ]
     return Cleansed(student.eval(), arch, curve, settings, stages)

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from bdclean import adversaries, corruptions
 from bdclean.architectures import Arch
 from bdclean.data import ImageSet
-from bdclean.deciding import foreign
 from bdclean.errors import UsageError
 from bdclean.inversion import (
     ADDED,
     GROWN,
     MOST_SENT,
-    Form,
     Inverted,
     Outlier,
     Pursuit,
@@ -37,11 +35,15 @@ from bdclean.preprocessing import Classifier
 from bdclean.recipes import Cleansed
 from bdclean.training import (
     Batch,
+    Measures,
     Run,
     State,
+    burst,
     choose_augmentation,
     fit,
     frozen,
+    halvings,
+    recentre,
     set_batch_statistics,
     triangular,
 )
@@ -77,9 +79,11 @@ class Inoculate:
 
     Kin: NNoculation (Veldanda et al. 2020), SAU (Wei et al. 2023), Neural Cleanse (Wang et al. 2019), and SFT's
     learning rate in two phases (arXiv 2212.09067). Each batch is seen twice in one pass, clean and corrupted, so that
-    the student keeps the suspect's answers on clean images; where those are of another kind than the network's, batch
-    norm keeps the suspect's statistics. The temperature makes it match logits, which costs less
-    accuracy. `sent` in the curve is the largest share of images that a step's adversary sent to one class.
+    the student keeps the suspect's answers on clean images. Before the first step batch norm is given the statistics of
+    the images at hand, and what they differ from the suspect's goes into its scale and shift: the network is the same
+    function still, and whether the images are of its own kind need not be known. The temperature makes it match logits,
+    which costs less accuracy. `sent` in the curve is the largest share of images that a step's adversary sent to one
+    class.
     """
 
     name: ClassVar[str] = "inoculate"
@@ -144,8 +148,6 @@ class Inoculate:
         pursuit = Pursuit(outlying, run.device) if outlying else None
         student = copy.deepcopy(teacher).requires_grad_(True)
         norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        # Of images of another kind the suspect's statistics are kept: theirs would be wrong for its own.
-        strange = foreign(teacher.network, _few(images, 1024).to(run.device), suspect.preprocess)
         steps = max(self.least_steps, math.ceil(self.epochs * len(images) / self.batch_size))
         first, settled = max(1, round(0.6 * steps)), False
         families = self._trained_on()
@@ -171,20 +173,20 @@ class Inoculate:
             for norm in norms:
                 norm.train(not settled)
 
-        def uncorrupted() -> Iterator[Tensor]:
+        def uncorrupted(passes: int = 2) -> Iterator[Tensor]:
             generator = run.generator("statistics")
             size = min(256, max(64, STATISTICS_PIXELS // images[0, 0].numel()))
-            for _ in range(2):
+            for _ in range(passes):
                 # Shuffled, and parts of one size: each counts alike, whatever the order of the files.
                 order = torch.randperm(len(images), generator=generator, device=run.device).cpu()
                 for part in order.tensor_split(math.ceil(len(images) / size)):
                     yield run.precision.layout(augment(images[part].to(run.device), generator))
 
-        def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        def step(batch: Batch) -> tuple[Tensor, Measures]:
             nonlocal settled
-            if self.settle and not strange and batch.step == first:
+            if self.settle and batch.step == first:
                 set_batch_statistics(student, uncorrupted)
-            settled = strange or (self.settle and batch.step >= first)
+            settled = self.settle and batch.step >= first
             pixels = augment(batch.images, batch.generator).float() / 255
             with torch.no_grad():
                 answers = run.forward(teacher, pixels)
@@ -205,7 +207,8 @@ class Inoculate:
             loss = self.temperature**2 * distillation_kl(logits[:n], answers, self.temperature)
             corrupted = logits[n:].float()
             gone = corrupted.detach().softmax(1) - aims.softmax(1)
-            weights, measures = torch.full((n + hunted,), self.corrupted_weight, device=run.device), {}
+            weights = torch.full((n + hunted,), self.corrupted_weight, device=run.device)
+            measures: dict[str, Tensor | float] = {}
             if hunted:
                 share = (gone[n:].mean(0).max() / USUAL).clamp(0, 1)
                 weights[n:] += (self.inverted_weight - self.corrupted_weight) * share
@@ -213,13 +216,14 @@ class Inoculate:
                 sent = gone[:foes].mean(0).max()
                 share = ((sent - USUAL) / (1 - USUAL)).clamp_min(0)
                 weights[:foes] += (self.evident_weight - self.corrupted_weight) * share
-                measures["sent"] = sent.item()
+                measures["sent"] = sent
             warm = self.corrupted_temperature
             harm = divergence(corrupted / warm, (aims / warm).softmax(1))
             loss = loss + warm**2 * (weights * harm).sum() / n
-            measures["agreement"] = (logits[:n].argmax(1) == answers.argmax(1)).float().mean().item()
+            measures["agreement"] = (logits[:n].argmax(1) == answers.argmax(1)).float().mean()
             return loss, measures
 
+        recentre(student, partial(uncorrupted, 1))
         optimiser = torch.optim.SGD(
             student.parameters(), self.floor, momentum=self.momentum, weight_decay=self.weight_decay
         )
@@ -234,21 +238,18 @@ class Inoculate:
             steps,
             self._schedule(steps, first),
             extra=extra,
+            most=self.temperature**2 * burst(arch.classes),
         )
         curve = fit(step, state, run)
 
-        if not strange and (not self.settle or first >= steps):
+        if not self.settle or first >= steps:
             set_batch_statistics(student, uncorrupted)
         stages = [
             f"inverted {min(arch.classes, MOST_INVERTED)} of {arch.classes} classes: {len(findings)} findings"
             if findings
             else "no inversion",
             f"distilled for {steps} updates, {augment.describe()}",
-            *(
-                ["batch norm keeps the suspect's statistics: the images are of another kind"]
-                if strange
-                else []
-            ),
+            *halvings(curve),
             f"adversaries: {', '.join([DRAWN, *pushed, *(['inverted'] if pursuit is not None else [])])}",
         ]
         return Cleansed(
@@ -283,11 +284,8 @@ class Inoculate:
             if form.family in self.leave_out:
                 continue
 
-            def fitted(form: Form = form) -> Tensor:
-                steps = math.ceil(self.inversion_steps * form.steps)
-                return invert(teacher, images, form, classes, run, steps=steps).pack()
-
-            inverted = Inverted.unpack(run.keep(f"inverted-{form.name}", fitted), form)
+            steps = math.ceil(self.inversion_steps * form.steps)
+            inverted = invert(teacher, images, form, classes, run, steps=steps)
             small, index, limit = outliers(inverted)
             for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
                 target, parameters = int(inverted.classes[k]), inverted.parameters[k]

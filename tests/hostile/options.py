@@ -286,4 +286,16 @@ def _resume_states() -> Iterator[Case]:
 
 
 def _state(arguments: dict) -> str:
-    return json.dumps({"arguments": arguments, "stage": "", "done": 0, "curve": [], "sums": {}, "notes": {}})
+    return json.dumps(
+        {
+            "arguments": arguments,
+            "stage": "",
+            "done": 0,
+            "curve": [],
+            "sums": {},
+            "share": 1.0,
+            "good": 0,
+            "newest": 0,
+            "notes": {},
+        }
+    )
