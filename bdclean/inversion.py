@@ -197,16 +197,28 @@ class Inverted:
 
 
 class _Fitted(nn.Module):
-    """Parameters [rows ...], and what steers them [rows]: all of it is in the resume state."""
+    """Parameters [rows ...], what steers them [rows], and the smallest that reached the goal, which swing about it.
+
+    All of it is in the resume state.
+    """
 
     weights: Tensor
     success: Tensor
+    smallest: Tensor
+    size: Tensor
 
     def __init__(self, changes: Tensor, weight: float):
         super().__init__()
         self.changes = nn.Parameter(changes.clone())
         self.register_buffer("weights", changes.new_full((len(changes),), weight))
         self.register_buffer("success", changes.new_zeros(len(changes)))
+        self.register_buffer("smallest", changes.clone())
+        self.register_buffer("size", changes.new_full((len(changes),), torch.finfo(changes.dtype).max))
+
+    def note(self, sizes: Tensor, rate: Tensor, goal: float) -> None:
+        """Keep the changes of rows whose `rate` of success is at the goal and whose size is the smallest so far."""
+        better = (rate >= goal) & (sizes < self.size)
+        self.smallest[better], self.size[better] = self.changes.detach()[better], sizes[better]
 
 
 def invert(
@@ -277,6 +289,7 @@ def _fit_round(
                 # only the changes' gradients: the network's own weights get none
                 total.backward(inputs=[fitted.changes])
                 rate[rows] += share * (logits.argmax(1) == targets).float().view(len(rows), -1).mean(1)
+        fitted.note(form.sizes(fitted.changes.detach()), rate, form.goal)
         optimiser.step()
         fitted.success.copy_(rate if batch.step == 0 else fitted.success.lerp(rate, 0.2))
         fitted.weights.mul_(torch.where(rate > form.goal, RAISE, 1 / RAISE)).clamp_(1e-6, 1.0)
@@ -288,7 +301,8 @@ def _fit_round(
 
     state = State(f"{stage}-{number}", fitted, optimiser, images, None, batch_size, steps, schedule)
     fit(step, state, run)
-    return Inverted(form, classes, fitted.changes.detach(), fitted.success)
+    last = number == len(ROUNDS) - 1
+    return Inverted(form, classes, fitted.smallest if last else fitted.changes.detach(), fitted.success)
 
 
 def _best(going: Inverted, kinds: Tensor, most: int) -> Tensor:
