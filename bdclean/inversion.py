@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -355,11 +356,29 @@ class Outlier:
     limit: float
 
 
+@dataclass
+class Detected:
+    """What a detector hands back."""
+
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    """Fields of `record.Finding`."""
+    outliers: list[Outlier] = field(default_factory=list)
+    """What of it stands out, for a recipe to work against."""
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    """Caption -> float [3 h w] in [0, 1]; never an image of the user's."""
+
+
+FEW_IMAGES = 24
+"""How many images are enough where many changes are tried on each."""
+
+
+def spread_out(images: Tensor, count: int = FEW_IMAGES) -> Tensor:
+    """`count` images from all over the set: of all classes, where it is sorted by class."""
+    return images[:: max(1, len(images) // count)][:count]
+
+
 STRIPES = 20 / 255
 PERIODS = range(1, 13)
-MOST_SENT = 0.7
-"""The share of images above which stripes are a trigger's: over 0.95 where they were, about 0.5 at most in five other
-networks."""
 
 
 def striped(height: int, width: int) -> tuple[Form, Tensor, list[str]]:

@@ -63,7 +63,15 @@ ATTACKS: dict[str, Entry] = {
     ),
 }
 
-DETECTORS: dict[str, Entry] = {}
+DETECTORS: dict[str, Entry] = {
+    "inversion": Entry(
+        "bdclean.detectors.inversion:Inversion",
+        "the smallest mask, pattern or smooth pattern that sends images to a class (after Neural Cleanse)",
+    ),
+    "stripes": Entry(
+        "bdclean.detectors.stripes:Stripes", "stripes along an axis that send images to a class"
+    ),
+}
 
 TABLES: dict[str, dict[str, Entry]] = {
     "recipe": RECIPES,

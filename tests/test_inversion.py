@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 from bdclean import inversion
+from bdclean.detectors.stripes import MOST_SENT
 from bdclean.inversion import (
     ADDED,
     FEW_WINDOWS,
     GROWN,
-    MOST_SENT,
     TOGETHER,
     WHOLE,
     WINDOWS,

@@ -14,9 +14,9 @@ from bdclean import adversaries, corruptions, registry
 from bdclean.architectures import describe
 from bdclean.architectures.residual import ResidualNetwork
 from bdclean.data import ImageSet
+from bdclean.detectors import inversion
 from bdclean.errors import Interrupted, Refused, UsageError
 from bdclean.preprocessing import Classifier, parse_preprocess
-from bdclean.recipes import inoculate
 from bdclean.recipes.bcu import by_depth, reinitialise
 from bdclean.saving import Saved
 from bdclean.training import Precision, Run, set_batch_statistics
@@ -166,7 +166,7 @@ def test_families_that_are_left_out_are_not_trained_on(suspect, arch, images, mo
 def test_inverted_triggers_are_worked_against_and_resumed(suspect, arch, images, monkeypatch, tmp_path):
     """A run stopped and resumed amid such triggers, of all forms, ends in the same weights."""
     first = lambda inverted: (torch.arange(4) == 0, torch.zeros(4), 1e6)  # noqa: E731
-    monkeypatch.setattr(inoculate, "outliers", first)
+    monkeypatch.setattr(inversion, "outliers", first)
     settings = QUICK["inoculate"] | {"least_steps": "8"}
     recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), settings)
     whole = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
@@ -214,15 +214,12 @@ def test_a_run_whose_steps_burst_the_network_ends_with_one(suspect, arch, images
 
 
 def test_of_too_many_classes_those_are_inverted_that_counterfeits_draw_to(suspect, arch, images, monkeypatch):
-    monkeypatch.setattr(inoculate, "MOST_INVERTED", 2)
-    monkeypatch.setattr(inoculate.adversaries, "attraction", lambda *_: torch.tensor([0.1, 0.5, 0.2, 0.9]))
-    asked = []
-    real = inoculate.invert
-    monkeypatch.setattr(inoculate, "invert", lambda *a, **k: (asked.append(a[3].tolist()), real(*a, **k))[1])
-    recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), QUICK["inoculate"])
-    cleansed = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
-    assert asked == [[1, 3]] * 3
-    assert cleansed.stages[0] == "inverted 2 of 4 classes: 4 findings"
+    monkeypatch.setattr(inversion, "MOST_INVERTED", 2)
+    monkeypatch.setattr(inversion.adversaries, "attraction", lambda *_: torch.tensor([0.1, 0.5, 0.2, 0.9]))
+    detected = inversion.Inversion(steps=2)(suspect, arch, images.images, Run(CPU, Precision(), 0))
+    assert len(detected.findings) == 3 and not detected.outliers
+    named = [caption.split("class ")[1][0] for caption in detected.pictures]
+    assert set(named) <= {"1", "3"}
 
 
 def test_auto_is_inoculate():

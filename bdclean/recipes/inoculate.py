@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bdclean import adversaries, corruptions
+from bdclean import adversaries, corruptions, registry
 from bdclean.architectures import Arch
 from bdclean.data import ImageSet
 from bdclean.errors import UsageError
-from bdclean.inversion import (
-    ADDED,
-    GROWN,
-    MOST_SENT,
-    Inverted,
-    Outlier,
-    Pursuit,
-    added,
-    invert,
-    mask,
-    outliers,
-    sent_by,
-    striped,
-)
+from bdclean.inversion import Detected, Outlier, Pursuit
 from bdclean.losses import distillation_kl, divergence
 from bdclean.preprocessing import Classifier
 from bdclean.recipes import Cleansed
 from bdclean.training import (
+    Augmentation,
     Batch,
     Measures,
     Run,
@@ -52,10 +40,6 @@ DRAWN = "drawn"
 """The kind of adversary beside those of `adversaries`: the most harmful of several random counterfeits."""
 HUNTED = 0.25
 """How many images more, as a share of the batch, are seen under an inverted trigger, where there is one."""
-FEW_IMAGES = 24
-"""How many images all stripes are tried on, and where there are too many classes to invert all, counterfeits."""
-MOST_INVERTED = 100
-"""Of more classes those are inverted that counterfeits draw most images to."""
 STATISTICS_PIXELS = 1 << 20
 """Batch norm's final statistics are means over parts of 256 images, or of so many pixels but 64 images or more."""
 USUAL = 0.2
@@ -138,129 +122,56 @@ class Inoculate:
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
     ) -> Cleansed:
-        images = unlabeled.images
+        images, families = unlabeled.images, self._trained_on()
         teacher = frozen(suspect, run)
         augment = choose_augmentation(teacher, images, run)
-        outlying, findings, inverted = self._inverted(teacher, arch, images, run)
-        if self.inversion_steps and "wave" not in self.leave_out:
-            striking, told = _stripes(teacher, images, run)
-            outlying, findings = outlying + striking, findings + told
-        pursuit = Pursuit(outlying, run.device) if outlying else None
-        student = copy.deepcopy(teacher).requires_grad_(True)
-        norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        detected = self._detected(teacher, arch, images, run)
+        found = [outlier for each in detected for outlier in each.outliers]
         steps = max(self.least_steps, math.ceil(self.epochs * len(images) / self.batch_size))
-        first, settled = max(1, round(0.6 * steps)), False
-        families = self._trained_on()
-        # Every other adversary is a draw: gradients do not come by all triggers.
-        pushed = [kind for kind in adversaries.KINDS if adversaries.FAMILY[kind] in families]
-        kinds = [kind for each in pushed for kind in (DRAWN, each)] or [DRAWN]
-
-        evaluated = partial(run.forward, student)
-
-        def attacked(kind: str, batch: Batch, pixels: Tensor, answers: Tensor) -> Tensor:
-            """`pixels` under this step's adversary."""
-            probabilities = answers.softmax(1)
-            if kind == DRAWN:
-                return adversaries.worst_counterfeit(
-                    evaluated, pixels, probabilities, families, batch.generator
-                )
-            return adversaries.attack(
-                kind, evaluated, pixels, probabilities, batch.generator, self.adversary_steps
-            )
-
-        def train() -> None:
-            """Batch norm takes each batch's statistics until it is settled; dropout and its kin stay switched off."""
-            for norm in norms:
-                norm.train(not settled)
-
-        def uncorrupted(passes: int = 2) -> Iterator[Tensor]:
-            generator = run.generator("statistics")
-            size = min(256, max(64, STATISTICS_PIXELS // images[0, 0].numel()))
-            for _ in range(passes):
-                # Shuffled, and parts of one size: each counts alike, whatever the order of the files.
-                order = torch.randperm(len(images), generator=generator, device=run.device).cpu()
-                for part in order.tensor_split(math.ceil(len(images) / size)):
-                    yield run.precision.layout(augment(images[part].to(run.device), generator))
-
-        def step(batch: Batch) -> tuple[Tensor, Measures]:
-            nonlocal settled
-            if self.settle and batch.step == first:
-                set_batch_statistics(student, uncorrupted)
-            settled = self.settle and batch.step >= first
-            pixels = augment(batch.images, batch.generator).float() / 255
-            with torch.no_grad():
-                answers = run.forward(teacher, pixels)
-            # Batches are shuffled: the first images of each meet an adversary, the last an inverted trigger, too.
-            n, kind = len(pixels), kinds[batch.step % len(kinds)]
-            foes = round(self.adversary_share * n)
-            hunted = max(1, round(HUNTED * n)) if pursuit is not None else 0
-            found, aims = [], torch.cat([answers, answers[n - hunted :]]).float()
-            student.eval()
-            if foes:
-                found.append(attacked(kind, batch, pixels[:foes], answers[:foes]))
-            if foes < n:
-                found.append(corruptions.corrupt(pixels[foes:], families, batch.generator))
-            if pursuit is not None:
-                found.append(pursuit.stamp(evaluated, pixels[n - hunted :], batch.step))
-            train()
-            logits = run.forward(student, torch.cat([pixels, *found]))
-            loss = self.temperature**2 * distillation_kl(logits[:n], answers, self.temperature)
-            corrupted = logits[n:].float()
-            gone = corrupted.detach().softmax(1) - aims.softmax(1)
-            weights = torch.full((n + hunted,), self.corrupted_weight, device=run.device)
-            measures: dict[str, Tensor | float] = {}
-            if hunted:
-                share = (gone[n:].mean(0).max() / USUAL).clamp(0, 1)
-                weights[n:] += (self.inverted_weight - self.corrupted_weight) * share
-            if foes:
-                sent = gone[:foes].mean(0).max()
-                share = ((sent - USUAL) / (1 - USUAL)).clamp_min(0)
-                weights[:foes] += (self.evident_weight - self.corrupted_weight) * share
-                measures["sent"] = sent
-            warm = self.corrupted_temperature
-            harm = divergence(corrupted / warm, (aims / warm).softmax(1))
-            loss = loss + warm**2 * (weights * harm).sum() / n
-            measures["agreement"] = (logits[:n].argmax(1) == answers.argmax(1)).float().mean()
-            return loss, measures
-
-        recentre(student, partial(uncorrupted, 1))
-        optimiser = torch.optim.SGD(
-            student.parameters(), self.floor, momentum=self.momentum, weight_decay=self.weight_decay
-        )
-        extra = pursuit.tensors if pursuit is not None else {}
-        state = State(
-            "inoculate",
-            student,
-            optimiser,
-            images,
-            None,
-            self.batch_size,
-            steps,
-            self._schedule(steps, first),
-            extra=extra,
-            most=self.temperature**2 * burst(arch.classes),
-        )
-        curve = fit(step, state, run)
-
-        if not self.settle or first >= steps:
-            set_batch_statistics(student, uncorrupted)
+        lesson = _Lesson(self, teacher, images, augment, found, max(1, round(0.6 * steps)), run)
+        lesson.begin()
+        curve = fit(lesson, self._state(lesson, arch, steps), run)
+        lesson.end(steps)
+        inverted = [finding for each in detected for finding in each.findings]
         stages = [
-            f"inverted {min(arch.classes, MOST_INVERTED)} of {arch.classes} classes: {len(findings)} findings"
-            if findings
-            else "no inversion",
+            f"detectors: {len(inverted)} findings, {len(found)} outliers" if inverted else "no inversion",
             f"distilled for {steps} updates, {augment.describe()}",
             *halvings(curve),
-            f"adversaries: {', '.join([DRAWN, *pushed, *(['inverted'] if pursuit is not None else [])])}",
+            f"adversaries: {', '.join(lesson.adversaries())}",
         ]
         return Cleansed(
-            student.eval(), arch, curve, asdict(self), stages,
-            findings=findings, pictures=inverted, families=families,
+            lesson.student.eval(), arch, curve, asdict(self), stages, findings=inverted,
+            pictures={caption: made for each in detected for caption, made in each.pictures.items()},
+            families=families,
         )  # fmt: skip
 
     def _trained_on(self) -> tuple[str, ...]:
         return tuple(family for family in self.families if family not in self.leave_out)
 
+    def _detected(self, teacher: Classifier, arch: Arch, images: Tensor, run: Run) -> list[Detected]:
+        """What the detectors see whose families are trained on."""
+        if not self.inversion_steps:
+            return []
+        families = self._trained_on()
+        inversion = registry.load(registry.DETECTORS, "inversion")(self.inversion_steps, families)
+        looking = [inversion]
+        if "wave" in families:
+            looking.append(registry.load(registry.DETECTORS, "stripes")())
+        return [detector(teacher, arch, images, run) for detector in looking]
+
+    def _state(self, lesson: _Lesson, arch: Arch, steps: int) -> State:
+        optimiser = torch.optim.SGD(
+            lesson.student.parameters(), self.floor, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+        return State(
+            "inoculate", lesson.student, optimiser, lesson.images, None, self.batch_size, steps,
+            self._schedule(steps, lesson.settling),
+            extra=lesson.pursuit.tensors if lesson.pursuit is not None else {},
+            most=self.temperature**2 * burst(arch.classes),
+        )  # fmt: skip
+
     def _schedule(self, steps: int, first: int) -> Callable[[int], float]:
+        """Three cycles in the `first` steps, then two lower ones."""
 
         def rate(step: int) -> float:
             if step < first:
@@ -270,80 +181,112 @@ class Inoculate:
 
         return rate
 
-    def _inverted(
-        self, teacher: Classifier, arch: Arch, images: Tensor, run: Run
-    ) -> tuple[list[Outlier], list[dict[str, Any]], dict[str, Tensor]]:
-        """The outlying masks and added patterns, findings about them, and their pictures by caption."""
-        height, width = images.shape[2:]
-        forms = [mask(height, width), *(added(height, width, kind) for kind in ADDED)]
-        found, findings, shown = [], [], {}
-        classes = torch.arange(arch.classes)
-        if self.inversion_steps and arch.classes > MOST_INVERTED:
-            classes = self._attracting(teacher, images, run).topk(MOST_INVERTED).indices.sort().values
-        for form in forms if self.inversion_steps else ():
-            if form.family in self.leave_out:
-                continue
 
-            steps = math.ceil(self.inversion_steps * form.steps)
-            inverted = invert(teacher, images, form, classes, run, steps=steps)
-            small, index, limit = outliers(inverted)
-            for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
-                target, parameters = int(inverted.classes[k]), inverted.parameters[k]
-                findings.append(_finding(inverted, bool(small[k]), index, limit, k))
-                shown[f"{form.name} inverted for class {target}, on grey"] = form.picture(parameters)
-                if small[k]:
-                    found.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
-        return found, findings, shown
+class _Lesson:
+    """The step of `inoculate`: the student sees a batch clean and corrupted, and learns the answers on the clean one.
 
-    def _attracting(self, teacher: Classifier, images: Tensor, run: Run) -> Tensor:
-        """How much random counterfeits draw images to each class, [classes]."""
-        pixels = _few(images).to(run.device).float() / 255
-        forward, families = partial(run.forward, teacher), self._trained_on()
-        generator = run.generator("attraction")
-        return run.keep("attraction", lambda: adversaries.attraction(forward, pixels, families, generator))
+    From step `settling` on batch norm keeps the statistics of clean images. Dropout and its kin stay switched off.
+    """
 
+    def __init__(
+        self, recipe: Inoculate, teacher: Classifier, images: Tensor, augment: Augmentation, found: Sequence[Outlier],
+        settling: int, run: Run,
+    ) -> None:  # fmt: skip
+        self.recipe, self.teacher, self.images, self.augment, self.run = recipe, teacher, images, augment, run
+        self.settling = settling
+        self.student = copy.deepcopy(teacher).requires_grad_(True)
+        self.norms = [m for m in self.student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.forward = partial(run.forward, self.student)
+        self.pursuit = Pursuit(found, run.device) if found else None
+        self.families = recipe._trained_on()
+        self.pushed = [kind for kind in adversaries.KINDS if adversaries.FAMILY[kind] in self.families]
+        # Every other adversary is a draw: gradients do not come by all triggers.
+        self.kinds = [kind for each in self.pushed for kind in (DRAWN, each)] or [DRAWN]
 
-def _few(images: Tensor, count: int = FEW_IMAGES) -> Tensor:
-    """Images from all over the set: of all classes, where it is sorted by class."""
-    return images[:: max(1, len(images) // count)][:count]
+    def begin(self) -> None:
+        """Give batch norm the statistics of the images at hand; the student stays the same function."""
+        recentre(self.student, partial(self._uncorrupted, 1))
 
+    def end(self, steps: int) -> None:
+        """Give batch norm the statistics of uncorrupted images, unless it has been keeping them."""
+        if not self.recipe.settle or self.settling >= steps:
+            set_batch_statistics(self.student, self._uncorrupted)
 
-def _stripes(teacher: Classifier, images: Tensor, run: Run) -> tuple[list[Outlier], list[dict[str, Any]]]:
-    """The stripes that send most images to one class, and findings about them."""
-    form, changes, words = striped(*images.shape[2:])
-    few = _few(images)
-    sent = run.keep("sent-by-stripes", lambda: sent_by(form, changes, teacher, few, run))
-    share, which = sent.max(0)
-    found, findings = [], []
-    for k in (share > MOST_SENT).nonzero().squeeze(1).tolist() or [int(share.argmax())]:
-        at = int(which[k])
-        findings.append(_striped(words[at], float(share[k]), k, len(few)))
-        if share[k] > MOST_SENT:
-            size = float(form.sizes(changes[at : at + 1]))
-            found.append(Outlier(form, k, changes[at], size, GROWN * size))
-    return found, findings
+    def adversaries(self) -> list[str]:
+        return [DRAWN, *self.pushed, *(["inverted"] if self.pursuit is not None else [])]
 
+    def __call__(self, batch: Batch) -> tuple[Tensor, Measures]:
+        if self.recipe.settle and batch.step == self.settling:
+            set_batch_statistics(self.student, self._uncorrupted)
+        pixels = self.augment(batch.images, batch.generator).float() / 255
+        with torch.no_grad():
+            answers = self.run.forward(self.teacher, pixels)
+        self.student.eval()
+        corrupted = self._corrupted(batch, pixels, answers)
+        settled = self.recipe.settle and batch.step >= self.settling
+        for norm in self.norms:
+            norm.train(not settled)
+        return self._loss(self.forward(torch.cat([pixels, *corrupted])), answers)
 
-def _striped(words: str, share: float, target: int, n: int) -> dict[str, Any]:
-    return {
-        "detector": "stripes",
-        "verdict": "outlier" if share > MOST_SENT else "no-outlier",
-        "score": share,
-        "threshold": MOST_SENT,
-        "reason": f"stripes of {words}, 20 grey levels, send {100 * share:.0f} % of {n} images to class {target}. "
-        "Not calibrated: it does not decide the verdict.",
-    }
+    def _counts(self, n: int) -> tuple[int, int]:
+        """How many of n images meet an adversary, and how many of them an inverted trigger, too.
 
+        Batches are shuffled: the first images meet the one, the last the other.
+        """
+        hunted = max(1, round(HUNTED * n)) if self.pursuit is not None else 0
+        return round(self.recipe.adversary_share * n), hunted
 
-def _finding(inverted: Inverted, outlying: bool, index: Tensor, limit: float, k: int) -> dict[str, Any]:
-    sizes = inverted.sizes
-    others = torch.cat([sizes[:k], sizes[k + 1 :]])
-    return {
-        "detector": "inversion",
-        "verdict": "outlier" if outlying else "no-outlier",
-        "score": float(sizes[k]),
-        "threshold": limit,
-        "reason": f"{inverted.form.said.format(sizes[k])} sends images to class {int(inverted.classes[k])} "
-        f"(success {inverted.success[k]:.2f}); the next classes need {others.min():.1f} to {others.max():.1f} "
-        f"(anomaly index {index[k]:.1f}). Not calibrated: it does not decide the verdict.",
-    }
+    def _corrupted(self, batch: Batch, pixels: Tensor, answers: Tensor) -> list[Tensor]:
+        """All of `pixels` under an adversary or a random corruption; then the last ones under an inverted trigger."""
+        n, found = len(pixels), []
+        foes, hunted = self._counts(n)
+        if foes:
+            found.append(self._attacked(batch, pixels[:foes], answers[:foes].softmax(1)))
+        if foes < n:
+            found.append(corruptions.corrupt(pixels[foes:], self.families, batch.generator))
+        if self.pursuit is not None:
+            found.append(self.pursuit.stamp(self.forward, pixels[n - hunted :], batch.step))
+        return found
+
+    def _attacked(self, batch: Batch, pixels: Tensor, probabilities: Tensor) -> Tensor:
+        """`pixels` under the adversary whose turn it is."""
+        kind, generator = self.kinds[batch.step % len(self.kinds)], batch.generator
+        if kind == DRAWN:
+            return adversaries.worst_counterfeit(
+                self.forward, pixels, probabilities, self.families, generator
+            )
+        steps = self.recipe.adversary_steps
+        return adversaries.attack(kind, self.forward, pixels, probabilities, generator, steps)
+
+    def _loss(self, logits: Tensor, answers: Tensor) -> tuple[Tensor, Measures]:
+        """`logits` of the clean images, of the corrupted ones, and of those under an inverted trigger."""
+        n, recipe = len(answers), self.recipe
+        foes, hunted = self._counts(n)
+        clean, corrupted = logits[:n], logits[n:].float()
+        aims = torch.cat([answers, answers[n - hunted :]]).float()
+        loss = recipe.temperature**2 * distillation_kl(clean, answers, recipe.temperature)
+        gone = corrupted.detach().softmax(1) - aims.softmax(1)
+        weights = torch.full((n + hunted,), recipe.corrupted_weight, device=logits.device)
+        measures: dict[str, Tensor | float] = {}
+        if hunted:
+            share = (gone[n:].mean(0).max() / USUAL).clamp(0, 1)
+            weights[n:] += (recipe.inverted_weight - recipe.corrupted_weight) * share
+        if foes:
+            sent = gone[:foes].mean(0).max()
+            share = ((sent - USUAL) / (1 - USUAL)).clamp_min(0)
+            weights[:foes] += (recipe.evident_weight - recipe.corrupted_weight) * share
+            measures["sent"] = sent
+        warm = recipe.corrupted_temperature
+        harm = divergence(corrupted / warm, (aims / warm).softmax(1))
+        loss = loss + warm**2 * (weights * harm).sum() / n
+        measures["agreement"] = (clean.argmax(1) == answers.argmax(1)).float().mean()
+        return loss, measures
+
+    def _uncorrupted(self, passes: int = 2) -> Iterator[Tensor]:
+        generator, images = self.run.generator("statistics"), self.images
+        size = min(256, max(64, STATISTICS_PIXELS // images[0, 0].numel()))
+        for _ in range(passes):
+            # Shuffled, and parts of one size: each counts alike, whatever the order of the files.
+            order = torch.randperm(len(images), generator=generator, device=self.run.device).cpu()
+            for part in order.tensor_split(math.ceil(len(images) / size)):
+                yield self.run.precision.layout(self.augment(images[part].to(self.run.device), generator))

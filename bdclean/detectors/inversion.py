@@ -1,0 +1,91 @@
+"""Inverted triggers: does some class of the suspect take an unusually small change to reach?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bdclean import adversaries
+from bdclean.architectures import Arch
+from bdclean.corruptions import FAMILIES
+from bdclean.errors import UsageError
+from bdclean.inversion import ADDED, Detected, Inverted, Outlier, added, invert, mask, outliers, spread_out
+from bdclean.preprocessing import Classifier
+from bdclean.training import Run
+
+MOST_INVERTED = 100
+"""Of more classes those are inverted that random counterfeits draw most images to."""
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """Fits the smallest change that sends images to a class, for every class, and tells those that are far smaller.
+
+    What it does: fits masks, added patterns and smooth added patterns; a class whose change is under 0.3 of the median
+    is an outlier.
+    When to use it: to look for patches, and for what is added to the whole picture, without knowing the trigger.
+    What it needs: 100 images or more, without labels; three classes or more.
+    Known limits: not calibrated, so a finding decides no verdict. Of more than 100 classes only the 100 are inverted
+    that random counterfeits draw images to. Warps are not found, stripes badly: see `stripes`.
+
+    After Neural Cleanse (Wang et al. 2019, IEEE S&P); departures stand in `training.inversion`.
+    """
+
+    name: ClassVar[str] = "inversion"
+    source: ClassVar[str] = "Neural Cleanse (Wang et al. 2019), with bdclean's own forms and starts"
+
+    steps: int = 100  # of masks; 0.6 as many of what is added to the picture
+    families: tuple[str, ...] = tuple(FAMILIES)  # that are looked for, and that counterfeits are drawn from
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not set(self.families) <= set(FAMILIES):
+            raise UsageError(f"inversion: steps are positive, families some of {'/'.join(FAMILIES)}.")
+
+    def __call__(self, suspect: Classifier, arch: Arch, images: Tensor, run: Run) -> Detected:
+        """Findings on `images` uint8 [n 3 h w]: of each form the outliers, else the smallest change."""
+        height, width = images.shape[2:]
+        forms = [mask(height, width), *(added(height, width, kind) for kind in ADDED)]
+        classes, found = self._classes(suspect, arch, images, run), Detected()
+        for form in forms:
+            if form.family not in self.families:
+                continue
+            steps = math.ceil(self.steps * form.steps)
+            inverted = invert(suspect, images, form, classes, run, steps=steps)
+            small, index, limit = outliers(inverted)
+            for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
+                target, parameters = int(inverted.classes[k]), inverted.parameters[k]
+                found.findings.append(_finding(inverted, bool(small[k]), index, limit, k))
+                found.pictures[f"{form.name} inverted for class {target}, on grey"] = form.picture(parameters)
+                if small[k]:
+                    found.outliers.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
+        return found
+
+    def _classes(self, suspect: Classifier, arch: Arch, images: Tensor, run: Run) -> Tensor:
+        """All classes; of more than MOST_INVERTED those that random counterfeits draw most images to, in order."""
+        if arch.classes <= MOST_INVERTED:
+            return torch.arange(arch.classes)
+        pixels = spread_out(images).to(run.device).float() / 255
+        forward, generator = partial(run.forward, suspect), run.generator("attraction")
+        drawn = run.keep(
+            "attraction", lambda: adversaries.attraction(forward, pixels, self.families, generator)
+        )
+        return drawn.topk(MOST_INVERTED).indices.sort().values
+
+
+def _finding(inverted: Inverted, outlying: bool, index: Tensor, limit: float, k: int) -> dict[str, Any]:
+    sizes = inverted.sizes
+    others = torch.cat([sizes[:k], sizes[k + 1 :]])
+    return {
+        "detector": Inversion.name,
+        "verdict": "outlier" if outlying else "no-outlier",
+        "score": float(sizes[k]),
+        "threshold": limit,
+        "reason": f"{inverted.form.said.format(sizes[k])} sends images to class {int(inverted.classes[k])} "
+        f"(success {inverted.success[k]:.2f}); the next classes need {others.min():.1f} to {others.max():.1f} "
+        f"(anomaly index {index[k]:.1f}). Not calibrated: it does not decide the verdict.",
+    }
