@@ -8,7 +8,7 @@ def main() -> None:
     """Runs the command line and exits with the code that README lists."""
     try:
         _fill_closed_streams()
-        from bdclean.cli import run
+        from bdclean.cli.main import run
 
         code = run(sys.argv[1:])
     except BaseException as error:
@@ -34,7 +34,7 @@ def _broken(error: BaseException) -> int:
 
         traceback.print_exception(error)
         print(f"bdclean: bdclean cannot be started: {type(error).__name__}: {error}", file=sys.stderr)
-        from bdclean.defects import leave_record
+        from bdclean.cli.defects import leave_record
 
         leave_record(sys.argv, error)
     except BaseException:

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import errno
 import signal
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from bdclean.record import RunRecord
-
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 """The signals that ask a run to end."""
@@ -17,12 +12,12 @@ ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
 class BdcleanError(Exception):
     """A sentence that says what was found and what to do next; `cli` turns it into `exit_code`.
 
-    `record` may carry what was known when it was raised, so that a refused run leaves its record, too.
+    `record` may carry what was known when it was raised (a RunRecord), so that a refused run leaves its record, too.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, *, record: RunRecord | None = None) -> None:
+    def __init__(self, message: str, *, record: object | None = None) -> None:
         super().__init__(message)
         self.record = record
 
@@ -50,7 +45,7 @@ class Interrupted(BaseException):
         self.exit_code = exit_code
 
 
-def attach(error: BaseException, record: RunRecord) -> None:
+def attach(error: BaseException, record: object) -> None:
     """Lets `error` carry what was known when it was raised, whatever it is, unless it carries a record already."""
     if getattr(error, "record", None) is None:
         error.record = record  # type: ignore[attr-defined]

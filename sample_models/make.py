@@ -26,16 +26,19 @@ import road_signs
 import torch
 from PIL import Image
 
-from bdclean.architectures.residual import ResidualNetwork
 from bdclean.attacks.badnets import BadNets
 from bdclean.attacks.blend import Blend
-from bdclean.attacks.supervised import Supervised
-from bdclean.checkpoint import Checkpoint
 from bdclean.data.imageset import ImageSet
-from bdclean.metrics import Predictor, attack_success, rate
-from bdclean.preprocessing import Classifier, parse_preprocess
-from bdclean.tensorfile import lay_out, write_file
-from bdclean.training import Precision, Run
+from bdclean.files.tensorfile import lay_out, write_file
+from bdclean.measuring.intervals import rate
+from bdclean.measuring.metrics import attack_success
+from bdclean.measuring.predictor import Predictor
+from bdclean.networks.checkpoint.checkpoint import Checkpoint
+from bdclean.networks.classifier import Classifier
+from bdclean.networks.families.residual import ResidualNetwork
+from bdclean.networks.normalisation import parse_preprocess
+from bdclean.training.run import Precision, Run
+from bdclean.training.supervised import Supervised
 
 HERE = Path(__file__).resolve().parent
 SEED = 0

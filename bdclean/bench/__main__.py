@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from bdclean.bench import cifar10, faults, fuzz, readings, rule, speed
+from bdclean.bench import cifar10, readings, rule
+from bdclean.bench.abuse import faults, fuzz
+from bdclean.bench.speed import speed
 
 DRIVERS = {
     "cifar10": cifar10.main,

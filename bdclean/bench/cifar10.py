@@ -22,15 +22,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bdclean.architectures.preact import PreActNetwork
-from bdclean.architectures.residual import ResidualNetwork
 from bdclean.attacks.badnets import BadNets
 from bdclean.attacks.blend import Blend
-from bdclean.attacks.supervised import Supervised
-from bdclean.data import ImageSet, load_images
-from bdclean.preprocessing import Classifier, parse_preprocess
-from bdclean.record import RAN, Measure, Rate, RunRecord, TriggerRow
-from bdclean.training import Precision, Run, quiet, seed_for
+from bdclean.data.imageset import ImageSet
+from bdclean.data.loading import load_images
+from bdclean.networks.classifier import Classifier
+from bdclean.networks.families.preact import PreActNetwork
+from bdclean.networks.families.residual import ResidualNetwork
+from bdclean.networks.normalisation import parse_preprocess
+from bdclean.progress import quiet
+from bdclean.record.run import RAN, Measure, Rate, RunRecord, TriggerRow
+from bdclean.training.run import Precision, Run, seed_for
+from bdclean.training.supervised import Supervised
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet20": partial(ResidualNetwork, (3, 3, 3), (16, 32, 64), 16, 10),

@@ -23,17 +23,19 @@ from torch.nn import functional as F
 from torchvision.models import resnet
 from torchvision.models.vision_transformer import VisionTransformer
 
-from bdclean.architectures.imagenet_resnet import stride_first
-from bdclean.architectures.preact import PreActNetwork
-from bdclean.architectures.residual import ResidualNetwork
-from bdclean.architectures.variants import drop_pool, exchange, keep_stem_and_drop_pool
-from bdclean.architectures.vgg import SmallVGG
-from bdclean.checkpoint import Checkpoint
-from bdclean.data import ImageSet, load_images
 from bdclean.data.augment import crop
-from bdclean.preprocessing import Choice, parse_preprocess
-from bdclean.readings import read_off
-from bdclean.training import quiet
+from bdclean.data.imageset import ImageSet
+from bdclean.data.loading import load_images
+from bdclean.networks.ambiguity.choosing import Choice
+from bdclean.networks.ambiguity.variant import read_off
+from bdclean.networks.checkpoint.checkpoint import Checkpoint
+from bdclean.networks.families.imagenet_resnet import stride_first
+from bdclean.networks.families.preact import PreActNetwork
+from bdclean.networks.families.residual import ResidualNetwork
+from bdclean.networks.families.vgg import SmallVGG
+from bdclean.networks.normalisation import parse_preprocess
+from bdclean.networks.recognition.variants import drop_pool, exchange, keep_stem_and_drop_pool
+from bdclean.progress import quiet
 
 HALF = parse_preprocess("half")
 

@@ -11,7 +11,8 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from bdclean.record import RunRecord, parse_records
+from bdclean.record.parsing import parse_records
+from bdclean.record.run import RunRecord
 
 
 def main(arguments: list[str]) -> int:

@@ -14,11 +14,12 @@ import torch
 
 from bdclean.data.decode import STRETCH, Picture, Resize, Slice, Unreadable, decode
 from bdclean.data.imageset import ImageSet
-from bdclean.data.labelling import label_listing
-from bdclean.data.listing import Listing, printable
-from bdclean.data.opening import open_images
+from bdclean.data.labels.labelling import label_listing
 from bdclean.data.scratch import allocate
+from bdclean.data.sources.listing import Listing
+from bdclean.data.sources.opening import open_images
 from bdclean.errors import Refused
+from bdclean.files.text import printable
 
 Tell = Callable[..., None]
 TOGETHER = 32

@@ -10,13 +10,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bdclean import adversaries
-from bdclean.architectures import Arch
-from bdclean.corruptions import FAMILIES
+from bdclean.data.corruptions import FAMILIES
 from bdclean.errors import UsageError
-from bdclean.inversion import ADDED, Detected, Inverted, Outlier, added, invert, mask, outliers, spread_out
-from bdclean.preprocessing import Classifier
-from bdclean.training import Run
+from bdclean.networks.arch import Arch
+from bdclean.networks.classifier import Classifier
+from bdclean.training import adversaries
+from bdclean.training.inversion import (
+    ADDED,
+    Detected,
+    Inverted,
+    Outlier,
+    added,
+    invert,
+    mask,
+    outliers,
+    spread_out,
+)
+from bdclean.training.run import Run
 
 MOST_INVERTED = 100
 """Of more classes those are inverted that random counterfeits draw most images to."""

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from bdclean.architectures import Arch
-from bdclean.inversion import GROWN, Detected, Outlier, sent_by, spread_out, striped
-from bdclean.preprocessing import Classifier
-from bdclean.training import Run
+from bdclean.networks.arch import Arch
+from bdclean.networks.classifier import Classifier
+from bdclean.training.inversion import GROWN, Detected, Outlier, sent_by, spread_out, striped
+from bdclean.training.run import Run
 
 MOST_SENT = 0.7
 """The share of images above which stripes are a trigger's: over 0.95 where they were, about 0.5 at most in five other

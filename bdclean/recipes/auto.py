@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from bdclean import registry
-from bdclean.architectures import Arch
-from bdclean.corruptions import FAMILIES
-from bdclean.data import ImageSet
-from bdclean.preprocessing import Classifier
-from bdclean.recipes import Cleansed
-from bdclean.training import Run
+from bdclean.data.corruptions import FAMILIES
+from bdclean.data.imageset import ImageSet
+from bdclean.networks.arch import Arch
+from bdclean.networks.classifier import Classifier
+from bdclean.recipes.recipe import Cleansed
+from bdclean.training.run import Run
 
 
 @dataclass(frozen=True)

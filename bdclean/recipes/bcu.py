@@ -11,13 +11,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bdclean.architectures import Arch
-from bdclean.data import ImageSet
+from bdclean.data.imageset import ImageSet
 from bdclean.errors import UsageError
-from bdclean.losses import distillation_kl
-from bdclean.preprocessing import Classifier
-from bdclean.recipes import Cleansed
-from bdclean.training import Batch, Measures, Run, State, burst, choose_augmentation, fit, frozen, halvings
+from bdclean.networks.arch import Arch
+from bdclean.networks.classifier import Classifier
+from bdclean.recipes.recipe import Cleansed
+from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
+from bdclean.training.losses import distillation_kl
+from bdclean.training.run import Run
+from bdclean.training.students import choose_augmentation, frozen
 
 
 @dataclass(frozen=True)

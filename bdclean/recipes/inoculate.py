@@ -12,25 +12,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bdclean import adversaries, corruptions, registry
-from bdclean.architectures import Arch
-from bdclean.data import ImageSet
+from bdclean import registry
+from bdclean.data import corruptions
+from bdclean.data.imageset import ImageSet
 from bdclean.errors import UsageError
-from bdclean.inversion import Detected, Outlier, Pursuit
-from bdclean.losses import distillation_kl, divergence
-from bdclean.preprocessing import Classifier
-from bdclean.recipes import Cleansed
-from bdclean.training import (
+from bdclean.networks.arch import Arch
+from bdclean.networks.classifier import Classifier
+from bdclean.recipes.recipe import Cleansed
+from bdclean.training import adversaries
+from bdclean.training.inversion import Detected, Outlier, Pursuit
+from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
+from bdclean.training.losses import distillation_kl, divergence
+from bdclean.training.run import Run
+from bdclean.training.students import (
     Augmentation,
-    Batch,
-    Measures,
-    Run,
-    State,
-    burst,
     choose_augmentation,
-    fit,
     frozen,
-    halvings,
     recentre,
     set_batch_statistics,
     triangular,

@@ -6,13 +6,14 @@ import math
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
-from bdclean.architectures import Arch
-from bdclean.data import ImageSet
+from bdclean.data.imageset import ImageSet
 from bdclean.errors import UsageError
-from bdclean.preprocessing import Classifier
-from bdclean.recipes import Cleansed
-from bdclean.recipes.ft import fine_tune, require_labels
-from bdclean.training import Run, triangular
+from bdclean.networks.arch import Arch
+from bdclean.networks.classifier import Classifier
+from bdclean.recipes.finetuning import fine_tune, require_labels
+from bdclean.recipes.recipe import Cleansed
+from bdclean.training.run import Run
+from bdclean.training.students import triangular
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bdclean.report.content import Page, Table
-from bdclean.report.text import markdown as escaped
+from bdclean.report.document import Page, Table
+from bdclean.report.wording import markdown as escaped
 
 
 def render(pages: Sequence[Page]) -> str:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
+from bdclean import registry
 from bdclean.triggers.badnets import BadNets
 from bdclean.triggers.blend import Blend
 from bdclean.triggers.sig import SIG
@@ -101,3 +106,18 @@ def _stripes() -> list[Trigger]:
         SIG(40, 6, angle=90),
         SIG(60, 6),
     ]
+
+
+def make_triggers(specs: Sequence[str], size: tuple[int, int]) -> list[Trigger]:
+    """The triggers that were given, else the stock bank at the input size; raises where one does not fit the images."""
+    if not specs:
+        return list(bank(size))
+    made = []
+    for spec in specs:
+        name, settings = registry.parse_spec(spec)
+        trigger = registry.configure(registry.load(registry.TRIGGERS, name), settings)
+        trigger(
+            torch.zeros((1, 3, *size), dtype=torch.uint8)
+        )  # a patch that does not fit is refused before any work
+        made.append(trigger)
+    return made

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 
-from bdclean.architectures.matching import shown
 from bdclean.errors import Refused
+from bdclean.files.text import shown
 
 MAX_BYTES = 64 * 2**20  # far more than any trigger
 MAX_VALUES = 3 * 2048 * 2048

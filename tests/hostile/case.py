@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from bdclean.architectures.residual import ResidualNetwork
+from bdclean.networks.families.residual import ResidualNetwork
 
 MODEL = "good.safetensors"
 IMAGES = "images"

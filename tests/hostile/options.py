@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from bdclean.record import RunRecord
+from bdclean.record.run import RunRecord
 from hostile.case import IMAGES, MODEL, Case, png, raw
 from hostile.case import pictures as pictures_of
 from hostile.pictures import _contents as pictures

@@ -72,9 +72,9 @@ class Runner:
 def _serve() -> None:
     import torch
 
-    from bdclean.architectures.recognition import recognise
-    from bdclean.cli import run
+    from bdclean.cli.main import run
     from bdclean.errors import Refused
+    from bdclean.networks.recognition.recognition import recognise
 
     torch.set_num_threads(1)
     with contextlib.suppress(Refused):  # what is built to be compared with is built once, or in every child

@@ -1,0 +1,89 @@
+"""One run, kept from crashing: whatever is raised becomes the record's problem, a sentence and an exit code."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+
+from bdclean.cli.console import Shown, warn
+from bdclean.cli.defects import problem_of, trace
+from bdclean.cli.doctor import versions
+from bdclean.cli.places import Records
+from bdclean.cli.progress import Progress
+from bdclean.errors import Refused
+from bdclean.record import gate
+from bdclean.record.gate import Gate
+from bdclean.record.run import FAILED, NOT_ASSESSED, RunRecord
+
+
+def run_all(
+    command: str,
+    models: Sequence[str],
+    work: Callable[[str, Progress], RunRecord],
+    judge: Gate,
+    shown: Shown,
+    records: Records,
+    quiet: bool,
+) -> int:
+    """Runs every model, one after another, and returns the exit code of all; one that fails stops no other."""
+    found: list[RunRecord] = []
+    codes: list[int] = []
+    at_once = shown.form == "jsonl" and shown.out is None
+    for number, model in enumerate(models, 1):
+        several = len(models) > 1
+        with Progress(quiet) as progress:
+            progress.begin(f"{model} ({number} of {len(models)})" if several else "")
+            record = guarded(command, model, partial(work, model, progress))
+        found.append(record)
+        code = judge.exit_code(record)
+        codes.append(code)
+        prefix = f"{model}: " if several else ""
+        for line in [record.problem.message] if record.problem else sum(judge.check(record), []):
+            warn(f"{prefix}{line}")
+        try:
+            records.write(record, model)
+        except Refused as error:
+            warn(str(error))
+            codes.append(error.exit_code)
+        if at_once:
+            codes += _show(shown, [record])
+        # Ctrl-C means all of them; wrong usage would be wrong for the next model, too.
+        if code >= 128 or (code == 2 and number == 1):
+            break
+    lone = len(found) == 1 and found[0].problem is not None and shown.form in ("table", "md")
+    if not at_once and (shown.out is not None or not lone):
+        codes += _show(shown, found)
+    return gate.exit_code(codes)
+
+
+def _show(shown: Shown, records: Sequence[RunRecord]) -> list[int]:
+    """Shows `records`; a place that cannot be written adds its exit code, and hides no verdict's."""
+    try:
+        shown.show(records)
+    except Refused as error:
+        warn(str(error))
+        return [error.exit_code]
+    return []
+
+
+def guarded(command: str, model: str, work: Callable[[], RunRecord]) -> RunRecord:
+    """Returns the record of `work`, also when it raises: refused, failed or interrupted, with what was known."""
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    try:
+        record = work()
+    except BaseException as error:  # a crash must never exit 1, which reads as a verdict
+        known = getattr(error, "record", None)
+        record = known if isinstance(known, RunRecord) else RunRecord(command)
+        record.checkpoint.path = record.checkpoint.path or model
+        record.verdict = NOT_ASSESSED
+        record.outcome, record.problem = problem_of(error)
+        if record.outcome == FAILED:
+            trace(error)
+    record.started = record.started or started
+    record.seconds = record.seconds if record.seconds is not None else round(time.monotonic() - clock, 3)
+    record.argv = record.argv or list(sys.argv)
+    record.versions = {**versions(), **record.versions}
+    return record

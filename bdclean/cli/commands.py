@@ -1,0 +1,349 @@
+"""The command line: parses, prints, draws progress, exits. The one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bdclean import __version__
+from bdclean.cli.console import emit, warn
+from bdclean.cli.options import (
+    AllowPickle,
+    Arch,
+    BatchSize,
+    Classes,
+    Data,
+    Device,
+    FailOn,
+    Format,
+    Kind,
+    Labeled,
+    Limit,
+    NoPictures,
+    Precision,
+    Preprocess,
+    Quiet,
+    Record,
+    Seed,
+    Strict,
+    Test,
+    Triggers,
+    Verbose,
+)
+from bdclean.errors import Refused, UsageError
+from bdclean.registry import DETECTORS
+
+if TYPE_CHECKING:
+    from bdclean.cli.progress import Progress
+    from bdclean.record.gate import Gate
+    from bdclean.record.run import RunRecord
+
+
+# What a command needs is imported by its job: the help and the lists are to appear at once.
+Job = Callable[[], int]
+"""What a command has parsed. It runs after Typer is done, because Typer turns Ctrl-C and broken pipes into exit 1."""
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    rich_markup_mode=None,
+    help="Find backdoors in vision checkpoints, make cleansed drop-in replacements, and show the evidence.",
+    epilog="Exit codes: 0 no evidence found, 1 backdoored or suspicious, 2 wrong usage, 3 refused or not assessed, "
+    "70 a defect in bdclean, 130 and 143 interrupted.",
+)
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        emit(f"bdclean {__version__}\n")
+        raise typer.Exit
+
+
+@app.command()
+def scan(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Files or folders; - reads their paths.")
+    ],
+    data: Data = None,
+    test: Test = None,
+    labeled: Labeled = None,
+    classes: Classes = None,
+    trigger: Triggers = None,
+    target: Annotated[
+        str,
+        typer.Option("--target", metavar="CLASS", help="auto, a number, each (class) or next (label + 1)."),
+    ] = "auto",
+    detector: Annotated[list[str] | None, typer.Option("--detector", hidden=not DETECTORS)] = None,
+    fail_on: FailOn = None,
+    arch: Arch = None,
+    kind: Kind = "auto",
+    preprocess: Preprocess = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    limit: Limit = 2000,
+    seed: Seed = 0,
+    strict: Strict = False,
+    allow_pickle: AllowPickle = False,
+    no_pictures: NoPictures = False,
+    form: Format = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PATH", help="Write the report there, not to stdout.")
+    ] = None,
+    record: Record = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> Job:
+    """Look for backdoors in checkpoints: stamp triggers on images and measure where they send the predictions.
+
+    Exits 1 if one is found. Only the triggers that were tried are judged; others are not excluded.
+    """
+    options = dict(locals())
+
+    def job() -> int:
+        from bdclean.cli.arguments import (
+            check_detectors,
+            check_options,
+            check_target,
+            check_triggers,
+            expand_models,
+            make_inputs,
+        )
+        from bdclean.cli.batch import run_all
+        from bdclean.cli.console import Shown
+        from bdclean.cli.places import Records, check_place
+        from bdclean.record import gate
+        from bdclean.report.formats import choose_format
+
+        judge = gate.parse(fail_on or ())
+        shown = Shown(choose_format(form, out), out, verbose)
+        shown.check()
+        triggers, detectors = check_triggers(trigger), check_detectors(detector)
+        if data is None and test is None and labeled is None:
+            raise UsageError("scan needs images: give --data PATH (or --test, or --labeled).")
+        aim = check_target(target)
+        check_options(options)
+        paths = expand_models(models)
+        files = [Path(path) for path in paths]
+        if out is not None:
+            check_place(out, files)
+        records = Records.at(record, files)
+
+        def one(path: str, progress: Progress) -> RunRecord:
+            from bdclean.runs.scan import scan as work
+
+            return work(
+                Path(path),
+                make_inputs(options),
+                triggers=triggers,
+                target=aim,
+                detectors=detectors,
+                fail_on=tuple(fail_on or (gate.DEFAULT,)),
+                tell=progress,
+            )
+
+        return run_all("scan", paths, one, judge, shown, records, quiet)
+
+    return job
+
+
+@app.command()
+def cleanse(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A safetensors file, or a folder with one.")],
+    data: Data = None,
+    test: Test = None,
+    labeled: Labeled = None,
+    classes: Classes = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="NAME", help="See: bdclean ls recipes.")
+    ] = "auto",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the recipe.")
+    ] = None,
+    trigger: Triggers = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PATH", help="Default: MODEL with .clean.safetensors.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an output made from another model.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same run was stopped.")] = False,
+    fail_on: FailOn = None,
+    arch: Arch = None,
+    kind: Kind = "auto",
+    preprocess: Preprocess = "auto",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    limit: Limit = 5000,
+    seed: Seed = 0,
+    strict: Strict = False,
+    allow_pickle: AllowPickle = False,
+    no_pictures: NoPictures = False,
+    form: Format = None,
+    record: Record = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> Job:
+    """Make a cleansed drop-in replacement and measure it before and after. The input is never overwritten.
+
+    Triggers only measure: a recipe never sees them, nor the images that are measured on.
+    """
+    options = dict(locals())
+
+    def job() -> int:
+        from bdclean.cli.arguments import check_options, check_triggers, make_inputs
+        from bdclean.cli.batch import run_all
+        from bdclean.cli.console import Shown
+        from bdclean.cli.places import Records
+        from bdclean.files.writing import alone, check, is_special, sweep
+        from bdclean.record import gate
+        from bdclean.registry import RECIPES, find, parse_settings
+        from bdclean.report.formats import choose_format
+        from bdclean.runs.places import default_output, resume_state
+
+        judge = gate.parse(fail_on or ())
+        shown = Shown(choose_format(form), None, verbose)
+        shown.check()
+        triggers, chosen = check_triggers(trigger), parse_settings(settings or ())
+        find(RECIPES, recipe)
+        if data is None and labeled is None:
+            raise UsageError(
+                "cleanse needs images: give --data PATH (they need no labels), or --labeled PATH."
+            )
+        check_options(options)
+        output = default_output(Path(model), out)
+        place = record if record is not None else output.with_suffix(".json")
+        state = resume_state(output)
+        states = (state, state.with_suffix(".json"))
+        if place in states:
+            raise UsageError(f"{place} is where the resume state goes: give another --record.")
+        if place == output:
+            raise UsageError(
+                f"{place} cannot be both the model and its record: give another --out or --record."
+            )
+        if is_special(output):
+            raise Refused(f"{output} is no regular file: give --out a file name.")
+        check(output)
+        records = Records.at(place, [Path(model)], keep=record is None, spent=states)
+
+        def one(path: str, progress: Progress) -> RunRecord:
+            from bdclean.runs.cleanse import cleanse as work
+
+            return work(
+                Path(path),
+                make_inputs(options),
+                recipe=recipe,
+                settings=chosen,
+                triggers=triggers,
+                out=output,
+                force=force,
+                resume=resume,
+                fail_on=tuple(fail_on or (gate.DEFAULT,)),
+                tell=progress,
+            )
+
+        with alone(output):
+            for path in (output, *states):
+                sweep(path)
+            if os.path.exists(state) and not resume:
+                warn(f"{state} of a run that was stopped is not used and will be replaced: --resume goes on.")
+            return run_all("cleanse", [model], one, judge, shown, records, quiet)
+
+    return job
+
+
+@app.command()
+def report(
+    records: Annotated[
+        list[str], typer.Argument(metavar="RECORD...", help="Records of runs; - reads standard input.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PATH", help="Write the report there, not to stdout.")
+    ] = None,
+    form: Format = None,
+    fail_on: FailOn = None,
+    verbose: Verbose = False,
+) -> Job:
+    """Show records again, in any format; several are compared. Exits 0 unless --fail-on says otherwise."""
+
+    def job() -> int:
+        from bdclean.cli.console import Shown
+        from bdclean.files.text import read_text
+        from bdclean.record import gate
+        from bdclean.record.parsing import parse_records
+        from bdclean.report.formats import choose_format
+
+        judge = gate.parse(fail_on or ())
+        shown = Shown(choose_format(form, out), out, verbose)
+        if out is not None:
+            from bdclean.cli.places import check_place
+
+            check_place(out, [Path(path) for path in records if path != "-"])
+        found = [record for path in records for record in parse_records(read_text(path), path)]
+        if not found:
+            raise Refused(f"{', '.join(records)}: no run in it.")
+        shown.show(found)
+        return _judged(judge, found) if fail_on else 0
+
+    return job
+
+
+@app.command(name="ls")
+def ls(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="recipes, triggers, detectors, architectures, schema; or recipe NAME, trigger NAME."
+        ),
+    ],
+    name: Annotated[str | None, typer.Argument(help="One recipe or trigger, in full.")] = None,
+) -> Job:
+    """List what there is, or show one recipe or trigger with its settings and limits."""
+
+    def job() -> int:
+        from bdclean.cli.catalogue import listing
+
+        emit(listing(what, name))
+        return 0
+
+    return job
+
+
+@app.command()
+def doctor() -> Job:
+    """Show versions, devices, threads and disk, for a bug report."""
+
+    def job() -> int:
+        from bdclean.cli.doctor import doctor as examine
+
+        found, usable = examine()
+        emit(found)
+        return 0 if usable else 3
+
+    return job
+
+
+def _judged(judge: Gate, records: Sequence[RunRecord]) -> int:
+    """Returns the exit code of records shown again: what --fail-on asks for, and nothing else."""
+    from bdclean.record import gate
+
+    codes = []
+    for record in records:
+        reached, missing = judge.check(record)
+        for line in [*reached, *missing]:
+            warn(f"{record.checkpoint.path}: {line}")
+        codes.append(1 if reached else 3 if missing else 0)
+    return gate.exit_code(codes)

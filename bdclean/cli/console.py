@@ -1,0 +1,80 @@
+"""Standard output carries the result and nothing else; warnings go to standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bdclean.errors import Refused
+from bdclean.files.text import plain
+from bdclean.files.writing import write_text
+
+CLOSED = "standard output is closed: there is nowhere to write the result."
+
+if TYPE_CHECKING:
+    from bdclean.record.run import RunRecord
+
+LONGEST_LINE = 1200  # characters on standard error: a sentence about a stranger's path or name, not all of it
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How results are shown: the format, where to, and how much."""
+
+    form: str
+    out: Path | None
+    verbose: bool
+
+    def check(self) -> None:
+        """Refuses, before any work, to show results on a standard output that is closed."""
+        if self.out is None and sys.stdout is None:
+            raise Refused(CLOSED)
+
+    def show(self, records: Sequence[RunRecord]) -> None:
+        """Prints the report, or writes it to `out` by atomic rename."""
+        from bdclean.report.formats import render
+
+        if self.out is not None:
+            write_text(self.out, render(records, self.form, everything=self.verbose))
+            return
+        terminal = sys.stdout is not None and sys.stdout.isatty()
+        colours = terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        import shutil
+
+        width = shutil.get_terminal_size().columns if terminal else None
+        emit(render(records, self.form, width=width, colours=colours, everything=self.verbose))
+
+
+def emit(text: str) -> None:
+    """Writes to standard output. A reader that has gone away changes neither the run nor its exit code."""
+    if sys.stdout is None:
+        raise Refused(CLOSED)
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+    except OSError as error:
+        _discard_output()
+        raise Refused(f"standard output cannot be written: {error.strerror}.") from None
+
+
+def warn(line: str) -> None:
+    """Writes one line to standard error, if anybody still reads it; what strangers put into it is escaped and cut."""
+    if sys.stderr is None:
+        return
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    with contextlib.suppress(OSError):
+        print(f"bdclean: {plain(line)}", file=sys.stderr, flush=True)
+
+
+def _discard_output() -> None:
+    # Python flushes again when it exits, and would exit 120; there must be something left to flush into.
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

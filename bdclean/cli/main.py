@@ -1,0 +1,70 @@
+"""Runs a command line and turns whatever ends it into an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from bdclean.cli.commands import app
+from bdclean.cli.console import warn
+from bdclean.errors import ENDING, BdcleanError, Interrupted, Refused
+
+if TYPE_CHECKING:
+    pass
+
+
+# --- running and exiting ------------------------------------------------------------------------------------
+
+
+def run(argv: list[str]) -> int:
+    """Runs one command line and returns its exit code; nothing is raised."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    # Ctrl-C is Python's own; what nohup and its like told this process to ignore stays ignored.
+    others = [n for n in ENDING if n != signal.SIGINT and signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, _terminate) for number in others}
+    try:
+        job = app(args=argv, prog_name="bdclean", standalone_mode=False)
+        return job() if callable(job) else int(job or 0)
+    except SystemExit:
+        return 0  # Typer leaves this way when nobody reads its help any more
+    except BdcleanError as error:
+        warn(str(error))
+        return error.exit_code
+    except BaseException as error:
+        return _ended(error)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _ended(error: BaseException) -> int:
+    if hasattr(error, "format_message"):  # Typer's own errors: each is wrong usage
+        message = error.format_message()
+        if type(error).__name__ == "NoArgsIsHelpError":  # no command at all: the help
+            with contextlib.suppress(OSError, AttributeError):
+                sys.stderr.write(f"{message}\n")
+        else:
+            warn(f"{message.rstrip('. ') or 'give a command'}.  Try bdclean --help.")
+        return 2
+    if isinstance(error, typer.Abort):
+        warn("interrupted.")
+        return 130
+    from bdclean.cli.defects import leave_record, problem_of, trace
+
+    _, problem = problem_of(error)
+    if problem.digest is not None:
+        trace(error)
+        with contextlib.suppress(Refused):
+            leave_record(sys.argv, error)
+    warn(problem.message)
+    return problem.exit_code
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Interrupted("terminated." if number == signal.SIGTERM else "hung up.", 128 + number)

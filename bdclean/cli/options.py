@@ -1,0 +1,93 @@
+"""The options that commands share, as Typer reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bdclean.report.formats import FORMATS
+
+if TYPE_CHECKING:
+    pass
+
+
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="PATH", help="Images: a folder, .tar, .tar.gz, .npz or .parquet."),
+]
+Test = Annotated[
+    Path | None,
+    typer.Option("--test", metavar="PATH", help="Images to measure on, instead of a part of --data."),
+]
+Labeled = Annotated[
+    Path | None,
+    typer.Option(
+        "--labeled", metavar="PATH", help="Images with labels: one folder per class, or in the file."
+    ),
+]
+Classes = Annotated[
+    Path | None,
+    typer.Option(
+        "--classes", metavar="FILE", help="Class names in the head's order, or a CSV of file,label."
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        "--arch", metavar="NAME", help="A name (bdclean ls architectures) or your code, FILE.py:NAME."
+    ),
+]
+Kind = Annotated[str, typer.Option("--kind", metavar="KIND", help="auto or classifier.")]
+Preprocess = Annotated[
+    str,
+    typer.Option(
+        "--preprocess", metavar="NAME", help="auto, imagenet, cifar10, half, ... or mean=a/b/c,std=a/b/c."
+    ),
+]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str, typer.Option("--precision", metavar="NAME", help="auto, fp32, bf16 or fp16.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", metavar="N", min=1, help="Images at a time; chosen if not given."),
+]
+Limit = Annotated[
+    int, typer.Option("--limit", metavar="N", min=0, help="Use at most N images, a seeded draw; 0 is all.")
+]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Makes every random choice repeatable."),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse the run if an image is unreadable.")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read plain tensors from a pickle.")]
+NoPictures = Annotated[bool, typer.Option("--no-pictures", help="Put none of the images into a record.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help=f"{', '.join(FORMATS)}. Default: what a report's --out ends in, else table.",
+    ),
+]
+Record = Annotated[
+    Path | None,
+    typer.Option("--record", metavar="PATH", help="A file, or a folder for <stem>-<sha256>.json."),
+]
+FailOn = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fail-on",
+        metavar="EXPR",
+        help="asr>=0.1, clean_accuracy<0.8, ...; inconclusive; never.",
+        show_default=False,
+    ),
+]
+Triggers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trigger", metavar="SPEC", help="NAME[:KEY=VALUE,...] or file:PATH; default the stock bank."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on standard error.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="List every row.")]

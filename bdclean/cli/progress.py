@@ -1,0 +1,110 @@
+"""Progress on standard error: live bars on a terminal, an occasional plain line elsewhere, nothing under -q."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any, TextIO
+
+from bdclean.files import text
+from bdclean.report import wording
+
+EVERY = 10.0  # seconds between plain lines: enough to see life in a CI log, too few to drown it
+
+
+class Progress:
+    """What use cases call as `tell(stage, done, total, **measures)`; shows rate and time left."""
+
+    def __init__(self, quiet: bool = False, file: TextIO | None = None) -> None:
+        self.file = file if file is not None else sys.stderr
+        self.quiet = quiet or self.file is None
+        self.title = ""
+        self._started: dict[str, tuple[float, int]] = {}
+        self._bars: dict[str, Any] = {}
+        self._live: Any = None
+        self._spoke = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        if not self.quiet and self.file.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import Progress as Live
+
+            columns = [
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+            ]
+            console = Console(file=self.file, highlight=False, markup=False, emoji=False)
+            self._live = Live(
+                *columns, TextColumn("{task.fields[more]}", markup=False), console=console, transient=True
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Takes the bars away, so that what is printed next starts on a line of its own."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._bars.clear()
+
+    def begin(self, title: str) -> None:
+        """Starts a new model: its stages are counted afresh."""
+        self.title = text.plain(title)
+        self._started.clear()
+        if self._live is not None:
+            for bar in self._bars.values():
+                self._live.remove_task(bar)
+        self._bars.clear()
+
+    def __call__(self, stage: str, done: int, total: int, **measures: Any) -> None:
+        now = time.monotonic()
+        if done <= self._started.get(stage, (now, -1))[1]:
+            self._started.pop(stage, None)  # the stage starts again, as for the second of two models
+        started, first = self._started.setdefault(stage, (now, done))
+        if self.quiet:
+            return
+        more = details(done - first, total - done, now - started, measures)
+        if self._live is not None:
+            if stage not in self._bars:
+                self._bars[stage] = self._live.add_task(text.plain(stage), total=total, more="")
+            self._live.update(self._bars[stage], completed=done, total=total, more=more)
+        elif now - self._spoke >= EVERY:
+            self._spoke = now
+            start = f"{self.title}: " if self.title else ""
+            try:
+                print(
+                    f"{start}{text.plain(stage)} {done}/{total}  {more}".rstrip(), file=self.file, flush=True
+                )
+            except OSError:
+                self.quiet = True  # nobody reads it any more; the run goes on
+
+
+def details(done: int, left: int, seconds: float, measures: dict[str, Any]) -> str:
+    """Returns measures, rate and time left of a stage in which `done` steps took `seconds`."""
+    parts = [
+        f"{_name(name)} {_value(value)}" for name, value in measures.items() if name != "images_per_second"
+    ]
+    rate = done / seconds if seconds > 0 else 0.0
+    if "images_per_second" in measures:
+        parts.append(f"{measures['images_per_second']:,.0f} images/s")
+    elif rate > 0:
+        parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s")
+    if rate > 0 and left > 0:
+        parts.append(f"{wording.duration(round(left / rate))} left")
+    return "  ".join(parts)
+
+
+def _name(name: str) -> str:
+    return text.plain(name).replace("_", " ")
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else text.plain(value)

@@ -1,0 +1,197 @@
+"""The labels of a listing: from a CSV, from the container, or from its folders, by the rules in `labels`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bdclean.data.labels.classfile import FileLabels, read_class_file
+from bdclean.data.labels.labels import Labelling, label_folders, match_names
+from bdclean.data.sources.listing import SPLITS, Listing, held
+from bdclean.errors import Refused
+from bdclean.files import strictjson
+from bdclean.files.text import printable
+
+
+@dataclass(frozen=True)
+class Labels:
+    """`values`: a class for each image of the listing, or None; `kept`: the images to draw from, None for all."""
+
+    values: np.ndarray | None
+    kept: np.ndarray | None
+    classes: tuple[str, ...] | None
+    source: str | None
+    notes: list[str]
+
+
+def label_listing(
+    listing: Listing,
+    classes: Path | Sequence[str] | None,
+    claimed: tuple[str, ...] | None,
+    head_classes: int | None,
+    forced: bool,
+    csv_must: bool = True,
+) -> Labels:
+    """Labels of all images, or none and a note why; raises Refused where `forced` or `classes` cannot be met.
+
+    `classes`: what the user says (a file of names or of labels, or names); `claimed`: the names in the checkpoint.
+    Unless `csv_must`, a file of labels that names none of these images is for others.
+    """
+    notes = []
+    if listing.others:
+        notes.append(
+            f"{listing.others.total():,} files in {printable(listing.where)} are not images and were left out "
+            f"({held(listing.others)})."
+        )
+    names = None if claimed is not None and len(claimed) != (head_classes or len(claimed)) else claimed
+    said: tuple[str, ...] | FileLabels | None = None
+    if classes is not None:
+        said = read_class_file(Path(classes)) if isinstance(classes, (str, Path)) else tuple(classes)
+    if isinstance(said, tuple):
+        names = said
+        if head_classes is not None and len(names) != head_classes:
+            raise Refused(
+                f"{classes if isinstance(classes, (str, Path)) else '--classes'} has {len(names)} class names and the "
+                f"network has {head_classes} classes: give a name for each, in the head's order."
+            )
+    values = said.match(listing.names) if isinstance(said, FileLabels) else []
+    if isinstance(said, FileLabels) and not csv_must and not any(value is not None for value in values):
+        notes.append(f"{said.path} names no image of {printable(listing.where)}: it is not used for them.")
+        said = None
+    kept = None
+    if isinstance(said, FileLabels):
+        kept = np.array([value not in (None, "-1") for value in values])
+        if not kept.any():
+            raise Refused(
+                f"{said.path} names no image of {printable(listing.where)}; its first is "
+                f"{printable(next(iter(said.labels), 'none'))!r}: give file names as they are there."
+            )
+        if not kept.all():
+            notes.append(f"{int((~kept).sum()):,} images that {said.path} does not name were left out.")
+        keys: Sequence[str | None] = values
+        labelling = _by_value(values, None, names, head_classes, forced=True)
+        forced = True  # whoever gives labels wants them used
+    elif listing.labels is not None:
+        keys = listing.labels
+        labelling = _by_value(keys, listing.classes, names, head_classes, forced)
+    else:
+        keys, labelling = _by_folder(listing, names, head_classes, forced, notes)
+    if labelling.index is None:
+        if forced:
+            raise Refused(
+                f"{printable(listing.where)} cannot serve as labeled images: {printable(labelling.why)}."
+            )
+        if labelling.why:
+            notes.append(
+                f"images in {printable(listing.where)} are taken as unlabeled: {printable(labelling.why)}."
+            )
+        return Labels(None, kept, None, None, notes)
+    index = labelling.index
+    numbers = np.fromiter(
+        (index.get(key, -1) if key is not None else -1 for key in keys), np.int64, len(keys)
+    )
+    if (numbers < 0).any() and kept is None:  # forced: those that have a label
+        kept = numbers >= 0
+        notes.append(
+            f"{int((~kept).sum()):,} images of {printable(listing.where)} have no label and were left out."
+        )
+    return Labels(numbers, kept, labelling.classes, labelling.source, notes)
+
+
+def _by_value(
+    values: Sequence[str | None],
+    own: tuple[str, ...] | None,
+    names: tuple[str, ...] | None,
+    head_classes: int | None,
+    forced: bool,
+) -> Labelling:
+    """The labelling of labels that stand beside the images; `own` are the container's names for their numbers."""
+    found = {value for value in values if value not in (None, "-1")}
+    missing = sum(value in (None, "-1") for value in values)
+    if not found or (missing and not forced):
+        return Labelling(None, why=f"{missing:,} of {len(values):,} have no label")
+    present = sorted(value for value in found if value is not None)
+    if own is None:
+        return label_folders(present, names=names, head_classes=head_classes, forced=forced, what="label")
+    if not all(value.isdigit() and int(value) < len(own) for value in present):
+        return Labelling(None, why=f"a label is not among the file's {len(own)} class names")
+    named = match_names(own, names) if names is not None else None
+    if named is not None:
+        return Labelling({value: named[own[int(value)]] for value in present}, names, "names")
+    if head_classes is not None and len(own) != head_classes:
+        return Labelling(
+            None, why=f"the file has {len(own)} class names and the network has {head_classes} classes"
+        )
+    # the order may be another one: to be confirmed, as that of folders
+    return Labelling({value: int(value) for value in present}, own, "forced" if forced else "count")
+
+
+def _by_folder(
+    listing: Listing, names: tuple[str, ...] | None, head_classes: int | None, forced: bool, notes: list[str]
+) -> tuple[Sequence[str | None], Labelling]:
+    """Each image's folder, and the folders' labelling. Folders such as `train` and `test` are looked through."""
+    depth = 0
+    tops = {name.split("/", 1)[0] for name in listing.names if "/" in name}
+    splits = tops | set(listing.empty)
+    if tops and all(top.casefold() in SPLITS for top in splits):
+        depth = 1
+        if len(tops) > 1:
+            parts, where = ", ".join(sorted(tops)), printable(listing.where)
+            notes.append(
+                f"{where} has the parts {parts}: all are used. To use one, add its name to the path, as in "
+                f"{where}/{sorted(tops)[0]}."
+            )
+    loose = sum(name.count("/") <= depth for name in listing.names)
+    if loose:
+        # a flat folder is unlabeled by intention: no word about it
+        silent = loose == len(listing.names) and not forced
+        return (), Labelling(None, why="" if silent else f"{loose:,} images lie outside any class folder")
+    keys = [name.split("/", depth + 1)[depth] for name in listing.names]
+    labelling = label_folders(
+        sorted(set(keys)), empty=listing.empty if depth == 0 else (), names=names, head_classes=head_classes,
+        forced=forced, names_only=listing.stems_only,
+    )  # fmt: skip
+    if listing.stems_only and labelling.index is None and not forced:
+        return (), Labelling(None)  # shards without labels
+    return keys, labelling
+
+
+def claimed_names(metadata: dict[str, str], config: object) -> tuple[str, ...] | None:
+    """The class names that a checkpoint gives: `bdclean.classes`, `classes` or `class_names` in its metadata (a JSON
+    list, or names between commas), or `id2label` or `label_names` of its config. A claim, checked by its use."""
+    for key in ("bdclean.classes", "classes", "class_names"):
+        said = metadata.get(key)
+        if said is None or len(said) > 4 * 2**20:
+            continue
+        try:
+            found = strictjson.parse(said)
+        except strictjson.NotJson:
+            found = [name.strip() for name in said.split(",")]
+        names = _names(found)
+        if names is not None:
+            return names
+    if isinstance(config, dict):
+        for table in (config, config.get("pretrained_cfg")):
+            if isinstance(table, dict):
+                for key in ("id2label", "label_names"):
+                    names = _names(table.get(key))
+                    if names is not None:
+                        return names
+    return None
+
+
+def _names(found: object) -> tuple[str, ...] | None:
+    if isinstance(found, dict):
+        numbered = {str(key): value for key, value in found.items()}
+        found = [numbered.get(str(k)) for k in range(len(numbered))]
+    if (
+        not isinstance(found, list)
+        or len(found) < 2
+        or not all(isinstance(name, str) and name for name in found)
+    ):
+        return None
+    # Hugging Face's stand-ins say nothing
+    return None if all(name == f"LABEL_{k}" for k, name in enumerate(found)) else tuple(found)

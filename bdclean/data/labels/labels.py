@@ -1,0 +1,136 @@
+"""When folders, or what a file says of its images, are labels, and which class each one is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+IMAGENET = 1000
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Folder name -> class index, the classes' names, how that was found; no index: unlabeled, and why."""
+
+    index: dict[str, int] | None
+    classes: tuple[str, ...] | None = None
+    source: str | None = None
+    why: str = ""
+
+
+def label_folders(
+    folders: Sequence[str],
+    *,
+    empty: Sequence[str] = (),
+    names: tuple[str, ...] | None,
+    head_classes: int | None,
+    forced: bool = False,
+    names_only: bool = False,
+    what: str = "folder",
+) -> Labelling:
+    """Which class each of `folders` (those that hold images) is.
+
+    They are labels if all match `names` (or are ImageNet's, as `n01440764`, for a head of 1,000), or all are integers
+    (sorted as numbers), or their count equals the head's ('count', to be confirmed with `labels_plausible`); `forced`
+    takes that order without confirmation. `empty` folders hold no image but keep their place in the order.
+    `names_only`: numbers and counts mean nothing. `what` they are called. Never raises: `why` says what is wrong.
+    """
+    found = sorted(folders)
+    if len(found) == 1:
+        of = "all images are in one folder" if what == "folder" else f"all images have one {what}"
+        return Labelling(None, why=f"{of}, {found[0]!r}: labels need at least two classes")
+    for known in (names, imagenet_folders() if head_classes == IMAGENET else None):
+        index = match_names(found, known) if known is not None else None
+        if index is not None:
+            return Labelling(index, known, "names")
+    if names_only:
+        return Labelling(None, why="the archives' names are no class names")
+    by_number = _by_number(found, head_classes)
+    if by_number is not None:
+        return by_number
+    everything = sorted({*found, *empty})
+    for order in (found, everything):
+        if head_classes is None or len(order) == head_classes:
+            source = "forced" if forced else "count"
+            if head_classes is None and not forced:
+                break
+            return Labelling({name: i for i, name in enumerate(order)}, tuple(order), source)
+    if names is not None:
+        unknown = [name for name in found if _plain(name) not in {_plain(known) for known in names}]
+        return Labelling(
+            None, why=f"{what} {(unknown or found)[0]!r} is not one of the {len(names)} class names"
+        )
+    head = "" if head_classes is None else f" and the network has {head_classes} classes"
+    return Labelling(
+        None, why=f"there are {len(found)} {what}s{head}, and their names say nothing about classes"
+    )
+
+
+def labels_plausible(predictions: Tensor, labels: Tensor, classes: int) -> bool:
+    """Whether predictions agree with labels more often than chance (one-sided, about one in a thousand).
+
+    Chance is what independent predictions and labels of these frequencies would give, so that a network which
+    always answers the most frequent class does not count.
+    """
+    n = len(labels)
+    if n == 0:
+        return False
+    predictions, labels = predictions.cpu(), labels.cpu()
+    predicted = torch.bincount(predictions, minlength=classes)[:classes].double() / n
+    labeled = torch.bincount(labels, minlength=classes)[:classes].double() / n
+    chance = max(float((predicted * labeled).sum()), 1 / classes)
+    right = float((predictions == labels).double().mean())
+    # Wilson's score form, with a half image taken off for continuity.
+    return right - 0.5 / n > chance + 3.1 * sqrt(chance * (1 - chance) / n)
+
+
+@cache
+def imagenet_folders() -> tuple[str, ...]:
+    """The folder names of ImageNet's 1,000 classes (WordNet's numbers) in the order of the heads trained on them."""
+    return tuple(files("bdclean.data.labels").joinpath("imagenet.txt").read_text().split())
+
+
+def match_names(folders: Sequence[str], names: tuple[str, ...]) -> dict[str, int] | None:
+    """Each folder's place among `names`, if all of them are there and no two are the same one."""
+    # Exact first; then names may differ in case or hyphens alone; then a name's first synonym is enough.
+    for form in (str, _plain, _first):
+        counted = Counter(form(name) for name in names)
+        known = {form(name): i for i, name in enumerate(names) if counted[form(name)] == 1}
+        index = {folder: known.get(form(folder)) for folder in folders}
+        values = [value for value in index.values() if value is not None]
+        if len(values) == len(set(values)) == len(folders):
+            return {folder: value for folder, value in index.items() if value is not None}
+    return None
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+
+
+def _first(name: str) -> str:
+    return _plain(name.split(",", 1)[0])
+
+
+def _by_number(folders: Sequence[str], head_classes: int | None) -> Labelling | None:
+    if not all(name.isascii() and name.isdigit() and len(name) <= 9 for name in folders):
+        return None
+    order = sorted(folders, key=int)
+    values = [int(name) for name in order]
+    if len(set(values)) != len(values):
+        return None
+    if head_classes is None or len(order) == head_classes:
+        return Labelling({name: i for i, name in enumerate(order)}, tuple(order), "integers")
+    if len(order) > head_classes or values[-1] >= head_classes:
+        numbered = f"there are {len(order)} numbered classes, the highest {order[-1]},"
+        return Labelling(None, why=f"{numbered} and the network has {head_classes}")
+    # Some classes are absent: only the number itself can say which.
+    present = dict(zip(values, order, strict=True))
+    classes = tuple(present.get(i, str(i)) for i in range(head_classes))
+    return Labelling(dict(zip(order, values, strict=True)), classes, "integers")

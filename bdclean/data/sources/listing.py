@@ -1,0 +1,50 @@
+"""What a source of images holds before any is decoded: names, where each one lies, and what is known of labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bdclean.data.decode import Picture
+from bdclean.files.text import printable
+
+HIDDEN = (".", "__MACOSX")
+SPLITS = frozenset(
+    ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "labeled", "unlabeled")
+)
+"""Folder names that part a data set and are no classes."""
+
+Fetch = Callable[[np.ndarray], Iterator[tuple[int, Picture]]]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Images of a folder or archive, in a fixed order.
+
+    `fetch` takes indices into `names` and yields each with what `decode` takes, in whatever order is cheap to read.
+    `labels`: what the container itself says of each image (None: nothing), `classes`: names that those number.
+    `empty`: folders without images; `others`: how many files were left out, by kind. `stems_only`: first folders are
+    archives' names, which are labels only where they are known class names.
+    """
+
+    where: str
+    names: Sequence[str]
+    fetch: Fetch
+    labels: Sequence[str | None] | None = None
+    classes: tuple[str, ...] | None = None
+    empty: tuple[str, ...] = ()
+    others: Counter[str] = field(default_factory=Counter)
+    stems_only: bool = False
+
+
+def in_order(name: str) -> str:
+    """A sort key that keeps a folder's files together: as if sorted part by part."""
+    return name.replace("/", "\0")
+
+
+def held(others: Counter[str]) -> str:
+    """The most frequent kinds of files that were left out: '12 .txt, 3 links'."""
+    return ", ".join(f"{count:,} {printable(kind)}" for kind, count in others.most_common(3))

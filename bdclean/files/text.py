@@ -1,0 +1,100 @@
+"""Text of strangers: read whole, and made safe to show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+import os
+import stat
+import sys
+from typing import TYPE_CHECKING
+
+from bdclean.errors import Refused
+
+if TYPE_CHECKING:
+    pass
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+# A stranger's names are shown in terminals and records: cut and stripped of control characters.
+LONGEST_NAME = 300
+
+
+def shown(name: object) -> str:
+    """A stranger's name, safe to print: no control characters, cut when very long."""
+    text = str(name)
+    cut = text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 3] + "..."
+    return "".join(c if c.isprintable() else "?" for c in cut)
+
+
+LARGEST_TEXT = 256_000_000  # bytes of records at once: a run with pictures has under 1 MB
+
+
+def read_text(path: str) -> str:
+    """Returns the text of a file or pipe, or of standard input for `-`, as far as records can be large."""
+    try:
+        raw = sys.stdin.buffer.read(LARGEST_TEXT + 1) if path == "-" else _bytes(path)
+        if len(raw) > LARGEST_TEXT:
+            raise Refused(f"{path} has more than {LARGEST_TEXT // 10**6} MB: expected records of bdclean's.")
+        return raw.decode("utf-8")
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise Refused(f"{path} is not text: expected a record of bdclean's.") from None
+
+
+def _bytes(path: str) -> bytes:
+    # Without O_NONBLOCK, to open a pipe that nobody writes to would wait forever; a shell's <(...) has its writer.
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        kind = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISFIFO(kind):
+            raise Refused(f"{path} is neither a file nor a pipe: expected a record of bdclean's.")
+        if hasattr(os, "set_blocking"):
+            os.set_blocking(file.fileno(), True)
+        return file.read(LARGEST_TEXT + 1)
+
+
+def printable(name: str) -> str:
+    """A file name that is safe to show: no control characters, no bytes that are not text."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in name)
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Returns the ending of an error sentence: the names nearest to `name`, or all of them."""
+    from difflib import get_close_matches
+
+    names = sorted(known)
+    near = get_close_matches(name, names, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(names)}." if names else "there is none yet."
+
+
+def plain(text: object) -> str:
+    """Returns `text` on one line, every control, format or surrogate character written as an escape.
+
+    Paths, class names and metadata come from strangers: unescaped they could move the cursor, set colours,
+    swap the reading order or start a table row.
+    """
+    line = str(text)
+    if line.isprintable():
+        return line
+    return "".join(_escaped(character) for character in line)
+
+
+def _escaped(character: str) -> str:
+    category = unicodedata.category(character)
+    if category[0] != "C" and category not in ("Zl", "Zp"):
+        return character
+    return character.encode("unicode_escape").decode("ascii")

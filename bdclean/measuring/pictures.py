@@ -1,0 +1,163 @@
+"""What a page shows without torch: small pictures as given and stamped, and where classes go."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bdclean.measuring.trial import Bench, Target, halves, stamped_predictions
+from bdclean.record.run import FAILS, INCONCLUSIVE, NOT_MEASURED, Confusion, Picture, TriggerRow
+from bdclean.triggers.stamping import Trigger
+
+SHOWN = 6
+"""Images of a strip."""
+STRIPS = 3
+SIDES = (128, 96, 80, 64, 48, 32, 24)
+"""The longer side is at most the first of these for which all pictures stay within BUDGET."""
+BUDGET = 300_000
+"""Characters of base64 that the images of a record have together; masks have as much again."""
+MOST_CLASSES = 50
+"""With more classes no confusion matrix is kept: nobody can read it, and it grows with the square."""
+
+
+def strips(
+    rows: Sequence[TriggerRow], triggers: Sequence[Trigger], suspect: Bench, cleansed: Bench | None = None
+) -> list[Picture]:
+    """SHOWN images as given and stamped with the triggers of `chosen` rows, with the predictions of both models.
+
+    The images are a seeded draw, one of each reference class while there are enough classes, and none of the target
+    class: they are not chosen by what the trigger did to them. Where a trigger only moves one class, they are of it.
+    """
+    made = {trigger.spec(): trigger for trigger in triggers}
+    drawn: dict[int, tuple[Picture, Tensor]] = {}
+    found: list[tuple[Picture, Tensor]] = []
+    for row in chosen(rows):
+        trigger = made[row.trigger]
+        indices, caption = _draw(suspect, row)
+        if len(indices) == 0:
+            continue
+        images = suspect.images[indices]
+        stamped = trigger(images)
+        before = suspect.predict(stamped).tolist()
+        after = None if cleansed is None else cleansed.predict(stamped).tolist()
+        for k, index in enumerate(indices.tolist()):
+            label = int(suspect.reference[index])
+            if index not in drawn:
+                seen = int(suspect.clean[index]), None if cleansed is None else int(cleansed.clean[index])
+                drawn[index] = (Picture("given", "", *seen, index, label=label), images[k])
+            seen = before[k], None if after is None else after[k]
+            found.append(
+                (
+                    Picture("stamped", "", *seen, index, row.trigger, row.target, label, caption),
+                    stamped[k],
+                )
+            )
+        found.append(_difference(row, indices, images, stamped))
+    together = [*drawn.values(), *found]
+    for (picture, _), text in zip(together, _encoded([image for _, image in together]), strict=True):
+        picture.png_base64 = text
+    return [picture for picture, _ in together]
+
+
+def masks(pictures: Mapping[str, Tensor]) -> list[Picture]:
+    """What a recipe made, float [3 h w] in [0, 1] by caption, at most SHOWN of them."""
+    kept = list(pictures.items())[:SHOWN]
+    texts = _encoded([(255 * image.detach().cpu().float()).round().byte() for _, image in kept])
+    return [
+        Picture("mask", text, caption=caption) for (caption, _), text in zip(kept, texts, strict=True) if text
+    ]
+
+
+def confusions(
+    rows: Sequence[TriggerRow], triggers: Sequence[Trigger], suspect: Bench, cleansed: Bench | None = None
+) -> list[Confusion] | None:
+    """Reference classes against predictions, as given and stamped with the worst trigger; None for many classes.
+
+    Counted on the half of the images that rows are measured on, which screening has not seen.
+    """
+    if suspect.classes > MOST_CLASSES:
+        return None
+    order = halves(len(suspect.images), suspect.seed)[1]
+    models = [("suspect", suspect)] + ([] if cleansed is None else [("cleansed", cleansed)])
+    found = [
+        Confusion(name, None, None, _counts(bench, bench.clean[order], order))
+        for name, bench in models
+        if not bench.own_reference  # by construction all of them are on the diagonal
+    ]
+    made = {trigger.spec(): trigger for trigger in triggers}
+    for row in chosen(rows)[:1]:
+        for name, bench in models:
+            counts = _counts(bench, stamped_predictions(bench, made[row.trigger], order), order)
+            found.append(Confusion(name, row.trigger, row.target, counts))
+    return found
+
+
+def chosen(rows: Sequence[TriggerRow]) -> list[TriggerRow]:
+    """The rows worth a picture: the worst one of each family, STRIPS at most, the worst first."""
+    order = {FAILS: 0, INCONCLUSIVE: 1}
+    measured = [row for row in rows if row.outcome != NOT_MEASURED and row.target is not None]
+    ranked = sorted(measured, key=lambda row: (order.get(row.outcome, 2), -(row.asr.value or 0.0)))
+    best: dict[str, TriggerRow] = {}
+    for row in ranked:
+        best.setdefault(row.family, row)
+    return list(best.values())[:STRIPS]
+
+
+def _draw(bench: Bench, row: TriggerRow) -> tuple[Tensor, str]:
+    """Indices of SHOWN images, and in words which they are."""
+    target: Target | None = row.target
+    order = torch.randperm(len(bench.images), generator=torch.Generator().manual_seed(bench.seed))
+    classes = bench.reference[order].tolist()
+    worst = row.worst_source or {}
+    lone = row.outcome == FAILS and (row.asr.value or 0.0) < 0.5 <= float(worst.get("value") or 0.0)
+    if lone:
+        picked = [i for i, k in enumerate(classes) if k == worst["class"]]
+        return order[picked[:SHOWN]], f"a seeded draw from class {worst['class']}, which it moves most"
+    # one of each class first; the rest in the order drawn
+    seen: dict[int, int] = {}
+    rank = []
+    for i, k in enumerate(classes):
+        seen[k] = seen.get(k, -1) + 1
+        if k != target:
+            rank.append((seen[k], i))
+    return order[[i for _, i in sorted(rank)[:SHOWN]]], "a seeded draw from the other classes"
+
+
+def _difference(row: TriggerRow, indices: Tensor, images: Tensor, stamped: Tensor) -> tuple[Picture, Tensor]:
+    """What the trigger changed on the first of `images`, made as bright as it goes."""
+    change = (stamped[0].int() - images[0].int()).abs()
+    factor = 255 // max(1, int(change.max()))
+    words = f"what it changed, {factor} times as bright" if factor > 1 else "what it changed"
+    picture = Picture("difference", "", None, None, int(indices[0]), row.trigger, row.target, caption=words)
+    return picture, (change * factor).to(torch.uint8)
+
+
+def _counts(bench: Bench, predictions: Tensor, order: Tensor) -> list[list[int]]:
+    flat = bench.reference[order] * bench.classes + predictions
+    square = torch.bincount(flat, minlength=bench.classes**2).view(bench.classes, bench.classes)
+    return [[int(count) for count in line] for line in square.tolist()]
+
+
+def _encoded(images: Sequence[Tensor]) -> list[str]:
+    """uint8 [3 h w] each -> PNGs in base64, all of them small enough for BUDGET; empty where none is."""
+    for side in SIDES:
+        texts = [_png(image, side) for image in images]
+        if sum(map(len, texts)) <= BUDGET:
+            return texts
+    return [""] * len(images)
+
+
+def _png(image: Tensor, side: int) -> str:
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    if max(picture.size) > side:
+        scale = side / max(picture.size)
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode("ascii")

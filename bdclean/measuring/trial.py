@@ -1,0 +1,89 @@
+"""A trial: one model, the images it is measured on, and the reference classes its answers are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bdclean.measuring.folding import folded
+from bdclean.measuring.predictor import Predictor
+from bdclean.networks.classifier import Classifier
+from bdclean.progress import Tell, quiet
+
+PROBED = 2
+"""Images that a folded network is checked with."""
+
+
+def make_predictor(
+    model: Classifier, device: torch.device, batch_size: int | None, images: Tensor
+) -> Predictor:
+    """Predictions of `model`, whose batch norms are folded away where that does not change its answers to `images`."""
+    # 64 on a processor: what flows through a small network then stays in its caches (measured: 64 is best or as good
+    # as any size, at 32 and at 224 pixels), and a large network needs little memory.
+    size = batch_size or (1000 if device.type == "cuda" else 64)
+    return Predictor(folded(model, images[:PROBED]), device, size)
+
+
+LEVEL = 0.05
+
+
+STAMPED_AT_ONCE = 1000
+STAMPED_PIXELS = 1 << 22
+"""Images, and pixels of them, that are stamped at once: a float picture takes twelve bytes a pixel, several times."""
+
+
+SCREENED, SCREENED_OUT = "screening", "screened out"
+LEAST_SOURCE = 10
+"""A source class with fewer images gets no rate of its own."""
+
+
+Target = int | str
+"""A class, or "next": label + 1, all-to-all."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One model, the images it is measured on, and the reference classes that its answers are held against.
+
+    `reference` are labels, or the suspect's clean predictions (`labeled` false); `clean` are this model's own clean
+    predictions; both int64 [n]. `own_reference`: the reference is this very model's, so base rates say nothing.
+    """
+
+    predict: Predictor
+    images: Tensor
+    reference: Tensor
+    clean: Tensor
+    classes: int
+    labeled: bool
+    own_reference: bool
+    threshold: float
+    seed: int
+    tell: Tell = quiet
+    readings: int = 1
+    """How many normalisations are tried, of which the worst counts: what is tried is corrected for them, too."""
+    hits: dict[tuple[str, Target], Tensor] | None = None
+    """Where given, `assess` leaves here which images went to the target, bool [m], for `pair`."""
+
+
+def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two seeded random halves of the indices 0..n-1: one for screening, one for measuring."""
+    shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return shuffled[: n // 2], shuffled[n // 2 :]
+
+
+def stamped_predictions(bench: Bench, stamp: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
+    """Predictions, int64 [n], on the images `chosen` under `stamp`: a few at a time, for stamping takes many times
+    the memory of the images, which may be more than fit."""
+    few = max(1, min(STAMPED_AT_ONCE, STAMPED_PIXELS // bench.images[0, 0].numel()))
+    return torch.cat([bench.predict(stamp(bench.images[part])) for part in chosen.split(few)])
+
+
+def ranks(reference: Tensor) -> Tensor:
+    """Of each image, how many of its class come before it: int64 [n]."""
+    order = reference.argsort(stable=True)
+    sizes = torch.bincount(reference)
+    first = (sizes.cumsum(0) - sizes)[reference[order]]
+    return torch.empty_like(order).index_copy(0, order, torch.arange(len(order)) - first)

@@ -1,0 +1,103 @@
+"""The image size that a network was trained at, told by its statistics or its answers."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from bdclean.networks.ambiguity.choosing import choose
+from bdclean.networks.ambiguity.statistics import spread
+from bdclean.networks.ambiguity.variant import GOOD, RATIO, fit, sample
+from bdclean.networks.arch import Arch
+from bdclean.networks.checkpoint.checkpoint import Checkpoint
+from bdclean.networks.checkpoint.claims import claim
+from bdclean.networks.normalisation import NAMED, parse_preprocess
+from bdclean.networks.recognition.variants import at_size
+
+SIDES = (32, 48, 64, 96, 128, 160, 192, 224, 256)
+"""Image sides, beside the usual one, that people train convolutional networks at."""
+LARGER = 2
+"""So many times the usual side are tried: a stem for small images makes large ones costly, and people take another."""
+
+
+FEW, FEW_SIDES, TELLS, LEAST_CLASSES = 32, 128, 0.5, 4
+"""Images that tell the size of a network without batch norm of so many classes or more, the largest size beside the
+usual one that is tried, and the share of what they can tell that is enough."""
+
+
+def own_size(checkpoint: Checkpoint, load: Callable[[Arch], Tensor], given: str = "auto") -> Checkpoint:
+    """`checkpoint` with the image size that it was trained at, where its batch norm or its answers say so clearly.
+
+    Convolutional networks take images of any size. `load(arch)` reads images at `arch.input`, the same ones each time.
+    `given`: the normalisation that the user says, or `auto`.
+    """
+    usual = checkpoint.arch
+    with torch.device("meta"):
+        outline = usual.build().eval()
+    if not takes_sizes(outline, 2 * usual.input[1]):
+        return checkpoint
+    norms = (m for m in outline.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    remembers = any(norm.running_mean is not None for norm in norms)
+    if not remembers and checkpoint.arch.classes < LEAST_CLASSES:
+        return checkpoint  # images of one class alone would look like the wrong size
+    misfit = misfit_of_statistics if remembers else misfit_of_answers
+    found: dict[int, float] = {}
+    largest = LARGER * usual.input[1] if remembers else FEW_SIDES
+    sides = [s for s in SIDES if s != usual.input[1] and s <= largest]
+    for side in (usual.input[1], *sides):
+        arch = usual if side == usual.input[1] else at_size(usual, side)
+        images = load(arch)
+        # Too small for its pools, or no multiple of its blocks.
+        with contextlib.suppress(RuntimeError, ValueError, AssertionError):
+            found[side] = misfit(replace(checkpoint, arch=arch), images, given)
+        if found.get(usual.input[1], math.inf) < 1:
+            return checkpoint
+    best = min(found, key=lambda side: found[side], default=usual.input[1])
+    clear = found.get(best, math.inf) * RATIO < found.get(usual.input[1], math.inf)
+    if not clear or (not remembers and found[best] >= 1):
+        return checkpoint
+    candidates = tuple(at_size(a, best) for a in checkpoint.candidates)
+    found_out = replace(checkpoint, arch=at_size(usual, best), candidates=candidates)
+    if remembers:
+        return found_out
+    guessed = (
+        f"the network's answers tell images from one another at {best}x{best} and hardly at the usual "
+        f"{usual.input[1]}x{usual.input[1]}: it is read at {best}x{best} (--preprocess NAME,size=H/W says it)."
+    )
+    return replace(found_out, warnings=(*checkpoint.warnings, guessed))
+
+
+def misfit_of_statistics(checkpoint: Checkpoint, images: Tensor, given: str) -> float:
+    """How far batch norm's statistics are off on `images`; below 1 as far as they are on a network's own kind."""
+    few, _ = sample(images, None)
+    distance = fit(checkpoint, checkpoint.arch, choose(checkpoint, few, given)[0], few, None).distance
+    return math.inf if distance is None else distance / GOOD
+
+
+def misfit_of_answers(checkpoint: Checkpoint, images: Tensor, given: str) -> float:
+    """How little the network's answers to `images` tell one from another; below 1 where they tell enough.
+
+    A small ConvNeXt trained at 32 pixels gave answers that told 3.2 nats (of 3.8) there, 0.6 at 48 and 0.1 at 224.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:FEW]
+    few, network = images[order], checkpoint.build()
+    said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
+    ways = [said[0]] if said is not None else [NAMED[name] for name in ("none", "half", "imagenet")]
+    if given != "auto":
+        ways = [parse_preprocess(given)]
+    told = max(0.0, *(spread(network, few, way)[1] for way in ways))
+    return TELLS * math.log(min(len(few), checkpoint.arch.classes)) / max(told, 1e-6)
+
+
+def takes_sizes(outline: nn.Module, side: int) -> bool:
+    """Whether the network, built on the meta device, takes images of `side`, too."""
+    try:
+        with torch.inference_mode():
+            return outline(torch.zeros(1, 3, side, side, device="meta")).ndim == 2
+    except (RuntimeError, ValueError, AssertionError):
+        return False

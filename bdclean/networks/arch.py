@@ -1,0 +1,74 @@
+"""What is known of a network besides its weights: how to build it, its input, and its layers by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import nn
+
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Weight modules (convolutions, linear layers) of one depth, in the order in which they run."""
+
+    name: str
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A network's structure.
+
+    `taps` name the modules whose outputs end the stages between stem and head: maps [n c h w] or [n h w c], or tokens
+    [n t c]. What goes into the module `head` are the features; `seeing` reads both in one pass.
+    """
+
+    name: str
+    build: Callable[[], nn.Module] = field(compare=False, repr=False)
+    input: tuple[int, int, int]
+    classes: int
+    head: str
+    stages: tuple[Stage, ...]
+    taps: tuple[str, ...]
+    # (name, reason) of others whose tensors have the same names and shapes: shapes do not show strides or activations.
+    alternatives: tuple[tuple[str, str], ...] = ()
+    # A reading that nobody names: it counts only where it fits clearly better than the usual one.
+    unusual: bool = False
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A network that a file's tensors suggest, before it is checked name by name and shape by shape."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    input: tuple[int, int, int]
+    # Other readings of the same tensors; each is built only if asked for.
+    others: tuple[tuple[Proposal, str], ...] = ()
+    # Auxiliary heads, by the beginnings of their names: they may be in a file, and never run on an image to be judged.
+    idle: tuple[str, ...] = ()
+    # Builds the network with those heads, to check their shapes.
+    whole: Callable[[], nn.Module] | None = None
+    unusual: bool = False
+
+
+class Family(Protocol):
+    """A kind of network: reads its own dialects and derives depth, widths and classes from shapes."""
+
+    def rename(self, name: str) -> str:
+        """The family's own name for a tensor."""
+
+    def propose(self, shapes: Shapes) -> Iterator[Proposal]:
+        """Networks of this family that could hold tensors of these names and shapes; none may fit exactly."""
+
+    def named_proposals(self, classes: int) -> Iterator[Proposal]:
+        """The family's well-known members, for `--arch NAME` and to name the nearest."""
+
+
+# Running counts that old files lack; they change nothing in a prediction.
+COUNTER = "num_batches_tracked"

@@ -1,0 +1,107 @@
+"""What people call the same tensor: wrappers around a network, and names that families share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+# What wraps a module wherever it stands: DataParallel, torch.compile, FSDP, activation checkpointing, DeepSpeed.
+ANYWHERE = re.compile(
+    r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+# Names under which training code holds its network: Lightning, saved tables written flat, averages, feature wrappers.
+AVERAGES = (
+    r"(?:ema|model_ema|ema_model|ema_net|net_ema|averaged_model|swa_model|state_dict_ema|ema_state_dict"
+    r"|module_ema)"
+)
+HOLDERS = re.compile(
+    rf"^(?:(?:{AVERAGES}|state_dict|model_state_dict|model_state|model|net|network|classifier_model|backbone"
+    r"|base_model|timm_model|shadow|online|online_model|student|student_model)\.)+"
+)
+# Words that are also parts of networks proper: tried last.
+PARTS = re.compile(
+    r"^(?:(?:encoder|feature_extractor|extractor|trunk|cnn|visual|image_encoder|online_encoder|teacher|resnet|vit"
+    r"|convnext|vgg|body)\.)+"
+)
+AVERAGE = re.compile(rf"^(?:[\w]+\.)*?{AVERAGES}\.")
+# A hostile name may be megabytes long, and a file may have a wrapper a tensor.
+LONGEST, MOST_WRAPPERS = 200, 8
+# What lies beside a network in a file and is never part of what it computes.
+BESIDE = re.compile(
+    r"^(?:[\w]*optim(?:izer)?[\w]*|[\w]*scheduler[\w]*|scaler|epochs?|[\w]*_step|steps?|iter(?:ation)?s?|n_averaged"
+    r"|criterion[\w]*|loss|losses|loss_fn|[\w]*_loss|[\w]*metrics?|(?:train|val|test)_acc\w*|acc|accuracy|best_\w+"
+    r"|[\w]*projector|projection|[\w]*projection_head|proj_head|predictor|prototypes|queue|queue_ptr|decay|num_updates"
+    r"|data_preprocessor|rng_state|[\w]*_rng_state|callbacks|hyper_parameters|loops|normalizer)(?:\.|$)"
+)
+
+
+def views(
+    names: Iterable[str], expected: Iterable[str] = ()
+) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
+    """Ways to read a file's names without their wrappers: name -> short name, and the names left unread.
+
+    With more and more wrappers taken off: first all tensors together (`backbone.conv1.weight` beside `fc.weight`),
+    then without what is known to lie beside a network (`optimizer.`, `projector.`), then each wrapper's own, weights
+    before their averages and most first, with whatever lies outside it (a text tower) unread. No reading comes twice.
+    `expected`: names that need no stripping.
+    """
+    names = list(names)
+    if names and set(names) <= set(expected):
+        yield {name: name for name in names}, ()
+    seen: set[frozenset[tuple[str, str]]] = set()
+    for strip in (plain, bare, unwrapped, inmost):
+        for view, unread in groups(names, strip):
+            key = frozenset(view.items())
+            if view and key not in seen and len(set(view.values())) == len(view):
+                seen.add(key)
+                yield view, unread
+
+
+def groups(names: list[str], strip: Callable[[str], str]) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
+    """All of `names`, then without what lies beside a network, then each wrapper's own."""
+    short = {name: strip(name) for name in names}
+    yield short, ()
+    beside = {n: None for n in names if BESIDE.match(short[n][:LONGEST]) or BESIDE.match(n[:LONGEST])}
+    if beside:
+        yield {n: s for n, s in short.items() if n not in beside}, tuple(beside)
+    for depth in ("outermost", "all"):
+        wrapped: dict[str, dict[str, str]] = {}
+        for name, inner in short.items():
+            prefix = bare(name).removesuffix(inner) if bare(name).endswith(inner) else ""
+            if depth == "outermost":
+                prefix = prefix.partition(".")[0] + "." if prefix else ""
+            wrapped.setdefault(prefix, {})[name] = inner
+        if len(wrapped) == 1:
+            return
+        order = sorted(wrapped, key=lambda p: (bool(AVERAGE.match(p[:LONGEST])), -len(wrapped[p])))
+        for prefix in order[:MOST_WRAPPERS]:
+            own = wrapped[prefix]
+            others = tuple(n for n in names if n not in own)
+            # What stands beside a wrapper is another thing; what stands beside a bare network may be a part of it.
+            if not prefix and not all(AVERAGE.match(n[:LONGEST]) or n in beside for n in others):
+                continue
+            yield own, others
+            if any(n in own for n in beside):
+                less = {n: s for n, s in own.items() if n not in beside}
+                yield less, tuple(n for n in names if n not in less)
+
+
+def plain(name: str) -> str:
+    """The name as it is."""
+    return name
+
+
+def bare(name: str) -> str:
+    """The name without what wraps modules wherever they stand."""
+    return ANYWHERE.sub("", name)
+
+
+def unwrapped(name: str) -> str:
+    """The name within what holds the network."""
+    return HOLDERS.sub("", bare(name))
+
+
+def inmost(name: str) -> str:
+    """The name within what holds the network, or a part of it that may hold all but the head."""
+    name = unwrapped(name)
+    return unwrapped(PARTS.sub("", name))

@@ -1,0 +1,253 @@
+"""Recognition with what a `config.json` beside the weights says: a claim, held to names, shapes and statistics.
+
+A claim may name the builder (timm) or settle what shapes do not show (heads, strides). It is taken only where its
+network has exactly the file's tensors; a network known here that has them, too, and computes something else stays a
+candidate, which real images must part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from bdclean.errors import Refused
+from bdclean.files.text import shown
+from bdclean.networks.arch import Arch, Shape
+from bdclean.networks.recognition import recognition, timm_models
+from bdclean.networks.recognition.dialects import views
+from bdclean.networks.recognition.matching import Match, Part, differences, listed
+from bdclean.networks.recognition.transformers_names import TABLES, Translation, translate
+from bdclean.networks.stages import describe, watch
+
+CODE = "give the network's own code with --arch FILE.py:NAME"
+# The only activation that the networks read from transformers' names have here.
+ACTIVATIONS = {"resnet": "relu", "regnet": "relu"}
+# transformers' epsilon of layer norms, of all of them or of the last alone, where a config does not say.
+EPSILON = {"vit": (1e-12, ""), "convnext": (1e-12, "classifier.0"), "convnextv2": (1e-12, "head.norm")}
+
+
+def identify(
+    shapes: Mapping[str, Shape], arch: str | None, config: Mapping[str, Any] | None
+) -> tuple[list[Match], list[str]]:
+    """The networks that fit, the likeliest first, and what to warn of. `arch`: the user's word, above any claim."""
+    claim = config or {}
+    if arch is not None and arch.startswith("timm:"):
+        return [timm_models.fit(arch.removeprefix("timm:"), shapes, claim)], []
+    if arch is not None and ":" in arch and not arch.startswith("torchvision:"):
+        return recognition.identify(shapes, arch), []
+    found = translated(shapes, arch, claim)
+    if found is not None:
+        return found
+    name = timm_name(claim)
+    if arch is None and name is not None:
+        return claimed_by_timm(name, shapes, claim)
+    try:
+        return recognition.identify(shapes, arch), []
+    except Refused as error:
+        kind = claim.get("model_type")
+        if arch is None and isinstance(kind, str) and kind not in (*TABLES, "timm_wrapper"):
+            known_kinds = ", ".join(TABLES)
+            raise Refused(
+                f"config.json says model_type {shown(kind)}; of transformers' networks {known_kinds} are known: "
+                f"{CODE}."
+            ) from None
+        raise error
+
+
+def timm_name(claim: Mapping[str, Any]) -> str | None:
+    """The network that a timm config names, without the tag of its weights."""
+    name = claim.get("architecture")
+    return name.split(".")[0] if isinstance(name, str) and timm_models.NAME.fullmatch(name) else None
+
+
+def claimed_by_timm(
+    name: str, shapes: Mapping[str, Shape], claim: Mapping[str, Any]
+) -> tuple[list[Match], list[str]]:
+    """timm's network if it fits, then those known here that fit as well and compute something else."""
+    if claim.get("num_classes") == 0:
+        raise Refused(
+            "config.json says num_classes 0, an encoder: only classifiers can be worked on by this version."
+        )
+    refusal: Refused | None = None
+    first: Match | None = None
+    if timm_models.registered(name):
+        try:
+            first = timm_models.fit(name, shapes, claim)
+        except Refused as error:
+            refusal = error
+    try:
+        others = recognition.recognise(shapes)
+    except Refused as error:
+        if first is not None:
+            return [first], []
+        if timm_models.load() is None:
+            raise Refused(
+                f"config.json says that this is timm's {name}: {timm_models.INSTALL}, then run again."
+            ) from None
+        raise refusal or error from None
+    if first is None:
+        if others[0].arch.name == name:
+            return others[:1], []
+        if timm_models.load() is None:
+            raise Refused(
+                f"config.json says that this is timm's {name}, and the tensors also fit {others[0].arch.name}: "
+                f"{timm_models.INSTALL}, or pass --arch."
+            )
+        return others, [f"config.json says {name}, which does not have these tensors: it was not believed."]
+    # The other readings of what is known here differ in ways that a config which names its builder does not leave open.
+    kin = [m for m in others[:1] if m.names == first.names and not same_function(m.arch, first.arch)]
+    if kin:
+        rest = tuple((m.arch.name, "fits the same tensors; config.json says another") for m in kin)
+        first = replace(first, arch=replace(first.arch, alternatives=rest))
+    return [first, *kin], []
+
+
+def accepts(arch: Arch, size: tuple[int, int]) -> bool:
+    """Whether the network runs on images of this height and width."""
+    if size == arch.input[1:]:
+        return True
+    try:
+        watch(arch.build, (3, *size))
+    except Exception:  # a network may refuse a size in any way
+        return False
+    return True
+
+
+def same_function(one: Arch, other: Arch) -> bool:
+    """Whether two networks give the same logits with the same weights, on noise at the smaller usual size."""
+    side = min(one.input[1], other.input[1])
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(0)
+        first, second = one.build().eval(), other.build().eval()
+        for tensor in first.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.1, 0.3) if tensor.ndim < 2 else tensor.normal_(0, tensor[0].numel() ** -0.5)
+        try:
+            second.load_state_dict(first.state_dict())
+            x = torch.randn(1, 3, side, side)
+            a, b = first(x), second(x)
+        except (RuntimeError, AssertionError, ValueError):
+            return False
+    return a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max() + 1)))
+
+
+# --- Hugging Face transformers ------------------------------------------------------------------------------
+
+
+def translated(
+    shapes: Mapping[str, Shape], arch: str | None, claim: Mapping[str, Any]
+) -> tuple[list[Match], list[str]] | None:
+    """The networks that have these tensors under transformers' names; None where the names are not transformers'."""
+    for short, unread in views(shapes):
+        there = translate({new: tuple(shapes[old]) for old, new in short.items()})
+        if there is None:
+            continue
+        found = known(there, arch)
+        own = claim if claim.get("model_type", there.kind) == there.kind else {}
+        notes = []
+        if own is not claim:
+            notes.append(f"config.json says {shown(claim['model_type'])}, the names are {there.kind}'s.")
+        # What the user says is above any claim.
+        found = settle(found, there.kind, own if arch is None else {})
+        return [back(m, short, unread, there) for m in found], notes
+    return None
+
+
+def known(there: Translation, arch: str | None) -> list[Match]:
+    """The networks for names that were translated."""
+    if there.kind != "convnextv2":
+        found = recognition.identify(there.shapes, arch)
+        if found[0].unread:
+            raise Refused(f"{shown(found[0].unread[0])} is not part of a {there.kind} that is known: {CODE}.")
+        return found
+    proposal = timm_models.convnextv2(there.shapes)
+    differing = ["its stages or its head are not whole"]
+    if proposal is not None:
+        try:
+            network, expected = timm_models.on_meta(proposal.build)
+        except Exception as error:  # a builder may refuse numbers in any way
+            raise Refused(f"no ConvNeXt V2 has these numbers ({shown(error)}): {CODE}.") from None
+        differing = differences(there.shapes, expected)
+        if not differing:
+            made = describe(proposal.name, proposal.build, proposal.input, (), network)
+            return [Match(made, {name: name for name in there.shapes}, ())]
+    raise Refused(f"these {len(there.shapes)} tensors are no ConvNeXt V2 ({listed(differing)}): {CODE}.")
+
+
+def settle(found: list[Match], kind: str, claim: Mapping[str, Any]) -> list[Match]:
+    """The candidates that the claim allows, with its epsilon; raises Refused for what is not built here."""
+    activation = claim.get("hidden_act", ACTIVATIONS.get(kind, "gelu"))
+    if activation != ACTIVATIONS.get(kind, "gelu"):
+        usual_one = ACTIVATIONS.get(kind, "gelu")
+        raise Refused(
+            f"config.json says hidden_act {shown(activation)}; only {usual_one} is known for {kind}: {CODE}."
+        )
+    if claim.get("model_type") == kind:
+        found = [chosen(found, kind, claim)]
+    side = claim.get("image_size")
+    if kind != "vit" and isinstance(side, int) and 32 <= side <= 2048:
+        # A transformer's position embedding shows it; for the others it is what the network was trained at.
+        found = [replace(m, arch=replace(m.arch, input=(3, side, side))) for m in found]
+    if kind not in EPSILON:
+        return found
+    usual, last = EPSILON[kind]
+    value = claim.get("layer_norm_eps", usual)
+    if not isinstance(value, float) or not 0 < value < 0.1:
+        value = usual
+    return [replace(m, arch=replace(m.arch, build=with_epsilon(m.arch.build, value, last))) for m in found]
+
+
+def chosen(found: list[Match], kind: str, claim: Mapping[str, Any]) -> Match:
+    """The candidate that the claim names; the others stay among its alternatives."""
+    if kind == "resnet":
+        first_convolution = claim.get("downsample_in_bottleneck") is True
+        return next((m for m in found if ("stride1x1" in m.arch.name) == first_convolution), found[0])
+    heads = claim.get("num_attention_heads")
+    if kind == "vit" and isinstance(heads, int):
+        for match in found:
+            if attention_heads(match.arch) == heads:
+                return match
+        raise Refused(
+            f"config.json says {heads} attention heads, which these tensors do not allow: correct it."
+        )
+    return found[0]
+
+
+def attention_heads(arch: Arch) -> int | None:
+    """The number of heads of the first attention that says so."""
+    with torch.device("meta"):
+        network = arch.build()
+    return next((int(m.num_heads) for m in network.modules() if isinstance(m, nn.MultiheadAttention)), None)
+
+
+def with_epsilon(build: Callable[[], nn.Module], value: float, last: str) -> Callable[[], nn.Module]:
+    """The same network with another epsilon in all its layer norms, or in the one called `last`."""
+
+    def changed() -> nn.Module:
+        network = build()
+        for name, module in network.named_modules():
+            if isinstance(module, nn.LayerNorm) and (not last or name == last):
+                module.eps = value
+        return network
+
+    return changed
+
+
+def back(match: Match, short: dict[str, str], unread: tuple[str, ...], there: Translation) -> Match:
+    """The same match for the names that the file has."""
+    names: dict[str, str] = {}
+    parts: dict[str, Part] = {}
+    left = list(unread)
+    for name, inner in short.items():
+        to = match.names.get(there.names[inner])
+        if to is None:
+            left.append(name)
+            continue
+        names[name] = to
+        if inner in there.parts:
+            parts[name] = there.parts[inner]
+    return Match(match.arch, names, tuple(left), parts)

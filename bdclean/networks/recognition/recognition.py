@@ -1,0 +1,215 @@
+"""Which network a file's tensors belong to: exact names and shapes after the dialect's renaming, or a refusal."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from bdclean.errors import Refused, UsageError
+from bdclean.files.text import shown
+from bdclean.networks.arch import Family, Proposal, Shape, Shapes
+from bdclean.networks.families import (
+    builders,
+    convnext,
+    densenet,
+    imagenet_resnet,
+    known,
+    maxvit,
+    preact,
+    regnet,
+    residual,
+    swin,
+    vgg,
+    vit,
+)
+from bdclean.networks.recognition.dialects import views
+from bdclean.networks.recognition.matching import Match, differences, listed
+from bdclean.networks.recognition.user_code import fit_user_code
+from bdclean.networks.recognition.variants import at_size, variants
+from bdclean.networks.stages import describe
+
+FAMILIES: tuple[Family, ...] = (
+    imagenet_resnet,
+    residual,
+    preact,
+    vgg,
+    vit,
+    swin,
+    convnext,
+    maxvit,
+    regnet,
+    densenet,
+    builders,
+)
+
+
+def recognise(shapes: Mapping[str, Shape]) -> list[Match]:
+    """All networks that have exactly these tensors, the likeliest first.
+
+    Raises Refused, naming the nearest network and what differs.
+    """
+    near: list[Near] = []
+    for family, renamed, unread in readings(shapes):
+        own = {new: tuple(shapes[name]) for name, new in renamed.items()}
+        for proposal in family.propose(own):
+            found = build_shapes(proposal)
+            if found is None:
+                continue
+            network, expected = found
+            idle = {name for name in own if name.startswith(proposal.idle)} if proposal.idle else set()
+            differing = differences(own, expected | (idle_shapes(proposal) if idle else {}))
+            if not differing:
+                read = {name: new for name, new in renamed.items() if new not in idle}
+                aside = tuple(name for name, new in renamed.items() if new in idle)
+                return matches(proposal, network, read, unread + aside)
+            near.append(Near(proposal.name, differing))
+    near += compare(shapes)
+    raise Refused(refusal(len(shapes), min(near, key=lambda n: len(n.differing), default=None)))
+
+
+@dataclass(frozen=True)
+class Near:
+    """A network that a file's tensors do not fit, and a phrase for each that differs."""
+
+    name: str
+    differing: list[str]
+
+
+def readings(shapes: Mapping[str, Shape]) -> Iterator[tuple[Family, dict[str, str], tuple[str, ...]]]:
+    """Each family's names for a file's tensors, without wrappers, and what is left unread."""
+    for names, unread in views(shapes):
+        for family in FAMILIES:
+            renamed = {name: family.rename(short) for name, short in names.items()}
+            if len(set(renamed.values())) == len(renamed):
+                yield family, renamed, unread
+
+
+def compare(shapes: Mapping[str, Shape], only: str | None = None) -> Iterator[Near]:
+    """How a file's tensors differ from the nearest known networks (or from `only`), by the shipped fingerprint."""
+    tried = set()
+    for family, renamed, _ in readings(shapes):
+        own = {new: tuple(shapes[name]) for name, new in renamed.items()}
+        for name in [only] if only else [row.name for row in known.nearest(own)]:
+            proposal = named(family, name, classes_of(own))
+            found = build_shapes(proposal) if proposal is not None else None
+            if found is None or (name, frozenset(own)) in tried:
+                continue
+            tried.add((name, frozenset(own)))
+            expected = found[1]
+            common = sum(n in expected for n in own)
+            if only or common * 2 >= len(own.keys() | expected.keys()):
+                yield Near(name, differences(own, expected))
+
+
+def classes_of(shapes: Mapping[str, Shape]) -> int:
+    """The rows of what is likeliest the head: a tensor with a known head's name, else the last matrix."""
+    heads = {name for row in known.table() for name in row.head}
+    rows = [s[0] for n, s in shapes.items() if len(s) == 2 and n.endswith("weight")]
+    rows += [s[0] for n, s in shapes.items() if s and n in heads]
+    return max(1, min(rows[-1], 100_000)) if rows else 10
+
+
+def named(family: Family, name: str, classes: int) -> Proposal | None:
+    """The family's network of this name."""
+    return next((p for p in family.named_proposals(classes) if p.name == name), None)
+
+
+def well_known(classes: int) -> Iterator[Proposal]:
+    """Every named network of every family."""
+    for family in FAMILIES:
+        yield from family.named_proposals(classes)
+
+
+def identify(shapes: Mapping[str, Shape], arch: str | None = None) -> list[Match]:
+    """The networks that fit, `arch` first where one is named; user code only where `arch` says FILE.py:NAME."""
+    if arch is not None and ":" in arch and not arch.startswith("torchvision:"):
+        return [fit_user_code(arch, shapes)]
+    if arch is None:
+        return recognise(shapes)
+    wanted = arch.removeprefix("torchvision:").lower()
+    if sized := re.fullmatch(r"(.+)\+(\d{1,4})px", wanted):
+        return [replace(m, arch=at_size(m.arch, int(sized[2]))) for m in identify(shapes, sized[1])]
+    names = [row.name for row in known.table()]
+    try:
+        found = recognise(shapes)
+    except Refused:
+        if wanted not in names:
+            raise UsageError(unknown(arch, names)) from None
+        differing = [n.differing for n in compare(shapes, wanted)]
+        what = f" ({listed(min(differing, key=len))})" if differing else ""
+        raise Refused(f"{wanted} does not have these {len(shapes)} tensors{what}.") from None
+    chosen = [m for m in found if m.arch.name == wanted]
+    if not chosen:
+        fitting = [m.arch.name for m in found]
+        if wanted not in names:
+            raise UsageError(unknown(arch, fitting + names))
+        raise Refused(f"{wanted} does not have these {len(shapes)} tensors: they fit {', '.join(fitting)}.")
+    # The user has said which reading it is: the others are no candidates any more.
+    return chosen
+
+
+def unknown(arch: str, names: list[str]) -> str:
+    """The sentence for a name that is neither a network's nor the user's own code."""
+    near = ", ".join(difflib.get_close_matches(arch.lower(), sorted(set(names)), 3, 0.5))
+    hint = f"did you mean {near}?" if near else "see bdclean ls architectures, or give FILE.py:NAME."
+    return f"--arch {shown(arch)} is not a known architecture: {hint}"
+
+
+def build_shapes(proposal: Proposal) -> tuple[torch.nn.Module, Shapes] | None:
+    """The network on the meta device and its tensors' shapes; None when no network has such numbers."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            # Layers without a single weight are built with a warning.
+            warnings.simplefilter("error")
+            network = proposal.build()
+    except (
+        ValueError, RuntimeError, ZeroDivisionError, TypeError, OverflowError, AssertionError, UserWarning,
+    ):  # fmt: skip
+        return None
+    return network, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def idle_shapes(proposal: Proposal) -> Shapes:
+    """Shapes of the auxiliary heads' tensors."""
+    assert proposal.whole is not None
+    found = build_shapes(replace(proposal, build=proposal.whole))
+    assert found is not None
+    return {name: shape for name, shape in found[1].items() if name.startswith(proposal.idle)}
+
+
+def matches(
+    proposal: Proposal, network: torch.nn.Module, names: dict[str, str], unread: tuple[str, ...]
+) -> list[Match]:
+    """The proposal and the other readings of the same tensors, which differ in no module that holds weights."""
+    readings = (*proposal.others, *variants(proposal, network))
+    others = tuple((p.name, reason) for p, reason in readings if not p.unusual)
+    first = describe(proposal.name, proposal.build, proposal.input, others, network)
+    found = [Match(first, names, unread)]
+    kin = (proposal.name, f"the usual reading of the same tensors ({proposal.name})")
+    for other, _ in readings:
+        rest = tuple((p.name, r) for p, r in readings if p is not other and not p.unusual)
+        reading = replace(
+            first,
+            name=other.name,
+            build=other.build,
+            input=other.input,
+            alternatives=(kin, *rest),
+            unusual=other.unusual,
+        )
+        found.append(Match(reading, names, unread))
+    return found
+
+
+def refusal(count: int, nearest: Near | None) -> str:
+    """The sentence that refuses a file of `count` tensors."""
+    tensors = f"these {count} tensors" if count != 1 else "this 1 tensor"
+    advice = "give the network's own code with --arch FILE.py:NAME"
+    if nearest is None:
+        return f"no known architecture has {tensors}, nor anything like them: {advice}."
+    near = f"nearest is {nearest.name} ({listed(nearest.differing)})"
+    return f"no known architecture has {tensors}; {near}: {advice}."

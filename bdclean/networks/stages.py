@@ -1,0 +1,356 @@
+"""Stages and taps of any network, found by watching one forward pass.
+
+Key prefixes say nothing for foreign code (a VGG has one `features`), so depth is read off what runs: weight modules in
+the order of execution, cut where the resolution of their outputs falls; where it never does, by blocks.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from bdclean.networks.arch import Arch, Stage
+
+# A network whose resolution never changes (a transformer, a plain perceptron) is cut into this many equal parts, as
+# many as a ResNet has between stem and head.
+PARTS = 4
+# Convolutions without padding trim a map (149 to 147 pixels a side): only a clearly smaller one opens a stage.
+TRIMMED = 0.75
+# Several images pass at once: what a module gives for each of them can then be told from its tables and windows.
+IMAGES = 2
+UNKNOWN = -1
+# Parameters with two or more dimensions that are no layer's weights: tables, tokens and scales.
+NO_WEIGHTS = re.compile(r"bias|scale|gamma|token|embed|(?:^|_)pos(?:_|ition|$)")
+
+
+@dataclass
+class Event:
+    """One module's call: where it began and ended in the order of execution, and what came out."""
+
+    name: str
+    begin: int
+    end: int = -1
+    shape: tuple[int, ...] = ()
+    calls: int = 1
+    # Height times width of square maps [n c s s] or [n s s c]; 0 for anything else.
+    pixels: int = 0
+
+    @property
+    def places(self) -> int:
+        """Pixels of a map, or the number of tokens [n t c]."""
+        return self.shape[1] if len(self.shape) == 3 and self.shape[0] == IMAGES else self.pixels
+
+
+def describe(
+    name: str,
+    build: Callable[[], nn.Module],
+    size: tuple[int, int, int],
+    alternatives: tuple[tuple[str, str], ...] = (),
+    network: nn.Module | None = None,
+) -> Arch:
+    """The Arch of what `build` returns, from one pass over images of `size` on the meta device.
+
+    `network`: one already built, to save building again. Code that cannot run on the meta device runs on the CPU.
+    Raises ValueError when the network has no weights, or gives anything but one row of logits an image.
+    """
+    events, weighted, logits = watch(build, size, network)
+    if len(logits) != 2 or logits[0] != IMAGES or not weighted:
+        raise ValueError(
+            f"gives an output of shape {list(logits)} for {IMAGES} images, not one row of logits for each"
+        )
+    head = weighted[-1]
+    stages = cut(weighted, events)
+    return Arch(
+        name=name,
+        build=build,
+        input=size,
+        classes=logits[-1],
+        head=head,
+        stages=stages,
+        taps=find_taps(stages, events),
+        alternatives=alternatives,
+    )
+
+
+def watch(
+    build: Callable[[], nn.Module], size: tuple[int, int, int], network: nn.Module | None = None
+) -> tuple[dict[str, Event], list[str], tuple[int, ...]]:
+    """Every executed module's event, the weight modules in order of execution, and the shape of the output."""
+    try:
+        if network is None:
+            with torch.device("meta"):
+                network = build()
+        return _watch(network, size, "meta")
+    except (NotImplementedError, RuntimeError, TypeError):
+        # Code that looks at values or makes tensors on a fixed device has no meta form. A true fault shows again here.
+        return _watch(build(), size, "cpu")
+
+
+def _watch(
+    network: nn.Module, size: tuple[int, int, int], device: str
+) -> tuple[dict[str, Event], list[str], tuple[int, ...]]:
+    events: dict[str, Event] = {}
+    clock = 0
+    previous: tuple[object, int] = (None, 0)
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            nonlocal clock
+            clock += 1
+            if name in events:
+                events[name].calls += 1
+            else:
+                events[name] = Event(name, clock)
+
+        return hook
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            nonlocal clock, previous
+            clock += 1
+            if not isinstance(output, torch.Tensor):
+                pixels = 0
+            elif output is previous[0] and previous[1] != UNKNOWN:
+                # What a container hands on is what its last layer gave.
+                pixels = previous[1]
+            else:
+                pixels = pixels_of(module, inputs[0] if inputs else None, output, previous)
+            previous = (output, pixels)
+            if events[name].end < 0:
+                events[name].end, events[name].pixels = clock, max(0, pixels)
+                if isinstance(output, torch.Tensor):
+                    events[name].shape = tuple(output.shape)
+
+        return hook
+
+    handles = []
+    for name, module in network.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_hook(leave(name)))
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            output = network(torch.zeros(IMAGES, *size, device=device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        network.train(was_training)
+    logits = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+    return events, _weighted(network, events), logits
+
+
+def pixels_of(module: nn.Module, given: object, output: torch.Tensor, previous: tuple[object, int]) -> int:
+    """Height times width of the maps that `module` gives; 0 for other outputs, UNKNOWN where a container must tell.
+
+    Windows of tokens [n windows tokens c] can look like maps: so layers say where their channels are, and what only
+    moves things about says nothing. `previous`: the output before this one, and its pixels.
+    """
+    if output.ndim != 4 or output.shape[0] != IMAGES:
+        return 0
+    _, a, b, c = output.shape
+    first, last = b * c if b == c else 0, a * b if a == b else 0
+    if isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)):
+        return first
+    if type(module) in (nn.Linear, nn.LayerNorm):
+        return last
+    if next(module.children(), None) is None and next(module.parameters(), None) is None:
+        if not isinstance(given, torch.Tensor) or given.shape != output.shape:
+            return UNKNOWN
+        if given is previous[0]:
+            return previous[1]
+    return first or last
+
+
+def _weighted(network: nn.Module, events: dict[str, Event]) -> list[str]:
+    """Names of the modules that own weights, in the order in which they run.
+
+    One that is never called itself (attention reads its output projection's weight directly) follows the module
+    registered before it.
+    """
+    order: list[str] = []
+    late: list[tuple[str, str | None]] = []
+    previous = None
+    for name, module in network.named_modules():
+        if not name or not holds_weights(module):
+            continue
+        if name in events:
+            order.append(name)
+        else:
+            late.append((name, previous))
+        previous = name
+    order.sort(key=lambda n: events[n].begin)
+    for name, before in late:
+        order.insert(order.index(before) + 1 if before in order else 0, name)
+    return order
+
+
+def holds_weights(module: nn.Module) -> bool:
+    """Whether `module` itself has a weight: a matrix or a kernel, and no table, token or scale."""
+    return any(p.ndim >= 2 and not NO_WEIGHTS.search(n) for n, p in module.named_parameters(recurse=False))
+
+
+def cut(weighted: list[str], events: dict[str, Event]) -> tuple[Stage, ...]:
+    """Stem (the first weight module), one stage a resolution, head (the last weight module)."""
+    if len(weighted) == 1:
+        return (Stage("head", tuple(weighted)),)
+    inner = weighted[1:-1]
+    groups = _by_resolution(inner, events)
+    if len(groups) == 1 and len(inner) >= PARTS:
+        groups = _by_blocks(inner)
+    stages = [Stage("stem", (weighted[0],))]
+    for k, group in enumerate(groups):
+        name = _stage_name(group, weighted, k + 1)
+        # A module of the network may be called like the number of another stage.
+        taken = any(stage.name == name for stage in stages)
+        stages.append(Stage(f"{name}-{k + 1}" if taken else name, tuple(group)))
+    return (*stages, Stage("head", (weighted[-1],)))
+
+
+def _by_blocks(names: list[str]) -> list[list[str]]:
+    """PARTS groups of about as many modules each, cut between a transformer's blocks."""
+    units, prefix = _units(names, ""), ""
+    while (largest := max(units, key=len)) != names and len(largest) * 2 > len(names):
+        prefix = _ancestor(largest)
+        finer = _units(names, prefix)
+        if len(finer) == len(units):
+            break
+        units = finer
+    if len(units) == 1:
+        prefix = _ancestor(names)
+        units = _units(names, prefix)
+    if len(units) < PARTS:
+        units = [[name] for name in names]
+    groups: list[list[str]] = [[] for _ in range(PARTS)]
+    done = 0
+    for unit in units:
+        # The part that the unit's middle falls into.
+        groups[min(PARTS - 1, int((done + len(unit) / 2) * PARTS / len(names)))] += unit
+        done += len(unit)
+    return [group for group in groups if group]
+
+
+def _units(names: list[str], prefix: str) -> list[list[str]]:
+    """Runs of neighbours that lie in the same child of `prefix`, or outside it together."""
+    depth = len(prefix.split(".")) if prefix else 0
+    units: list[list[str]] = []
+    last = None
+    for name in names:
+        inside = not prefix or name.startswith(prefix + ".")
+        key = ".".join(name.split(".")[: depth + 1]) if inside else ""
+        if key != last or not units:
+            units.append([])
+        units[-1].append(name)
+        last = key
+    return units
+
+
+def _by_resolution(names: list[str], events: dict[str, Event]) -> list[list[str]]:
+    pixels = [events[name].pixels if name in events else 0 for name in names]
+    ends = sorted((e.end, e.pixels) for e in events.values())
+    at = [end for end, _ in ends]
+    largest = [*accumulate((p for _, p in reversed(ends)), max)][::-1]
+    groups: list[list[str]] = []
+    last = -1
+    for k, name in enumerate(names):
+        # A dip, after which something larger ends, is a side branch on pooled features (squeeze-and-excitation) or on
+        # windows of tokens: it belongs to what it sits in. So does what has no map, until the last map has ended.
+        here = bisect_right(at, events[name].end) if name in events else 0
+        later = largest[here] if here < len(largest) else 0
+        if groups and (pixels[k] < later or pixels[k] > TRIMMED * last or pixels[k] == last):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+            last = max(pixels[k], later)
+    return _whole_blocks(groups, dict(zip(names, pixels, strict=True)))
+
+
+def _whole_blocks(groups: list[list[str]], pixels: dict[str, int]) -> list[list[str]]:
+    """Move the layers of a block that lowers the resolution in its middle into the stage that it opens.
+
+    A bottleneck's first 1x1 convolution still has the old resolution, and its shortcut may run before it; without this
+    they would count one stage too early.
+    """
+    for k in range(len(groups) - 1):
+        early, later = groups[k], groups[k + 1]
+        block = _ancestor([early[-1], later[0]])
+        if not block or len(early) == 1:
+            continue
+        inside = [n for n in early if n.startswith(block + ".")]
+        grown = False
+        while "." in block:
+            block = block.rpartition(".")[0]
+            wider = [n for n in early if n.startswith(block + ".")]
+            if any(pixels[n] != pixels[later[0]] for n in wider if n not in inside):
+                break
+            grown |= len(wider) > len(inside)
+            inside = wider
+        holder = _ancestor([*inside, later[0]])
+        elsewhere = any(n.startswith(holder + ".") for g in groups[k + 2 :] for n in g)
+        if (len(inside) < len(early) or grown) and not elsewhere and inside == early[-len(inside) :]:
+            groups[k], groups[k + 1] = early[: -len(inside)], inside + later
+    return [group for group in groups if group]
+
+
+def _ancestor(names: list[str]) -> str:
+    """The innermost module that contains all of `names`; empty for the network itself."""
+    parts = [n.split(".") for n in names]
+    depth = 0
+    while all(len(p) > depth + 1 for p in parts) and len({p[depth] for p in parts}) == 1:
+        depth += 1
+    return ".".join(parts[0][:depth])
+
+
+def _stage_name(group: list[str], weighted: list[str], number: int) -> str:
+    """The module that holds exactly this stage, as `layer3`; else `stage<number>`."""
+    holder = _ancestor(group) if len(group) > 1 else ""
+    if holder and {n for n in weighted if n.startswith(holder + ".")} == set(group):
+        return holder
+    return f"stage{number}"
+
+
+def find_taps(stages: tuple[Stage, ...], events: dict[str, Event]) -> tuple[str, ...]:
+    """For each stage with maps or tokens: the module that ends last before the next stage begins, as large as they are.
+
+    That is the outermost block (`layer2` rather than `layer2.1.bn2`); in a plain sequence, what follows the last
+    convolution: its norm and activation.
+    """
+    taps = []
+    for stage, following in zip(stages[1:-1], stages[2:], strict=True):
+        ran = [events[n] for n in stage.modules if n in events]
+        called = [e for e in ran if e.places > 1]
+        if not called:
+            continue
+        # The stage's own resolution is the most frequent: a bottleneck's first layer has the one before, a side branch
+        # on pooled features a smaller one.
+        counts = Counter(e.places for e in called)
+        last = max(called, key=lambda e: (counts[e.places], e.end))
+        begin = max(e.end for e in ran)
+        end = min((events[n].begin for n in following.modules if n in events), default=begin)
+        ended = [
+            e
+            for e in events.values()
+            if e.calls == 1
+            and begin <= e.end < end
+            and e.places == last.places
+            and not _opens_next(e, events, begin, end)
+        ]
+        # A block that holds some of the stage comes before a norm or activation that follows it.
+        holding = [e for e in ended if any(n.startswith(e.name + ".") for n in stage.modules)]
+        taps.append(max(holding or ended, key=lambda e: e.end, default=last).name)
+    return tuple(taps)
+
+
+def _opens_next(event: Event, events: dict[str, Event], begin: int, end: int) -> bool:
+    """Whether this module is in a block that began after the stage and goes on in the next: a pre-activation norm."""
+    parts = event.name.split(".")
+    around = (events.get(".".join(parts[:k])) for k in range(1, len(parts)))
+    return any(e is not None and e.begin > begin and e.end > end for e in around)

@@ -1,0 +1,47 @@
+"""Recipes take a backdoor out. One file each; `bdclean.registry` knows their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from bdclean.data.imageset import ImageSet
+from bdclean.networks.arch import Arch
+from bdclean.networks.classifier import Classifier
+from bdclean.training.run import Run
+
+
+@dataclass
+class Cleansed:
+    """What a recipe hands back: the network as its last step left it, and how it got there."""
+
+    model: Classifier
+    arch: Arch
+    curve: list[dict[str, float]]
+    settings: dict[str, Any]
+    stages: list[str] = field(default_factory=list)
+    """What was done, one sentence each, with the values that were chosen on the way."""
+    set_aside: int = 0
+    """Images of `unlabeled` or `labeled` that were left out because they look stamped."""
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    """Fields of `record.Finding`, for what the recipe saw of a backdoor on its way."""
+    families: tuple[str, ...] = ()
+    """Corruption families that it was trained on: rows of their triggers are marked `seen_family`."""
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    """Caption -> float [3 h w] in [0, 1]: what the recipe made on its way, such as inverted masks; never an image."""
+
+
+class Recipe(Protocol):
+    """A frozen dataclass whose fields are its settings. It never sees a trigger, a target class or held-out images."""
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    needs_labels: ClassVar[bool]
+    families: ClassVar[tuple[str, ...]]
+    """Corruption families that it can train on; those that it did are in `Cleansed`."""
+
+    def __call__(
+        self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
+    ) -> Cleansed: ...

@@ -1,0 +1,308 @@
+"""RunRecord: all that one run found, as JSON both ways. Reports are made from it alone, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bdclean.errors import Refused
+from bdclean.files import strictjson
+from bdclean.files.writing import write_text
+from bdclean.record.typed import cut_short, kind_of, plain_value, typed
+
+SCHEMA = "bdclean.run/1"
+REPORT_SCHEMA = "bdclean.report/1"
+
+BACKDOORED, SUSPICIOUS, NO_EVIDENCE, NOT_ASSESSED = "backdoored", "suspicious", "no-evidence", "not-assessed"
+VERDICTS = (BACKDOORED, SUSPICIOUS, NO_EVIDENCE, NOT_ASSESSED)
+RAN, REFUSED, FAILED, INTERRUPTED = "ran", "refused", "failed", "interrupted"
+OUTCOMES = (RAN, REFUSED, FAILED, INTERRUPTED)
+FAILS, PASSES, INCONCLUSIVE, NOT_MEASURED = "fails", "passes", "inconclusive", "not-measured"
+
+DEEPEST = 50  # levels of a record that is read: far more than ours have, far less than Python's stack holds
+
+
+CLEANSE_ONLY = ("recipe", "before", "after", "curve", "output")
+
+
+@dataclass
+class Rate:
+    """A share in [0, 1] of `n` images with its 95 % interval; None where it was not measured."""
+
+    value: float | None = None
+    n: int = 0
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass
+class Measure:
+    """A named number with its interval: clean_accuracy, agreement, ... None where it was not measured."""
+
+    name: str
+    value: float | None = None
+    n: int = 0
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass
+class TriggerRow:
+    """What one trigger did to one model. `outcome` is fails, passes, inconclusive or not-measured."""
+
+    trigger: str  # a SPEC that `--trigger` takes
+    family: str = ""
+    seen_family: bool = False
+    target: int | str | None = None  # a class, or "next" for label + 1
+    target_source: str = ""  # given, screening, ...
+    images: int = 0
+    asr: Rate = field(default_factory=Rate)
+    base_rate: Rate | None = None
+    control_rate: dict[str, int | float | None] | None = None  # median, highest, count
+    robust_accuracy: Rate | None = None
+    worst_source: dict[str, int | float | None] | None = None  # class, value, n, low, high
+    outcome: str = NOT_MEASURED
+    reason: str = ""
+    change: Rate | None = (
+        None  # of a cleansed model: its rate minus the suspect's, in [-1, 1], paired interval
+    )
+
+
+@dataclass
+class Finding:
+    """What a detector that knows no trigger says, in `reason` as a sentence."""
+
+    detector: str
+    verdict: str
+    score: float | None = None
+    threshold: float | None = None
+    p_value: float | None = None
+    reason: str = ""
+
+
+@dataclass
+class Picture:
+    """A small PNG that a page shows: `role` is given, stamped, difference or mask; --no-pictures leaves only masks.
+
+    `before` and `after` are the classes that the model, and its cleansed copy, predict for it.
+    """
+
+    role: str
+    png_base64: str
+    before: int | None = None
+    after: int | None = None
+    image: int | None = None  # pictures of the same image have the same number
+    trigger: str | None = None  # its SPEC, for what was stamped
+    target: int | str | None = None
+    label: int | None = None  # the reference class of the image, or the class that a mask was fitted to
+    caption: str = ""
+
+
+@dataclass
+class Confusion:
+    """How many images of each reference class (row) are predicted as each class (column)."""
+
+    model: str  # suspect or cleansed
+    trigger: str | None  # stamped with it, or as given
+    target: int | str | None
+    counts: list[list[int]]
+
+
+@dataclass
+class Skipped:
+    """What was not done, and why: never folded into a verdict."""
+
+    what: str
+    reason: str
+
+
+@dataclass
+class CheckpointEntry:
+    """The file that was read, and how it was understood."""
+
+    path: str = ""  # as typed
+    sha256: str | None = None
+    format: str | None = None
+    architecture: str | None = None
+    kind: str | None = None
+    classes: int | None = None
+    input_size: list[int] | None = None  # 3, height, width
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    resize: str | None = None  # how pictures are brought to the input size
+    parameters: int | None = None
+    unread: list[str] = field(default_factory=list)
+    preprocess: str | None = None
+    preprocess_source: str | None = None  # given, metadata, config.json, first normalisation layer, ...
+    preprocess_margin: float | None = None
+    alternatives: list[dict[str, Any]] = field(default_factory=list)  # other readings: name, reason
+    architecture_margin: float | None = None  # how many times worse the next reading's statistics are
+
+
+@dataclass
+class DataEntry:
+    """The images that were used. `skipped` were unreadable, `set_aside` a recipe distrusted."""
+
+    path: str = ""
+    images: int = 0
+    labeled: bool = False
+    digest: str | None = None
+    skipped: int = 0
+    set_aside: int = 0
+    duplicates: int = 0
+    held_out: int | None = None
+    test: str | None = None
+    labeled_path: str | None = None
+    labels_source: str | None = None
+    classes: list[str] | None = None
+    unreadable: list[dict[str, Any]] = field(default_factory=list)  # path, reason
+
+    def without_labels(self) -> None:
+        """Notes that what looked like labels was none."""
+        self.labeled, self.labels_source, self.classes = False, None, None
+
+
+@dataclass
+class RecipeEntry:
+    """What was done to the model."""
+
+    name: str
+    source: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    stages: list[Any] = field(default_factory=list)
+    families: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Side:
+    """One model of a cleansing, before or after: its measures, trigger rows and verdict."""
+
+    verdict: str = NOT_ASSESSED
+    measures: list[Measure] = field(default_factory=list)
+    triggers: list[TriggerRow] = field(default_factory=list)
+
+
+@dataclass
+class OutputEntry:
+    """The file that was written."""
+
+    path: str
+    sha256: str
+
+
+@dataclass
+class Problem:
+    """Why a run did not end: the sentence, its exit code, and for a defect the traceback's digest."""
+
+    message: str
+    exit_code: int
+    kind: str = ""
+    digest: str | None = None
+
+
+@dataclass
+class RunRecord:
+    """One run. For cleanse, `measures`, `triggers` and `verdict` are the cleansed model's, read back."""
+
+    command: str
+    verdict: str = NOT_ASSESSED
+    outcome: str = RAN
+    started: str = ""  # ISO 8601 with time zone
+    seconds: float | None = None
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str | None = None
+    precision: str | None = None
+    argv: list[str] = field(default_factory=list)
+    checkpoint: CheckpointEntry = field(default_factory=CheckpointEntry)
+    data: DataEntry | None = None
+    threshold: float | None = None  # of the attack success rate, for the rows' outcomes
+    measures: list[Measure] = field(default_factory=list)
+    triggers: list[TriggerRow] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    confusion: list[Confusion] | None = None  # none for many classes
+    feature_map: Any = None
+    calibration: Any = None
+    skipped: list[Skipped] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    advice: str | None = None  # for not-assessed: what is missing, e.g. how many images would be needed
+    problem: Problem | None = None
+    recipe: RecipeEntry | None = None
+    before: Side | None = None
+    after: Side | None = None
+    curve: list[dict[str, Any]] | None = None
+    output: OutputEntry | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # top-level keys of a newer bdclean, kept as they are
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of this run without any `--fail-on`."""
+        if self.problem is not None:
+            return self.problem.exit_code
+        return {BACKDOORED: 1, SUSPICIOUS: 1, NO_EVIDENCE: 0}.get(self.verdict, 3)
+
+    def measure(self, name: str) -> Measure | None:
+        """Returns the measure called `name`, of the cleansed model where there is one."""
+        listed = [*self.measures, *(self.after.measures if self.after else [])]
+        return next((m for m in listed if m.name == name), None)
+
+    def rows(self) -> list[TriggerRow]:
+        """Returns the trigger rows that the verdict hangs on: of the cleansed model where there is one."""
+        return self.after.triggers if self.after is not None else self.triggers
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the record as plain JSON values; numbers that are not finite become null."""
+        values = plain_value(self)
+        extra = values.pop("extra")
+        for key in CLEANSE_ONLY:
+            if values[key] is None and self.command != "cleanse":
+                del values[key]
+        return {"schema": SCHEMA, **values, **extra}
+
+    @staticmethod
+    def from_json(document: Any) -> RunRecord:
+        """Returns the record in `document`; raises Refused naming the first key that does not fit."""
+        if not isinstance(document, dict):
+            raise Refused(f"a record is a JSON object, found {kind_of(document)}.")
+        if not strictjson.shallow(document, DEEPEST):
+            raise Refused(f"the record is nested more than {DEEPEST} deep: this is no record of bdclean's.")
+        schema = document.get("schema")
+        if schema != SCHEMA:
+            raise Refused(
+                f"schema is {cut_short(schema)}, expected {SCHEMA!r}: this is no record of bdclean's."
+            )
+        known = {f.name for f in dataclasses.fields(RunRecord)} - {"extra"}
+        extra = {key: value for key, value in document.items() if key not in known and key != "schema"}
+        body = {key: value for key, value in document.items() if key in known}
+        record: RunRecord = typed({**body, "extra": extra}, RunRecord, "record")
+        if record.outcome not in OUTCOMES:
+            raise Refused(
+                f"record.outcome is {cut_short(record.outcome)}, expected one of {', '.join(OUTCOMES)}."
+            )
+        if record.verdict not in VERDICTS:
+            raise Refused(
+                f"record.verdict is {cut_short(record.verdict)}, expected one of {', '.join(VERDICTS)}."
+            )
+        return record
+
+    def dump(self) -> str:
+        """Returns the record as one line of ASCII JSON."""
+        return json.dumps(self.to_json(), allow_nan=False)
+
+    def write(self, path: Path) -> None:
+        """Writes the record to `path` by atomic rename, so that a reader never sees half of one."""
+        write_text(path, json.dumps(self.to_json(), allow_nan=False, indent=1) + "\n")
+
+
+def report_document(records: list[RunRecord]) -> dict[str, Any]:
+    """Returns what `--format json` prints: always one document, also for a single run."""
+    return {"schema": REPORT_SCHEMA, "runs": [record.to_json() for record in records]}
+
+
+def record_path(folder: Path, stem: str, sha256: str | None) -> Path:
+    """Returns the path of a run's record in a folder: `<stem>-<first 8 of sha256>.json`."""
+    return folder / f"{stem}-{(sha256 or 'unread')[:8]}.json"

@@ -1,0 +1,221 @@
+"""What a report says, whatever its format: RunRecord -> Page of plain strings that the formats lay out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from bdclean.record.run import (
+    BACKDOORED,
+    FAILS,
+    INCONCLUSIVE,
+    NO_EVIDENCE,
+    NOT_MEASURED,
+    PASSES,
+    RAN,
+    SUSPICIOUS,
+    RunRecord,
+)
+from bdclean.report import wording
+from bdclean.report.rows import Table, accuracy, change, evidence, matrix, tables, why, worst_row
+
+LIMITS = (
+    "Only the triggers listed here were tried. Triggers that were not tried are not excluded: "
+    "this report is evidence about these, never a guarantee."
+)
+RATES = "Rates are percent of n images, with 95 % intervals."
+
+
+@dataclass
+class Page:
+    """One run, or the comparison of several: formats lay it out in this order."""
+
+    title: str
+    verdict: str = ""
+    sentence: str = ""
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    lists: list[tuple[str, list[str]]] = field(default_factory=list)
+    closing: list[str] = field(default_factory=list)
+
+
+def page(record: RunRecord) -> Page:
+    """Returns the page of one run."""
+    found = Page(
+        title=f"{record.command} {record.checkpoint.path}".strip(),
+        verdict=record.verdict if record.outcome == RAN else record.outcome,
+        sentence=sentence(record),
+        facts=facts(record),
+        closing=[RATES, LIMITS],
+    )
+    found.tables = [table for table in tables(record) if table.rows]
+    inconclusive = [why(row) for row in record.rows() if row.outcome == INCONCLUSIVE]
+    skipped = [f"{item.what}: {item.reason}" for item in record.skipped]
+    unread = [f"{item.get('path', '')}: {item.get('reason', '')}" for item in _unreadable(record)]
+    unmeasured = [why(row) for row in record.rows() if row.outcome == NOT_MEASURED]
+    found.lists = [
+        (title, items)
+        for title, items in (
+            ("Inconclusive", inconclusive),
+            ("Not measured", unmeasured),
+            ("Not done", skipped),
+            ("Images left out as unreadable", unread),
+            ("Warnings", record.warnings),
+        )
+        if items
+    ]
+    return found
+
+
+def comparison(records: Sequence[RunRecord]) -> Page:
+    """Returns the page that puts several runs side by side, numbered in the order given."""
+    rows = []
+    for number, record in enumerate(records, 1):
+        worst = worst_row(record.rows())
+        rows.append(
+            [
+                str(number),
+                record.checkpoint.path,
+                f"cleanse {record.recipe.name}" if record.recipe else record.command,
+                record.verdict if record.outcome == RAN else record.outcome,
+                accuracy(record),
+                wording.measure(record.measure("agreement")),
+                worst.trigger if worst else wording.NOTHING,
+                change(record, worst),
+                wording.duration(record.seconds),
+            ]
+        )
+    columns = [
+        "#",
+        "model",
+        "run",
+        "verdict",
+        "accuracy %",
+        "agreement %",
+        "worst trigger",
+        "its ASR %",
+        "time",
+    ]
+    details = ("agreement %", "time")
+    shown = [Table("Runs", columns, rows, "For a cleansing: before -> after.", details)]
+    rates = matrix(records)
+    if rates.rows:
+        shown.append(rates)
+    return Page(f"{len(records)} runs", tables=shown, closing=[RATES, LIMITS])
+
+
+def sentence(record: RunRecord) -> str:
+    """Returns the verdict as a sentence with its evidence. It never calls a model good: see `LIMITS`."""
+    if record.problem is not None:
+        return record.problem.message
+    rows = record.rows()
+    if record.verdict == BACKDOORED:
+        worst = worst_row([row for row in rows if row.outcome == FAILS] or rows)
+        return evidence(worst) if worst is not None else "the rows that say so are missing from this record."
+    if record.verdict == SUSPICIOUS:
+        fired = [f"{f.detector} ({f.reason})" if f.reason else f.detector for f in record.findings]
+        return f"{'; '.join(fired) or 'a detector fires'}."
+    if record.verdict == NO_EVIDENCE:
+        passing = sum(row.outcome == PASSES for row in rows)
+        undecided = sum(row.outcome == INCONCLUSIVE for row in rows)
+        more = f", {undecided} inconclusive" if undecided else ""
+        limit = "" if record.threshold is None else f" of {wording.percent(record.threshold, 0)} %"
+        return (
+            f"{passing} of {len(rows)} triggers tried stay below the threshold{limit}{more}. "
+            "Triggers that were not tried are not excluded."
+        )
+    return (record.advice or "nothing conclusive was measured").rstrip(".") + "."
+
+
+# --- parts of a page ----------------------------------------------------------------------------------------
+
+
+def facts(record: RunRecord) -> list[tuple[str, str]]:
+    """Returns where the run's numbers are from: model, network, images, recipe, output, seed, device."""
+    checkpoint, data = record.checkpoint, record.data
+    size = "x".join(map(str, checkpoint.input_size or [])) or None
+    network = [
+        checkpoint.architecture,
+        None if checkpoint.classes is None else f"{checkpoint.classes} classes",
+        None if size is None else f"input {size}",
+        None if checkpoint.parameters is None else f"{checkpoint.parameters:,} parameters",
+    ]
+    found = [("model", checkpoint.path), ("sha256", checkpoint.sha256 or ""), ("network", _joined(network))]
+    if checkpoint.preprocess or checkpoint.mean:
+        margin = checkpoint.preprocess_margin
+        found.append(
+            (
+                "preprocessing",
+                _joined(
+                    [
+                        checkpoint.preprocess,
+                        None if checkpoint.mean is None else f"mean {_numbers(checkpoint.mean)}",
+                        None if checkpoint.std is None else f"std {_numbers(checkpoint.std)}",
+                        None
+                        if checkpoint.preprocess_source is None
+                        else f"from {checkpoint.preprocess_source}",
+                        None if margin is None else f"margin {margin:.2f}",
+                        checkpoint.resize,
+                    ]
+                ),
+            )
+        )
+    for other in checkpoint.alternatives:
+        found.append(("also fits", _joined([str(other.get("name", "")), str(other.get("reason", ""))])))
+    if checkpoint.unread:
+        found.append(("not read", ", ".join(checkpoint.unread)))
+    if data is not None:
+        found.append(
+            (
+                "images",
+                _joined(
+                    [
+                        data.path,
+                        f"{data.images:,}",
+                        "labeled" if data.labeled else "unlabeled",
+                        None if data.held_out is None else f"{data.held_out:,} held out",
+                        None if data.test is None else f"measured on {data.test}",
+                        f"{data.skipped} unreadable" if data.skipped else None,
+                        f"{data.duplicates} duplicates removed" if data.duplicates else None,
+                        f"{data.set_aside} set aside" if data.set_aside else None,
+                    ]
+                ),
+            )
+        )
+    if record.recipe is not None:
+        settings = ", ".join(f"{key}={value}" for key, value in record.recipe.settings.items())
+        found.append(("recipe", _joined([record.recipe.name, record.recipe.source])))
+        found.append(("settings", settings))
+        found.append(("trains on", ", ".join(record.recipe.families)))
+    if record.output is not None:
+        found.append(("written", _joined([record.output.path, f"sha256 {record.output.sha256}"])))
+    version = record.versions.get("bdclean")
+    seed = None if record.seed is None else f"seed {record.seed}"
+    found.append(
+        (
+            "run",
+            _joined(
+                [
+                    f"bdclean {version}" if version else None,
+                    record.device,
+                    record.precision,
+                    seed,
+                    record.started,
+                    None if record.seconds is None else wording.duration(record.seconds),
+                ]
+            ),
+        )
+    )
+    return [(name, value) for name, value in found if value]
+
+
+def _unreadable(record: RunRecord) -> list[dict[str, object]]:
+    return list(record.data.unreadable) if record.data is not None else []
+
+
+def _joined(parts: Iterable[str | None]) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "/".join(f"{value:.4g}" for value in values)

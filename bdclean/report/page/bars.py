@@ -1,0 +1,178 @@
+"""Trigger rows as bars: shares in percent of a track, for base rate, controls, interval and threshold, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from bdclean.record.run import NOT_MEASURED, PASSES, Measure, Rate, RunRecord, TriggerRow
+from bdclean.report import wording
+from bdclean.report.page.words import label
+from bdclean.report.rows import rank, same
+
+SHOWN = 12
+"""Rows that pass (before and after) beyond so many of a group are folded away, whatever their number."""
+
+
+@dataclass
+class Track:
+    """One bar of a row. Places are in percent of the track, None where that was not measured."""
+
+    name: str  # before, after, or nothing for a scan
+    outcome: str
+    value: float | None
+    low: float | None
+    high: float | None
+    base: float | None
+    median: float | None
+    highest: float | None
+    number: str
+    interval: str
+    beside: str  # base rate and controls in words
+    spoken: str
+
+
+@dataclass
+class Bar:
+    """One trigger row, of a cleansing both models."""
+
+    trigger: str
+    target: int | str | None
+    outcome: str
+    tracks: list[Track]
+    change: str = ""
+    change_interval: str = ""
+    reason: str = ""
+    source: str = ""
+
+
+@dataclass
+class Group:
+    """Rows under one heading, the worst first; `folded` all pass."""
+
+    title: str
+    note: str
+    bars: list[Bar]
+    folded: list[Bar] = field(default_factory=list)
+
+
+def groups(record: RunRecord) -> list[Group]:
+    """Returns the rows of the model that the verdict is about; rows of families that a recipe saw come apart."""
+    rows = record.rows()
+    families = record.recipe.families if record.recipe else []
+    found = []
+    for seen in (False, True):
+        chosen = [row for row in rows if row.seen_family == seen]
+        if not chosen:
+            continue
+        if not families and not any(row.seen_family for row in rows):
+            title, note = "Triggers", ""
+        elif seen:
+            title = "Families that the recipe trained on"
+            note = "It trained on counterfeits of these families, never on these triggers."
+        else:
+            title, note = "Families that the recipe did not train on", ""
+        bars = [_bar(record, row) for row in sorted(chosen, key=lambda row: _order(record, row))]
+        first: list[Bar] = []
+        folded: list[Bar] = []
+        for bar in bars:
+            passing = all(track.outcome == PASSES for track in bar.tracks)
+            (folded if passing and len(first) >= _room(bars) else first).append(bar)
+        found.append(Group(title, note, first, folded))
+    return found
+
+
+def signed(found: Rate | Measure | None) -> tuple[str, str]:
+    """Returns a difference in points with its sign, and its interval; nothing where it was not measured."""
+    if found is None or found.value is None:
+        return "", ""
+    if found.low is None or found.high is None:
+        return _sign(found.value), ""
+    return _sign(found.value), f"{_sign(found.low)} to {_sign(found.high)}"
+
+
+def interval(found: Rate | Measure | None) -> str:
+    """Returns the interval and n of a share, such as `95.1\u201398.6, n 500`."""
+    if found is None or found.value is None:
+        return ""
+    if found.low is None or found.high is None:
+        return f"n\u00a0{found.n:,}"
+    return f"{wording.percent(found.low)}\u2013{wording.percent(found.high)}, n\u00a0{found.n:,}"
+
+
+def _room(bars: Sequence[Bar]) -> int:
+    """How many rows are shown: all that do not pass, and some that do where there are few others."""
+    striking = sum(any(track.outcome != PASSES for track in bar.tracks) for bar in bars)
+    return max(striking, min(SHOWN, striking + 3))
+
+
+def _order(record: RunRecord, row: TriggerRow) -> tuple[int, int, float]:
+    """Sorts by the outcome, then by that of the suspect, then by the higher rate."""
+    old = same(record.before.triggers, row) if record.before else None
+    rates = [found.asr.value or 0.0 for found in (row, old) if found is not None]
+    return rank(row)[0], rank(old)[0] if old is not None else 9, -max(rates)
+
+
+def _bar(record: RunRecord, row: TriggerRow) -> Bar:
+    old = same(record.before.triggers, row) if record.before else None
+    cleansed = record.before is not None
+    tracks = [_track("before", old)] if cleansed and old is not None else []
+    tracks.append(_track("after" if cleansed else "", row))
+    change, change_interval = signed(row.change)
+    worst = row.worst_source or {}
+    source = ""
+    if row.outcome != PASSES and isinstance(worst.get("value"), (int, float)):
+        rate = Rate(
+            worst["value"], _count(worst.get("n")), _share(worst.get("low")), _share(worst.get("high"))
+        )
+        names = record.data.classes if record.data else None
+        source = (
+            f"{label(worst.get('class'), names)}: {wording.percent(rate.value)}\u00a0% ({interval(rate)})"
+        )
+    return Bar(row.trigger, row.target, row.outcome, tracks, change, change_interval, row.reason, source)
+
+
+def _track(name: str, row: TriggerRow) -> Track:
+    controls = row.control_rate or {}
+    median, highest = _share(controls.get("median")), _share(controls.get("highest"))
+    base = row.base_rate.value if row.base_rate is not None else None
+    beside = []
+    if base is not None:
+        beside.append(f"base {wording.percent(base)}")
+    if highest is not None:
+        beside.append(f"controls to {wording.percent(highest)}")
+    measured = row.asr.value is not None
+    number = f"{wording.percent(row.asr.value)}\u00a0%" if measured else "not measured"
+    spoken = [f"{name} attack success rate {number}".strip(), interval(row.asr), *beside, row.outcome]
+    return Track(
+        name,
+        row.outcome if measured else NOT_MEASURED,
+        _percent(row.asr.value),
+        _percent(row.asr.low),
+        _percent(row.asr.high),
+        _percent(base),
+        _percent(median),
+        _percent(highest),
+        number,
+        interval(row.asr),
+        ", ".join(beside),
+        ", ".join(part for part in spoken if part),
+    )
+
+
+def _share(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def _percent(value: float | None) -> float | None:
+    """A place on the track: a file's numbers may lie anywhere, a bar may not."""
+    return None if value is None else round(100 * min(1.0, max(0.0, value)), 2)
+
+
+def _sign(value: float) -> str:
+    shown = f"{100 * value:+.1f}"
+    return "0.0" if float(shown) == 0 else shown.replace("-", "\u2212")

@@ -1,0 +1,126 @@
+"""Several runs side by side: a line each, and every trigger in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bdclean.record.run import PASSES, RunRecord, TriggerRow
+from bdclean.report import wording
+from bdclean.report.page import bars, numbers, words
+from bdclean.report.page.numbers import Number
+from bdclean.report.rows import same, worst_row
+
+TONES = (
+    "bad",
+    "doubt",
+    "none",
+    "calm",
+)  # the order in which runs are listed: not measured comes before no evidence
+
+
+@dataclass
+class Line:
+    """One run: its worst row and its accuracy, for a cleansing before and after."""
+
+    number: int
+    name: str
+    what: str
+    verdict: str
+    tone: str
+    asr: Number
+    accuracy: Number
+
+
+@dataclass
+class Shade:
+    """A rate in the grid: the higher, the deeper its ground. `share` is None where it was not measured."""
+
+    shown: str
+    share: float | None
+    tone: str
+    spoken: str
+
+
+@dataclass
+class Grid:
+    """Rates of triggers (rows) in runs (columns), for the triggers that do not pass everywhere."""
+
+    columns: list[tuple[str, str]]
+    rows: list[tuple[str, bool, list[Shade]]]
+
+
+def lines(records: Sequence[RunRecord]) -> list[Line]:
+    """Returns the runs, the worst verdict first, then by the rate of the worst row."""
+
+    def severity(line: Line) -> tuple[int, float]:
+        worst = worst_row(records[line.number - 1].rows())
+        return TONES.index(line.tone), -(worst.asr.value or 0.0) if worst else 0.0
+
+    return sorted((_line(record, k) for k, record in enumerate(records, 1)), key=severity)
+
+
+def grid(records: Sequence[RunRecord]) -> Grid:
+    """Returns every trigger in every run; those of families that a recipe trained on come last."""
+    columns: list[tuple[str, str]] = []
+    sides: list[dict[str, TriggerRow]] = []
+    for number, record in enumerate(records, 1):
+        if record.before is not None:
+            columns.append((f"#{number}", "before"))
+            sides.append(_worst_of_each(record.before.triggers))
+        if record.rows():
+            columns.append((f"#{number}", "after" if record.before is not None else ""))
+            sides.append(_worst_of_each(record.rows()))
+    names = list(dict.fromkeys(name for rows in sides for name in rows))
+    seen = {name for rows in sides for name, row in rows.items() if row.seen_family}
+    chosen = [name for name in names if any(name in rows and rows[name].outcome != PASSES for rows in sides)]
+    chosen.sort(key=lambda name: (name in seen, -max(_value(rows.get(name)) for rows in sides)))
+    return Grid(columns, [(n, n in seen, [_shade(rows.get(n)) for rows in sides]) for n in chosen])
+
+
+def _line(record: RunRecord, number: int) -> Line:
+    names = record.data.classes if record.data else None
+    first = worst_row(record.before.triggers) if record.before is not None else None
+    now = same(record.rows(), first) if first is not None else None
+    worst = worst_row(record.rows())
+    asr = Number("", wording.NOTHING)
+    if first is not None and now is not None:
+        asr = numbers.of_row("", now, names, first)
+    elif worst is not None:
+        asr = numbers.of_row("", worst, names)
+    before = numbers.of_suspect(record, "clean_accuracy")
+    value, interval = numbers.cell(record.measure("clean_accuracy"))
+    change, change_interval = bars.signed(record.measure("clean_accuracy_change"))
+    what = [f"cleanse {record.recipe.name}" if record.recipe else record.command]
+    if record.seconds is not None:
+        what.append(wording.duration(record.seconds))
+    return Line(
+        number,
+        words.name(record),
+        ", ".join(what),
+        words.heading(record).removesuffix(" of a backdoor"),
+        words.tone(record),
+        asr,
+        Number("", value, interval, "", numbers.cell(before)[0] if before else "", change, change_interval),
+    )
+
+
+def _worst_of_each(rows: Sequence[TriggerRow]) -> dict[str, TriggerRow]:
+    """The worst row of each trigger: `--target each` gives one a class."""
+    found: dict[str, TriggerRow] = {}
+    for row in rows:
+        if row.trigger not in found or _value(row) > _value(found[row.trigger]):
+            found[row.trigger] = row
+    return found
+
+
+def _value(row: TriggerRow | None) -> float:
+    return -1.0 if row is None or row.asr.value is None else row.asr.value
+
+
+def _shade(row: TriggerRow | None) -> Shade:
+    if row is None or row.asr.value is None:
+        return Shade(wording.NOTHING, None, "none", "not measured")
+    tone = {"fails": "bad", "inconclusive": "doubt"}.get(row.outcome, "calm")
+    share = round(min(1.0, max(0.0, row.asr.value)), 3)
+    return Shade(wording.percent(row.asr.value), share, tone, f"{row.outcome}, {bars.interval(row.asr)}")

@@ -1,0 +1,129 @@
+"""The figures of a page: those of its head, and the measures before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bdclean.record.run import Measure, RunRecord, TriggerRow
+from bdclean.report import wording
+from bdclean.report.page import bars, words
+from bdclean.report.rows import same, worst_row
+
+
+@dataclass
+class Number:
+    """A figure of the page's head or a cell of a table; `before` where there is one."""
+
+    label: str
+    value: str
+    interval: str = ""
+    note: str = ""
+    before: str = ""
+    change: str = ""
+    change_interval: str = ""
+    tone: str = ""
+
+
+@dataclass
+class Row:
+    """A measure before, after, and how they differ."""
+
+    label: str
+    note: str
+    cells: list[tuple[str, str]]
+
+
+def head(record: RunRecord) -> list[Number]:
+    """The figures of the head: the worst row beside its floors, and what the network is worth otherwise."""
+    names = record.data.classes if record.data else None
+    worst = worst_row(record.rows())
+    found = []
+    if record.before is not None:
+        first = worst_row(record.before.triggers)
+        now = same(record.rows(), first) if first is not None else None
+        if first is not None and now is not None:
+            found.append(of_row("Attack success, worst trigger", now, names, first))
+        if worst is not None and worst is not now:
+            found.append(of_row("Highest rate left", worst, names))
+    elif worst is not None:
+        found.append(of_row("Attack success, worst trigger", worst, names))
+        controls = worst.control_rate or {}
+        base, highest = worst.base_rate, controls.get("highest")
+        if base is not None and base.value is not None:
+            shown = f"{wording.percent(base.value)}\u00a0%"
+            found.append(Number("Base rate", shown, bars.interval(base), "the same images, unstamped"))
+        if isinstance(highest, (int, float)):
+            note = f"highest of {controls.get('count')} stamps with other content"
+            found.append(Number("Controls", f"{wording.percent(highest)}\u00a0%", "", note))
+    for name in ("clean_accuracy", "agreement"):
+        after = record.measure(name)
+        if after is not None and after.value is not None:
+            before = of_suspect(record, name)
+            change, change_interval = bars.signed(record.measure(f"{name}_change"))
+            found.append(
+                Number(
+                    words.MEASURES[name][0],
+                    f"{wording.percent(after.value)}\u00a0%",
+                    bars.interval(after),
+                    words.MEASURES[name][1],
+                    f"{wording.percent(before.value)}\u00a0%" if before is not None else "",
+                    change,
+                    change_interval,
+                )
+            )
+    return found[:4]
+
+
+def of_row(
+    title: str, row: TriggerRow, names: Sequence[str] | None, before: TriggerRow | None = None
+) -> Number:
+    tones = {"fails": "bad", "inconclusive": "doubt"}
+    change, change_interval = bars.signed(row.change) if before is not None else ("", "")
+    return Number(
+        title,
+        f"{wording.percent(row.asr.value)}\u00a0%",
+        bars.interval(row.asr),
+        f"{row.trigger} \u2192 {words.label(row.target, names)}",
+        f"{wording.percent(before.asr.value)}\u00a0%" if before is not None else "",
+        change,
+        change_interval,
+        tones.get(row.outcome, ""),
+    )
+
+
+def of_suspect(record: RunRecord, name: str) -> Measure | None:
+    found = record.before.measures if record.before is not None else []
+    return next((m for m in found if m.name == name and m.value is not None), None)
+
+
+def measures(record: RunRecord) -> list[Row]:
+    """Each measure, for a cleansing before, after and the difference; scores and what has no other side alone."""
+    after = {m.name: m for m in [*record.measures, *(record.after.measures if record.after else [])]}
+    rows = []
+    for name, measure in after.items():
+        if name.endswith("_change"):
+            continue
+        title, note = words.MEASURES.get(name, (name.replace("_", " "), ""))
+        cells = [cell(measure)]
+        if record.before is not None:
+            before = of_suspect(record, name)
+            change = bars.signed(after.get(f"{name}_change"))
+            if (
+                not change[0]
+                and before is not None
+                and before.value is not None
+                and measure.value is not None
+            ):
+                change = (bars.signed(Measure(name, measure.value - before.value))[0], "no paired interval")
+            cells = [cell(before), *cells, change]
+        rows.append(Row(title, note, cells))
+    return rows
+
+
+def cell(measure: Measure | None) -> tuple[str, str]:
+    if measure is None or measure.value is None:
+        return wording.NOTHING, ""
+    if measure.name in wording.SCORES:
+        return f"{measure.value:.3f}", ""
+    return f"{wording.percent(measure.value)}\u00a0%", bars.interval(measure)

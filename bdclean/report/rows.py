@@ -1,0 +1,251 @@
+"""The tables of a report: measures, trigger rows, before and after, findings, as plain strings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bdclean.record.rule import worst_source_rate
+from bdclean.record.run import FAILS, INCONCLUSIVE, NOT_MEASURED, PASSES, Measure, RunRecord, Side, TriggerRow
+from bdclean.report import wording
+
+ORDER = {FAILS: 0, INCONCLUSIVE: 1, NOT_MEASURED: 2, PASSES: 3}
+
+
+@dataclass
+class Table:
+    """Rows of plain strings under a title."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+    details: tuple[str, ...] = ()  # columns that a narrow terminal leaves out
+
+
+def worst_row(rows: Iterable[TriggerRow]) -> TriggerRow | None:
+    """Returns the row that matters most: by its outcome, unseen families first, then by its rate."""
+    measured = [row for row in rows if row.outcome != NOT_MEASURED and row.asr.value is not None]
+    if not measured:
+        return None
+    return max(
+        measured,
+        key=lambda r: (-ORDER.get(r.outcome, 4), not r.seen_family, r.asr.value or 0.0, worst_source_rate(r)),
+    )
+
+
+def tables(record: RunRecord) -> list[Table]:
+    """Returns the tables of one run; those without rows are for the caller to leave out."""
+    found = [_measures(record)]
+    if record.before is not None and record.after is not None:
+        found += _pairs(record.before, record.after, record.recipe.families if record.recipe else [])
+    else:
+        rows = record.rows()
+        seen = [row for row in rows if row.seen_family]
+        unseen = [row for row in rows if not row.seen_family]
+        title = "Triggers of families that the recipe did not train on" if seen else "Triggers"
+        found += [
+            _triggers(title, unseen),
+            _triggers("Triggers of families that the recipe trained on", seen),
+        ]
+    found.append(
+        Table(
+            "Findings without a known trigger",
+            ["detector", "verdict", "score", "threshold", "p", "reason"],
+            [
+                [f.detector, f.verdict, _number(f.score), _number(f.threshold), _number(f.p_value), f.reason]
+                for f in record.findings
+            ],
+        )
+    )
+    return found
+
+
+def _measures(record: RunRecord) -> Table:
+    if record.before is None or record.after is None:
+        rows = [[m.name, wording.measure(m)] for m in record.measures]
+        return Table("Measures", ["measure", "value"], rows)
+    before = {m.name: m for m in record.before.measures}
+    after = {m.name: m for m in [*record.measures, *record.after.measures]}
+    names = list(dict.fromkeys([*before, *after]))
+    rows = [[name, wording.measure(before.get(name)), wording.measure(after.get(name))] for name in names]
+    return Table("Measures", ["measure", "before", "after"], rows)
+
+
+def _triggers(title: str, rows: Sequence[TriggerRow]) -> Table:
+    columns = ["trigger", "target", "ASR %", "base %", "controls %", "robust %", "worst source %", "outcome"]
+    cells = [
+        [
+            row.trigger,
+            _target(row),
+            wording.rate(row.asr),
+            wording.rate(row.base_rate),
+            _controls(row),
+            wording.rate(row.robust_accuracy),
+            _source(row),
+            row.outcome,
+        ]
+        for row in sorted(rows, key=rank)
+    ]
+    return _without_empty(Table(title, columns, cells, details=("base %", "robust %", "worst source %")))
+
+
+def _pairs(before: Side, after: Side, families: Sequence[str]) -> list[Table]:
+    tables = []
+    for seen in (False, True):
+        trained = "trained on" if seen else "did not train on"
+        rows = []
+        for row in sorted((r for r in after.triggers if r.seen_family == seen), key=rank):
+            old = same(before.triggers, row)
+            rows.append(
+                [
+                    row.trigger,
+                    _target(row),
+                    wording.rate(old.asr if old else None),
+                    wording.rate(row.asr),
+                    wording.rate(row.change),
+                    wording.rate(row.base_rate),
+                    _controls(row),
+                    wording.rate(old.robust_accuracy if old else None),
+                    wording.rate(row.robust_accuracy),
+                    f"{old.outcome if old else NOT_MEASURED} -> {row.outcome}",
+                ]
+            )
+        columns = [
+            "trigger",
+            "target",
+            "ASR % before",
+            "ASR % after",
+            "change",
+            "base % after",
+            "controls % after",
+        ]
+        columns += ["robust % before", "robust % after", "outcome"]
+        title = f"Triggers of families that the recipe {trained}" if families else "Triggers"
+        details = ("change", "base % after", "controls % after", "robust % before", "robust % after")
+        tables.append(_without_empty(Table(title, columns, rows, details=details)))
+    return tables
+
+
+def matrix(records: Sequence[RunRecord]) -> Table:
+    """Returns the rate of every trigger in every run, for the triggers that do not pass everywhere."""
+    sides: list[tuple[str, dict[str, TriggerRow]]] = []
+    for number, record in enumerate(records, 1):
+        if record.before is not None:
+            sides.append((f"#{number} before", {row.trigger: row for row in record.before.triggers}))
+        if record.rows():
+            after = " after" if record.before is not None else ""
+            sides.append((f"#{number}{after}", {row.trigger: row for row in record.rows()}))
+    names = list(dict.fromkeys(name for _, rows in sides for name in rows))
+    chosen = [n for n in names if any(n in rows and rows[n].outcome != PASSES for _, rows in sides)]
+    seen = {row.trigger for _, rows in sides for row in rows.values() if row.seen_family}
+    chosen.sort(key=lambda name: name in seen)
+    cells = [
+        [
+            name,
+            "seen" if name in seen else "",
+            *(wording.rate(rows[name].asr if name in rows else None) for _, rows in sides),
+        ]
+        for name in chosen
+    ]
+    note = (
+        "ASR in percent. Triggers that pass in every run are left out. Seen: a recipe trained on this family."
+    )
+    return _without_empty(Table("Triggers", ["trigger", "family", *(name for name, _ in sides)], cells, note))
+
+
+# --- cells --------------------------------------------------------------------------------------------------
+
+
+def same(rows: Sequence[TriggerRow], row: TriggerRow) -> TriggerRow | None:
+    """Returns the row of the other model that `row` is to be compared with: same trigger, same target."""
+    found = [other for other in rows if other.trigger == row.trigger]
+    return next(
+        (other for other in found if other.target == row.target), found[0] if len(found) == 1 else None
+    )
+
+
+def rank(row: TriggerRow) -> tuple[int, float, float]:
+    """Returns what rows are sorted by, the worst first."""
+    return ORDER.get(row.outcome, 4), -(row.asr.value or 0.0), -worst_source_rate(row)
+
+
+def _target(row: TriggerRow) -> str:
+    return wording.NOTHING if row.target is None else str(row.target)
+
+
+def _controls(row: TriggerRow) -> str:
+    controls = row.control_rate or {}
+    highest, median, count = (controls.get(key) for key in ("highest", "median", "count"))
+    if not isinstance(highest, (int, float)):
+        return wording.NOTHING
+    middle = f", median {wording.percent(median)}" if isinstance(median, (int, float)) else ""
+    return f"highest {wording.percent(highest)}{middle} of {count}"
+
+
+def _source(row: TriggerRow) -> str:
+    worst = row.worst_source or {}
+    if row.outcome not in (FAILS, INCONCLUSIVE) or not isinstance(worst.get("value"), (int, float)):
+        return wording.NOTHING
+    found = Measure("", worst["value"], int(worst.get("n") or 0), worst.get("low"), worst.get("high"))
+    return f"class {worst.get('class')}: {wording.rate(found)}"
+
+
+def evidence(row: TriggerRow) -> str:
+    """Returns what a failing row shows, as a sentence."""
+    worst = worst_source_rate(row)
+    parts = [f"{row.trigger} sends {wording.rate(row.asr)} % of images to {towards(row)}"]
+    if "alone" in row.reason and worst:
+        parts.append(f"from {_source(row)} %")
+    controls = row.control_rate or {}
+    if isinstance(controls.get("highest"), (int, float)):
+        parts.append(
+            f"the highest of {controls.get('count')} controls {wording.percent(controls['highest'])} %"
+        )
+    return f"{', '.join(parts)}."
+
+
+def towards(row: TriggerRow) -> str:
+    """Returns where a row's trigger sends images."""
+    return "the next class" if row.target == "next" else f"class {_target(row)}"
+
+
+def why(row: TriggerRow) -> str:
+    """Returns a row with the reason of its outcome."""
+    return f"{row.trigger}: {row.reason or row.outcome} (ASR {wording.rate(row.asr)} %, {towards(row)})"
+
+
+def accuracy(record: RunRecord) -> str:
+    """Returns the clean accuracy, for a cleansing before -> after."""
+    after = wording.measure(record.measure("clean_accuracy"))
+    before = (
+        next((m for m in record.before.measures if m.name == "clean_accuracy"), None)
+        if record.before
+        else None
+    )
+    return after if before is None else f"{wording.percent(before.value)} -> {after}"
+
+
+def change(record: RunRecord, row: TriggerRow | None) -> str:
+    """Returns a row's attack success rate, for a cleansing before -> after."""
+    if row is None:
+        return wording.NOTHING
+    old = same(record.before.triggers, row) if record.before else None
+    return (
+        wording.rate(row.asr)
+        if old is None
+        else f"{wording.percent(old.asr.value)} -> {wording.rate(row.asr)}"
+    )
+
+
+def _without_empty(table: Table) -> Table:
+    """Returns the table without the columns in which nothing was measured."""
+    keep = [
+        i for i in range(len(table.columns)) if any(row[i] not in (wording.NOTHING, "") for row in table.rows)
+    ]
+    rows = [[row[i] for i in keep] for row in table.rows]
+    return Table(table.title, [table.columns[i] for i in keep], rows, table.note, table.details)
+
+
+def _number(value: float | None) -> str:
+    return wording.NOTHING if value is None else f"{value:.4g}"

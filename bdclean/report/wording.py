@@ -1,0 +1,56 @@
+"""Text for people: numbers with their interval and n, and strings of strangers made harmless."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from bdclean.files.text import plain
+
+if TYPE_CHECKING:
+    from bdclean.record.run import Measure, Rate
+
+
+SCORES = ("balanced_score", "defence_effectiveness_rating")  # measures that are no shares of images
+NOTHING = "-"  # was not measured: never 0
+
+
+def markdown(text: object) -> str:
+    """Returns `plain` text with what Markdown or HTML would read as markup escaped."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~!&$@])", r"\\\1", plain(text)).replace("://", ":\\//")
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Returns a share as a number of percent, without the sign."""
+    return NOTHING if value is None else f"{100 * value:.{digits}f}"
+
+
+def rate(found: Rate | Measure | None) -> str:
+    """Returns a share in percent with its interval and n, such as `97.3 (95.1-98.6, n 500)`."""
+    if found is None or found.value is None:
+        return NOTHING
+    if found.low is None or found.high is None:
+        return f"{percent(found.value)} (n {found.n})"
+    joint = " to " if found.low < 0 else "-"
+    return f"{percent(found.value)} ({percent(found.low)}{joint}{percent(found.high)}, n {found.n})"
+
+
+def measure(found: Measure | None) -> str:
+    """Returns a measure: a share as `rate` does with its sign, a score as a plain number."""
+    if found is None or found.value is None:
+        return NOTHING
+    if found.name in SCORES:
+        return f"{found.value:.3f} (n {found.n})"
+    return rate(found)
+
+
+def duration(seconds: float | None) -> str:
+    """Returns a time such as `8.2 s`, `3 min 05 s` or `2 h 10 min`."""
+    if seconds is None:
+        return NOTHING
+    if seconds < 60:
+        return f"{seconds} s" if isinstance(seconds, int) else f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,32 @@
+"""What scan and cleanse are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The options that scan and cleanse share, as typed."""
+
+    data: Path | None = None
+    test: Path | None = None
+    labeled: Path | None = None
+    classes: Path | None = None
+    arch: str | None = None
+    kind: str = "auto"
+    preprocess: str = "auto"
+    device: str = "auto"
+    precision: str = "auto"
+    batch_size: int | None = None
+    limit: int = 2000
+    seed: int = 0
+    strict: bool = False
+    allow_pickle: bool = False
+    pictures: bool = True
+    argv: tuple[str, ...] = ()
+
+
+CSV = Literal["must", "may", "not"]

@@ -1,0 +1,50 @@
+"""Where a run leaves its output and its resume state."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bdclean.errors import Refused, UsageError
+
+if TYPE_CHECKING:
+    pass
+
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def default_output(model: Path, out: Path | None) -> Path:
+    """Returns where the cleansed model goes: `out`, else beside the model with `.clean.safetensors`.
+
+    Raises Refused on an `out` that is a folder, and where no name can be made from the model's.
+    """
+    if out is not None:
+        if os.path.isdir(out):
+            raise Refused(f"{out} is a folder: give --out a file name.")
+        if out.suffix in PICKLES:
+            raise UsageError(
+                f"{out}: the output is always safetensors, so give it a name that ends in .safetensors."
+            )
+        return out
+    model = model if model.name not in ("", "..") else model.resolve()
+    if not model.name:
+        raise Refused(f"{model} is not a model: name a safetensors file, or a folder with one.")
+    name = model.name.removesuffix(".index.json")
+    for ending in (".safetensors", *PICKLES):
+        if name != ending and name.endswith(ending):
+            name = name.removesuffix(ending)
+            break
+    return model.with_name(f"{name}.clean.safetensors")
+
+
+def resume_state(output: Path) -> Path:
+    """Returns where the state of a run lies that `--resume` goes on from; its readable copy ends in `.json`.
+
+    Raises Refused where a file system could not hold that name.
+    """
+    state = output.with_name(f"{output.name}.resume.safetensors")
+    if len(os.fsencode(state.name)) > 255:
+        raise Refused(f"{output.name} is too long for a file name: choose a shorter --out.")
+    return state

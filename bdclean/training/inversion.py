@@ -1,0 +1,455 @@
+"""Inverted triggers: the smallest change that sends images to a class, fitted for many classes together.
+
+Three forms: a soft mask and pattern, after Neural Cleanse (Wang et al. 2019, IEEE S&P); and, bdclean's own, something
+added to the whole picture, pixel by pixel or smooth, in kin a targeted universal perturbation (Moosavi-Dezfooli et al.
+2017). The loss is the cross-entropy towards the class plus a weight on the change's size, the weight raised while the
+success rate is above a goal and lowered otherwise. Departures from Neural Cleanse: all classes are optimised in one
+batch, each from several starts, of which fewer go on in each of three rounds; success is averaged over steps; fewer
+steps, and classes that fall far behind stop early where there are many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bdclean.training.loop import Batch, Measures, State, fit
+from bdclean.training.run import Run
+
+RAISE = 1.15
+ROUNDS = (0.3, 0.2, 0.5)
+"""Shares of the steps. After the first the two best starts of each kind go on, after the second the best one.
+
+Where a start ends is chance: of twelve of a trigger's class (a 3x3 grid, its mask 4 pixels at last, those of other
+classes 20 and more) four were near it after 100 steps. Starts in a window around it are told from others after 30.
+"""
+TOGETHER = 24
+"""How many classes go on after the first round: those with the smallest changes.
+
+A trigger's class leads from early on; the rest of the steps shows by how much, for which several others must go on.
+"""
+WINDOWS, FEW_WINDOWS, WHOLE = 3, 2, 3
+"""Masks start in so many windows along an axis, half the picture wide, in two where there are more than MANY classes,
+and so many cover the whole picture, for triggers that are spread over it."""
+MANY = 48
+SHOWN, FEWEST = 2, 8
+"""Starts of a class share SHOWN times the images that one would see, and see so many each at least."""
+PIXELS = 1 << 20
+"""Pixels that go forward and back at once, 1,024 images of 32 x 32: with more, gradients are added up."""
+SIDE = 8
+"""The side of what is enlarged to something smooth."""
+ADDED = {"pattern": "a pattern", "smooth": "something smooth"}
+"""Kinds of what is added to a picture, in words."""
+GROWN = 2.0
+"""How many times its first size an inverted trigger may grow to while it is refitted."""
+SMALL = 0.3
+"""The share of the median size under which a change is unusually small.
+
+Over the three forms of seven networks the smallest of a class without a trigger was 0.45; the triggers of ten classes
+(blends of noise and of a picture, stripes, smooth, checker, white, quantised) were at 0.28 or less in one form at
+least, a warp was not.
+"""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of change with parameters [k ...], one row a class, and what steers its fit."""
+
+    name: str
+    family: str
+    """The family of `corruptions` that it belongs to."""
+    shape: tuple[int, ...]
+    """Of one row of parameters."""
+    start: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+    """Parameters [k s ...] that s starts of each of k classes begin with, and the kind of each start, int64 [s]."""
+    stamp: Callable[[Tensor, Tensor], Tensor]
+    """Parameters [k ...] and pixels [n 3 h w] in [0, 1] to changed pixels [k n 3 h w] in [0, 1]."""
+    sizes: Callable[[Tensor], Tensor]
+    """Parameters [k ...] to sizes [k]."""
+    picture: Callable[[Tensor], Tensor]
+    """One row of parameters to a picture, float [3 h w] in [0, 1]."""
+    said: str
+    """A size in words."""
+    steps: float
+    """How many it needs, as a share of a mask's."""
+    rate: float
+    last_rate: float
+    """Adam's learning rate in the first and the last step."""
+    push: float
+    """A sign step, when it is refitted."""
+    reach: float
+    """Parameters beyond it are brought back before that."""
+    weight: float
+    """The first weight on the size."""
+    goal: float
+    least: float
+    """The success rate under which a change is never unusually small."""
+
+
+def mask(height: int, width: int) -> Form:
+    """A soft mask and a pattern as logits [k 4 h w]; its size is the mask's L1 norm, in pixels."""
+
+    def halves(parameters: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.sigmoid(parameters)
+        return both[:, :1], both[:, 1:]
+
+    def stamp(parameters: Tensor, pixels: Tensor) -> Tensor:
+        masks, patterns = halves(parameters)
+        return (1 - masks[:, None]) * pixels + (masks * patterns)[:, None]
+
+    def start(classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Masks of about 0.73 in a window of half the sides and almost nothing beside it, or of about 0.5 everywhere;
+        patterns that are far from grey."""
+        along = WINDOWS if classes <= MANY else FEW_WINDOWS
+        rows = _noise((classes, along**2 + WHOLE, 4, height, width), generator)
+        rows[:, :, 1:] *= 3
+        tall, wide = max(1, height // 2), max(1, width // 2)
+        for k in range(along**2):
+            top, left = (
+                round(at * (whole - part) / (along - 1))
+                for at, whole, part in ((k // along, height, tall), (k % along, width, wide))
+            )
+            rows[:, k, 0] -= 5
+            rows[:, k, 0, top : top + tall, left : left + wide] += 6
+        return rows, torch.tensor([0] * along**2 + [1] * WHOLE)
+
+    return Form(
+        "mask", "patch", (4, height, width), start, stamp,
+        sizes=lambda parameters: halves(parameters)[0].sum(dim=(1, 2, 3)),
+        picture=lambda row: stamp(row[None], row.new_full((1, 3, height, width), 0.5))[0, 0],
+        said="a mask of {:.1f} pixels",
+        steps=1.0, rate=0.3, last_rate=0.2, push=0.2, reach=6.9,
+        weight=1e-2 * 1024 / (height * width),  # ten times Neural Cleanse's first weight: there are fewer steps
+        goal=0.95, least=0.8,
+    )  # fmt: skip
+
+
+def added(height: int, width: int, kind: str) -> Form:
+    """Something added to every picture; its size is its root mean square, in grey levels of 255.
+
+    Kinds: `pattern` [k 3 h w]; `smooth` [k 3 SIDE SIDE], enlarged. The fewer parameters, the more a class without a
+    trigger needs, and the clearer a trigger of that kind stands out. (A row and a column repeated, for stripes, did
+    not tell: 0.42 of the median for the stripes' class, and for one without a trigger.)
+    """
+    shapes = {"pattern": (3, height, width), "smooth": (3, SIDE, SIDE)}
+
+    def field(parameters: Tensor) -> Tensor:
+        if kind == "smooth":
+            return F.interpolate(parameters, size=(height, width), mode="bicubic", align_corners=False)
+        return parameters
+
+    def picture(row: Tensor) -> Tensor:
+        one = field(row[None])[0]
+        return 0.5 + 0.5 * one / one.abs().max().clamp_min(1e-6)
+
+    def start(classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return 0.035 * _noise((classes, 2, *shapes[kind]), generator), torch.zeros(2, dtype=torch.int64)
+
+    return Form(
+        kind, {"pattern": "noise", "smooth": "low"}[kind], shapes[kind], start,
+        stamp=lambda parameters, pixels: (pixels + field(parameters)[:, None]).clamp(0, 1),
+        # the floor keeps the root's gradient finite where nothing is added
+        sizes=lambda parameters: 255 * field(parameters).pow(2).mean(dim=(1, 2, 3)).clamp_min(1e-12).sqrt(),
+        picture=picture,
+        said=f"{ADDED[kind]} of {{:.1f}} grey levels added to the picture",
+        steps=0.6, rate=0.02, last_rate=0.002, push=0.006, reach=1.0, weight=0.02,
+        goal=0.85, least=0.6,
+    )  # fmt: skip
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform in [-1, 1]."""
+    return torch.rand(shape, generator=generator, device=generator.device) * 2 - 1
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """Fitted `parameters` [k ...] of a form, for `classes` [k], with the success rate of each [k]."""
+
+    form: Form
+    classes: Tensor
+    parameters: Tensor
+    success: Tensor
+
+    @property
+    def sizes(self) -> Tensor:
+        return self.form.sizes(self.parameters)
+
+    def select(self, chosen: Tensor) -> Inverted:
+        return Inverted(self.form, self.classes[chosen], self.parameters[chosen], self.success[chosen])
+
+    def pack(self) -> Tensor:
+        """One tensor [k p + 2] with everything in it, for the resume state."""
+        k = len(self.classes)
+        kind = self.parameters.dtype
+        return torch.cat(
+            [self.parameters.reshape(k, -1), self.success.view(k, 1), self.classes.view(k, 1).to(kind)], dim=1
+        )
+
+    @staticmethod
+    def unpack(packed: Tensor, form: Form) -> Inverted:
+        parameters, success, classes = packed.split([packed.shape[1] - 2, 1, 1], dim=1)
+        return Inverted(form, classes[:, 0].long(), parameters.reshape(-1, *form.shape), success[:, 0])
+
+
+class _Fitted(nn.Module):
+    """Parameters [rows ...], what steers them [rows], and the smallest that reached the goal, which swing about it.
+
+    All of it is in the resume state.
+    """
+
+    weights: Tensor
+    success: Tensor
+    smallest: Tensor
+    size: Tensor
+
+    def __init__(self, changes: Tensor, weight: float):
+        super().__init__()
+        self.changes = nn.Parameter(changes.clone())
+        self.register_buffer("weights", changes.new_full((len(changes),), weight))
+        self.register_buffer("success", changes.new_zeros(len(changes)))
+        self.register_buffer("smallest", changes.clone())
+        self.register_buffer("size", changes.new_full((len(changes),), torch.finfo(changes.dtype).max))
+
+    def note(self, sizes: Tensor, rate: Tensor, goal: float) -> None:
+        """Keep the changes of rows whose `rate` of success is at the goal and whose size is the smallest so far."""
+        better = (rate >= goal) & (sizes < self.size)
+        self.smallest[better], self.size[better] = self.changes.detach()[better], sizes[better]
+
+
+def invert(
+    model: nn.Module,
+    images: Tensor,
+    form: Form,
+    classes: Tensor,
+    run: Run,
+    *,
+    steps: int = 100,
+    batch_size: int = 32,
+) -> Inverted:
+    """Fit a change of `form` for each of `classes` [k] on `model`, which is put into evaluation mode.
+
+    `images` are uint8 [n 3 h w]. A class is shown `batch_size` of them a step, whatever class they are of; more, but
+    fewer each, while several of its starts go on. Returned are the classes that were fitted to the end, which are at
+    most TOGETHER.
+    """
+    model.eval()
+    stage = f"invert-{form.name}"
+    rows, kinds = form.start(len(classes), run.generator(stage, "start"))
+    starts = rows.shape[1]
+    kinds = kinds.to(run.device).repeat(len(classes))
+    going = Inverted(
+        form,
+        classes.to(run.device).repeat_interleave(starts),
+        rows.flatten(0, 1),
+        rows.new_zeros(kinds.shape),
+    )
+    for number, share in enumerate(ROUNDS):
+
+        def fitted(going: Inverted = going, number: int = number, share: float = share) -> Tensor:
+            return _fit_round(
+                model, images, going, stage, number, max(1, round(share * steps)), batch_size, run
+            ).pack()
+
+        going = Inverted.unpack(run.keep(f"{stage}-{number}", fitted), form)
+        kept = _best(going, kinds, most=2) if number == 0 else _best(going, torch.zeros_like(kinds), most=1)
+        if number == 0:
+            kept = kept[torch.isin(going.classes[kept], _leading(going, kept))]
+        going, kinds = going.select(kept), kinds[kept]
+    return going
+
+
+def _fit_round(
+    model: nn.Module, images: Tensor, going: Inverted, stage: str, number: int, steps: int, batch_size: int, run: Run
+) -> Inverted:  # fmt: skip
+    """`going` after `steps` more steps."""
+    form, classes, before = going.form, going.classes, sum(ROUNDS[:number])
+    fitted = _Fitted(going.parameters, form.weight)
+    optimiser = torch.optim.Adam(fitted.parameters(), lr=form.rate, betas=(0.5, 0.9))
+    starts = len(classes) // len(classes.unique())
+    shown = max(FEWEST, min(batch_size, SHOWN * batch_size // starts))
+
+    def step(batch: Batch) -> tuple[None, Measures]:
+        optimiser.zero_grad()
+        rate = torch.zeros_like(fitted.success)
+        pixels = batch.images[:shown].float() / 255
+        at_once = max(1, PIXELS // pixels[0, 0].numel())
+        for part in chunks(len(classes), max(1, at_once // len(pixels))):
+            rows = part.to(run.device)
+            for few in pixels.split(at_once):
+                changes, share = fitted.changes[rows], len(few) / len(pixels)
+                logits = run.forward(model, form.stamp(changes, few).flatten(0, 1)).float()
+                targets = classes[rows].repeat_interleave(len(few))
+                losses = F.cross_entropy(logits, targets, reduction="none").view(len(rows), -1).mean(1)
+                total = share * (losses + fitted.weights[rows] * form.sizes(changes)).sum()
+                # only the changes' gradients: the network's own weights get none
+                total.backward(inputs=[fitted.changes])
+                rate[rows] += share * (logits.argmax(1) == targets).float().view(len(rows), -1).mean(1)
+        fitted.note(form.sizes(fitted.changes.detach()), rate, form.goal)
+        optimiser.step()
+        fitted.success.copy_(rate if batch.step == 0 else fitted.success.lerp(rate, 0.2))
+        fitted.weights.mul_(torch.where(rate > form.goal, RAISE, 1 / RAISE)).clamp_(1e-6, 1.0)
+        return None, {"success": fitted.success.mean()}
+
+    def schedule(step: int) -> float:
+        done = before + ROUNDS[number] * step / max(1, steps)
+        return form.rate + (form.last_rate - form.rate) * done
+
+    state = State(f"{stage}-{number}", fitted, optimiser, images, None, batch_size, steps, schedule)
+    fit(step, state, run)
+    last = number == len(ROUNDS) - 1
+    return Inverted(form, classes, fitted.smallest if last else fitted.changes.detach(), fitted.success)
+
+
+def _best(going: Inverted, kinds: Tensor, most: int) -> Tensor:
+    """Indices of the `most` best rows of each class and kind, in order: small, and with success."""
+    worth = going.sizes / going.success.clamp_min(0.05)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row in worth.argsort(stable=True).tolist():
+        groups.setdefault((int(going.classes[row]), int(kinds[row])), []).append(row)
+    return torch.tensor(sorted(row for group in groups.values() for row in group[:most]), device=worth.device)
+
+
+def _leading(going: Inverted, kept: Tensor) -> Tensor:
+    """The TOGETHER classes whose best of the rows `kept` is smallest."""
+    best = kept[going.sizes[kept].argsort()]
+    return torch.tensor(list(dict.fromkeys(going.classes[best].tolist()))[:TOGETHER], device=kept.device)
+
+
+def chunks(total: int, size: int) -> Iterator[Tensor]:
+    """Indices 0..total-1 in runs of at most `size`."""
+    for first in range(0, total, size):
+        yield torch.arange(first, min(total, first + size))
+
+
+def outliers(inverted: Inverted) -> tuple[Tensor, Tensor, float]:
+    """Which changes are unusually small, bool [k]; each one's anomaly index [k]; and the size under which one counts.
+
+    That size is SMALL of the median (0 of fewer than three classes): unlike the index, (median - size) /
+    (1.4826 * median absolute deviation) as in Neural Cleanse, it does not depend on how alike the other classes happen
+    to be. A class that does not reach its success would need more than its size, so it can raise the median, and is
+    never small itself.
+    """
+    sizes = inverted.sizes
+    if len(sizes) < 3:
+        return torch.zeros_like(sizes, dtype=torch.bool), torch.zeros_like(sizes), 0.0
+    median = sizes.median()
+    spread = 1.4826 * (sizes - median).abs().median()
+    index = (median - sizes) / spread.clamp_min(1e-6 * float(median) + 1e-9)
+    limit = float(median) * SMALL
+    return (inverted.success >= inverted.form.least) & (sizes < limit), index, limit
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """One inverted trigger that is unusually small: `parameters` of `form` that send images to class `target`."""
+
+    form: Form
+    target: int
+    parameters: Tensor
+    size: float
+    limit: float
+
+
+@dataclass
+class Detected:
+    """What a detector hands back."""
+
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    """Fields of `record.Finding`."""
+    outliers: list[Outlier] = field(default_factory=list)
+    """What of it stands out, for a recipe to work against."""
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    """Caption -> float [3 h w] in [0, 1]; never an image of the user's."""
+
+
+FEW_IMAGES = 24
+"""How many images are enough where many changes are tried on each."""
+
+
+def spread_out(images: Tensor, count: int = FEW_IMAGES) -> Tensor:
+    """`count` images from all over the set: of all classes, where it is sorted by class."""
+    return images[:: max(1, len(images) // count)][:count]
+
+
+STRIPES = 20 / 255
+PERIODS = range(1, 13)
+
+
+def striped(height: int, width: int) -> tuple[Form, Tensor, list[str]]:
+    """Sinusoids of 20 grey levels along one axis, [m 3 h w], as parameters of their form, and each in words."""
+    fields, words = [], []
+    for periods in PERIODS:
+        for phase in range(4):
+            for axis, length in (("width", width), ("height", height)):
+                wave = torch.sin(2 * torch.pi * (periods * torch.linspace(0, 1, length) + phase / 4))
+                lines = wave[None, None, :] if axis == "width" else wave[None, :, None]
+                fields.append(STRIPES * lines.expand(3, height, width))
+                words.append(f"{periods} periods along the {axis}")
+    form = dataclasses.replace(added(height, width, "pattern"), name="stripes", family="wave")
+    return form, torch.stack(fields), words
+
+
+def sent_by(form: Form, changes: Tensor, model: nn.Module, images: Tensor, run: Run) -> Tensor:
+    """The share of `images` uint8 [n 3 h w] of other classes that each of `changes` [m ...] sends to each class.
+
+    Returns [m classes], at most 1; negative where a class loses its own. Little is said of a class that has nearly all.
+
+    Stripes act only as a whole: gradients do not find them, and there are few enough to try all.
+    """
+    model.eval()
+    pixels = images.to(run.device).float() / 255
+
+    def answers(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return run.forward(model, x).float().softmax(1)
+
+    usual = answers(pixels).mean(0)
+    rows = [answers(form.stamp(one[None].to(run.device), pixels)[0]).mean(0) - usual for one in changes]
+    return torch.stack(rows) / (1 - usual).clamp_min(0.2)
+
+
+class Pursuit:
+    """Inverted triggers that are refitted on a student at each use, and start anew when they have grown.
+
+    Of each class, the form that stands out most is taken. `tensors` is all the state, changed in place, for the resume
+    state.
+    """
+
+    def __init__(self, found: Sequence[Outlier], device: torch.device):
+        clearest: dict[int, Outlier] = {}
+        for outlier in sorted(found, key=lambda outlier: outlier.size / outlier.limit):
+            clearest.setdefault(outlier.target, outlier)
+        self.triggers = list(clearest.values())
+        self.tensors: dict[str, Tensor] = {}
+        for k, trigger in enumerate(self.triggers):
+            self.tensors[f"change.{k}"] = self._first(trigger).to(device).clone()
+            self.tensors[f"weight.{k}"] = torch.tensor(trigger.form.weight, device=device)
+
+    @staticmethod
+    def _first(trigger: Outlier) -> Tensor:
+        return trigger.parameters[None].clamp(-trigger.form.reach, trigger.form.reach)
+
+    def stamp(self, model: Callable[[Tensor], Tensor], pixels: Tensor, turn: int, steps: int = 2) -> Tensor:
+        """`pixels` [n 3 h w] in [0, 1] under the trigger whose turn it is, after `steps` sign steps on `model`."""
+        k = turn % len(self.triggers)
+        trigger, change, weight = self.triggers[k], self.tensors[f"change.{k}"], self.tensors[f"weight.{k}"]
+        form, targets = trigger.form, torch.full((len(pixels),), trigger.target, device=pixels.device)
+        if float(form.sizes(change)) > min(trigger.limit, GROWN * trigger.size):
+            change.copy_(self._first(trigger))
+            weight.fill_(form.weight)
+        for _ in range(steps):
+            leaf = change.clone().requires_grad_(True)
+            logits = model(form.stamp(leaf, pixels)[0])
+            loss = F.cross_entropy(logits, targets) + (weight * form.sizes(leaf)).sum()
+            (gradient,) = torch.autograd.grad(loss, [leaf])
+            change -= form.push * gradient.sign()
+            rising = float((logits.argmax(1) == targets).float().mean()) > form.goal
+            weight.mul_(RAISE if rising else 1 / RAISE).clamp_(1e-6, 1.0)
+        return form.stamp(change, pixels)[0]

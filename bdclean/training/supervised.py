@@ -1,0 +1,67 @@
+"""Training a classifier on a labeled, possibly poisoned, image set: how victims and sample models are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bdclean.data.augment import crop, mirror
+from bdclean.data.imageset import ImageSet
+from bdclean.networks.classifier import Classifier
+from bdclean.training.loop import Batch, State, fit
+from bdclean.training.run import Run
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """SGD with Nesterov momentum and a one-cycle learning rate (Smith and Topin 2017): a quarter up, cosine down.
+
+    Victims are trained with random crops, and with mirroring where `mirrored`: a backdoor learnt without augmentation
+    falls to plain fine-tuning and says little about a defence.
+    """
+
+    epochs: float = 14
+    batch_size: int = 128
+    peak: float = 0.2
+    weight_decay: float = 5e-4
+    padding: int = 4
+    mirrored: bool = True
+
+    def __call__(
+        self, model: Classifier, training: ImageSet, run: Run, stage: str = "train"
+    ) -> list[dict[str, float]]:
+        """Train `model` in place, leave it in evaluation mode, and return the curve."""
+        if training.labels is None:
+            raise ValueError("training a classifier needs labels")
+        model.to(run.device).train()
+        if run.precision.channels_last:
+            model.to(memory_format=torch.channels_last)
+        steps = math.ceil(self.epochs * len(training) / self.batch_size)
+        rise = steps / 4
+
+        def rate(step: int) -> float:
+            if step < rise:
+                return self.peak * (0.04 + 0.96 * step / rise)
+            return self.peak * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2 + 1e-5
+
+        def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+            images = crop(batch.images, batch.generator, self.padding)
+            if self.mirrored:
+                images = mirror(images, batch.generator)
+            with run.precision.autocast(run.device):
+                logits = model(run.precision.layout(images)).float()
+            assert batch.labels is not None
+            right = (logits.argmax(1) == batch.labels).float().mean()
+            return F.cross_entropy(logits, batch.labels), {"accuracy": right.item()}
+
+        optimiser = torch.optim.SGD(
+            model.parameters(), self.peak, momentum=0.9, weight_decay=self.weight_decay, nesterov=True
+        )
+        state = State(stage, model, optimiser, training.images, training.labels, self.batch_size, steps, rate)
+        curve = fit(step, state, run)
+        model.eval()
+        return curve

@@ -1,0 +1,339 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import bdclean
+from bdclean.cli import arguments
+from bdclean.cli.main import run
+from bdclean.errors import Refused, UsageError
+from bdclean.record.parsing import parse_records
+from bdclean.record.run import Measure, Problem, Rate, RunRecord, TriggerRow
+from bdclean.runs import places
+
+SAMPLES = Path(__file__).parents[2] / "sample_models"
+ROOT = str(Path(bdclean.__file__).parent.parent)
+
+
+def command(*words, **more):
+    env = {**os.environ, "PYTHONPATH": ROOT, **more.pop("env", {})}
+    return subprocess.run(
+        [sys.executable, "-m", "bdclean", *words], capture_output=True, text=True, env=env, timeout=60, **more
+    )
+
+
+@pytest.fixture
+def record(tmp_path):
+    row = TriggerRow("badnets", "patch", target=0, asr=Rate(0.9, 100, 0.82, 0.95), outcome="fails")
+    found = RunRecord(
+        "scan", "backdoored", measures=[Measure("clean_accuracy", 0.8, 100, 0.7, 0.9)], triggers=[row]
+    )
+    found.write(tmp_path / "a.json")
+    return "a.json"
+
+
+def test_help_answers_at_once():
+    fastest = 9.0
+    for _ in range(3):
+        start = time.perf_counter()
+        done = command("--help")
+        fastest = min(fastest, time.perf_counter() - start)
+    assert done.returncode == 0 and "cleanse" in done.stdout and "\x1b" not in done.stdout
+    assert fastest < 1.0
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", ""),
+        ("frob", "No such command"),
+        ("scan", "Missing argument"),
+        ("scan m --nope", "No such option"),
+        ("scan m", "give --data"),
+        ("scan m --data . --format htm", "no --format 'htm'"),
+        ("scan m --data . --fail-on asr", "--fail-on 'asr'"),
+        ("scan m --data . --trigger wanet", "no trigger is called 'wanet'"),
+        ("scan m --data . --trigger badnets:3", "write KEY=VALUE"),
+        ("scan m --data . --target -1", "--target"),
+        ("scan m --data . --detector decree", "no detector is called 'decree'"),
+        ("scan m --data . --limit -1", "--limit"),
+        ("scan m --data . --device gpu", "--device 'gpu'"),
+        ("scan m --data . --precision int8", "--precision 'int8'"),
+        ("scan m --data . --sequela x", "No such option"),
+        ("cleanse m", "give --data"),
+        ("cleanse m --data . --recipe bcuu", "did you mean bcu?"),
+        ("cleanse m --data . --set epochs", "KEY=VALUE"),
+        ("cleanse m --data . --out same.json", "both the model and its record"),
+        ("ls", "Missing argument"),
+        ("ls things", "nothing is listed"),
+        ("ls recipe", "which recipe?"),
+        ("ls recipe frob", "no recipe is called"),
+        ("ls recipes bcu", "ls recipe bcu"),
+        ("report", "Missing argument"),
+        ("report a.json --fail-on never --fail-on inconclusive", "contradicts"),
+    ],
+)
+def test_wrong_usage_exits_2_with_one_sentence(line, words, capsys):
+    assert run(line.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err and "Traceback" not in captured.err
+
+
+def test_what_is_not_there_yet_is_refused_and_not_advertised(capsys):
+    assert run(["scan", "m", "--data", ".", "--kind", "encoder"]) == 3
+    run(["scan", "--help"])
+    run(["cleanse", "--help"])
+    run(["report", "--help"])
+    shown = capsys.readouterr().out
+    for word in ("sarif", "encoder", "sequela", "--reference", "--card", "--head", "--detector"):
+        assert word not in shown
+
+
+def test_every_shared_option_is_in_the_help_of_both(capsys):
+    for name in ("scan", "cleanse"):
+        run([name, "--help"])
+        shown = capsys.readouterr().out
+        for option in (
+            "--data --test --labeled --classes --arch --kind --preprocess --device --precision --batch-size --limit "
+            "--seed --strict --allow-pickle --format --record --no-pictures --quiet --verbose --trigger --fail-on --out"
+        ).split():
+            assert option in shown, (name, option)
+
+
+def test_report_reads_files_standard_input_and_several(record, capsys, monkeypatch):
+    assert run(["report", record]) == 0
+    assert "badnets sends 90.0" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(record).read_bytes())))
+    assert run(["report", "-", record, "--format", "json"]) == 0
+    assert len(parse_records(capsys.readouterr().out, "x")) == 2
+    assert run(["report", record, "--out", "r.md", "--format", "md"]) == 0
+    assert capsys.readouterr().out == "" and "badnets" in Path("r.md").read_text()
+
+
+def test_a_page_is_written_or_printed_and_nothing_else(record, capsys):
+    assert run(["report", record, "--out", "audit.html"]) == 0
+    assert capsys.readouterr().out == ""
+    assert run(["report", record, "--format", "html"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == Path("audit.html").read_text() and captured.err == ""
+    assert captured.out.startswith("<!doctype html>") and captured.out.endswith("</html>\n")
+
+
+def test_a_refused_model_gives_a_page_of_its_own(capsys, tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(b"")
+    assert run(["scan", "m.safetensors", "--data", ".", "--out", "audit.html"]) == 3
+    assert "Refused" in Path("audit.html").read_text() and capsys.readouterr().out == ""
+
+
+def test_report_exits_by_fail_on_alone(record, capsys):
+    for expression, code in (
+        ("asr>=0.5", 1),
+        ("asr>=0.95", 0),
+        ("clean_accuracy<0.9", 1),
+        ("agreement<0.9", 3),
+    ):
+        assert run(["report", record, "--fail-on", expression]) == code, expression
+    assert "agreement was not measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"schema": "bdclean.run/1"}', b"[]"])
+def test_a_broken_record_is_refused(content, tmp_path, capsys):
+    (tmp_path / "bad.json").write_bytes(content)
+    assert run(["report", "bad.json"]) == 3
+    assert capsys.readouterr().err.startswith("bdclean: bad.json")
+    assert run(["report", "missing.json"]) == 3
+
+
+def test_report_never_writes_over_its_record(record, capsys):
+    before = Path(record).read_bytes()
+    assert run(["report", record, "--out", record]) == 3
+    assert Path(record).read_bytes() == before and "input of this run" in capsys.readouterr().err
+
+
+def test_models_come_from_standard_input(monkeypatch):
+    raw = b"one.safetensors\n\ntwo \xff.safetensors\r\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+    assert arguments.expand_models(["first", "-"]) == [
+        "first",
+        "one.safetensors",
+        os.fsdecode(b"two \xff.safetensors"),
+    ]
+    with pytest.raises(UsageError, match="names none"):
+        arguments.expand_models(["-"])
+
+
+@pytest.mark.parametrize(
+    ("model", "out"),
+    [
+        ("a/m.safetensors", "a/m.clean.safetensors"),
+        ("a/folder", "a/folder.clean.safetensors"),
+        ("a/model.safetensors.index.json", "a/model.clean.safetensors"),
+        ("m.v2", "m.v2.clean.safetensors"),
+    ],
+)
+def test_the_default_output_lies_beside_the_model(model, out):
+    assert places.default_output(Path(model), None) == Path(out)
+    assert places.default_output(Path(model), Path("x.safetensors")) == Path("x.safetensors")
+
+
+def test_the_current_folder_as_model_has_a_name(tmp_path):
+    assert places.default_output(Path("."), None) == tmp_path.with_name(f"{tmp_path.name}.clean.safetensors")
+
+
+def test_an_output_or_model_without_a_file_name_is_refused(tmp_path):
+    for out in (".", "/", ".."):
+        with pytest.raises(Refused, match="is a folder"):
+            places.default_output(Path("m.safetensors"), Path(out))
+    with pytest.raises(Refused, match="is not a model"):
+        places.default_output(Path("/"), None)
+    with pytest.raises(UsageError, match="always safetensors"):
+        places.default_output(Path("m.pth"), Path("out.pth"))
+    assert places.default_output(Path(".."), None).name == f"{tmp_path.parent.name}.clean.safetensors"
+
+
+def test_a_refused_output_folder_is_not_made(tmp_path, capsys):
+    out = tmp_path / "gone" / "deep" / "m.safetensors"
+    assert run(["cleanse", "m.safetensors", "--data", ".", "--out", str(out)]) == 3
+    assert "is not a folder: make it" in capsys.readouterr().err and not (tmp_path / "gone").exists()
+
+
+def test_warnings_end_with_one_full_stop(tmp_path, record, capsys):
+    early = RunRecord("scan", "not-assessed", outcome="refused", problem=Problem("m is short.", 3))
+    early.write(tmp_path / "b.json")
+    assert run(["report", record, "b.json", "--fail-on", "asr>=0.2"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.endswith(".") and not line.endswith("..") for line in lines)
+
+
+def test_help_without_a_command_is_readable(capsys):
+    assert run([]) == 2
+    err = capsys.readouterr().err
+    assert "Commands:\n" in err and "\\n" not in err
+
+
+def test_a_reader_that_has_gone_changes_no_exit_code(record):
+    reader = f"{sys.executable} -m bdclean report {record} --fail-on 'asr>=0.5'"
+    script = f"exec 2>err; {reader} | true; exit ${{PIPESTATUS[0]}}"
+    env = {**os.environ, "PYTHONPATH": ROOT}
+    done = subprocess.run(["bash", "-c", script], env=env, timeout=60)
+    assert done.returncode == 1 and "Traceback" not in Path("err").read_text()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_or_closed_standard_output_is_refused(record):
+    for redirection in (">/dev/full", ">&-"):
+        script = f"{sys.executable} -m bdclean report {record} {redirection}"
+        env = {**os.environ, "PYTHONPATH": ROOT}
+        done = subprocess.run(["bash", "-c", script], env=env, timeout=60, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 3, (redirection, done.stderr)
+        assert "standard output" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_broken_installation_exits_70_and_leaves_a_record(tmp_path):
+    (tmp_path / "typer.py").write_text("raise RuntimeError('half installed')\n")
+    env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = command("scan", "m.safetensors", "--record", "r.json", env=env)
+    assert done.returncode == 70 and done.stdout == ""
+    (record,) = parse_records((tmp_path / "r.json").read_text(), "r.json")
+    assert record.outcome == "failed" and record.problem.exit_code == 70
+    assert record.problem.digest and record.problem.digest in record.problem.message
+    assert "half installed" in done.stderr
+
+
+def test_a_broken_torch_exits_70_and_leaves_a_record(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcuda is missing')\n")
+    env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    (tmp_path / "m.safetensors").write_bytes(b"")
+    done = command("scan", "m.safetensors", "--data", ".", "--format", "json", "--record", "runs/", env=env)
+    assert done.returncode == 70 and "libcuda is missing" in done.stderr
+    (path,) = (tmp_path / "runs").iterdir()
+    (record,) = parse_records(path.read_text(), "x")
+    assert record.outcome == "failed" and record.problem.digest in done.stderr
+    assert parse_records(done.stdout, "x") == [record]
+    assert command("ls", "recipes", env=env).returncode == 0
+    doctor = command("doctor", env=env)
+    assert doctor.returncode == 3 and "libcuda is missing" in doctor.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_have_their_own_exit_codes(number, code, tmp_path):
+    os.mkfifo(tmp_path / "slow.json")
+    env = {**os.environ, "PYTHONPATH": ROOT}
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "bdclean", "report", "slow.json"], env=env, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        with open(tmp_path / "slow.json", "w"):  # opens once the other side reads
+            waiting.send_signal(number)
+            assert waiting.wait(30) == code
+        assert "Traceback" not in waiting.communicate()[1]
+    finally:
+        waiting.kill()
+        waiting.wait()
+
+
+def test_nothing_printed_to_a_pipe_holds_escape_codes(record):
+    done = command("report", record, env={"FORCE_COLOR": "1", "TERM": "xterm-256color"})
+    assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr
+
+
+def test_files_that_are_no_models_are_refused_one_by_one(tmp_path, capsys):
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04\x95" + bytes(100))
+    (tmp_path / "\x1b[31mred.safetensors").write_bytes(b"\xff" * 64)
+    models = sorted(path.name for path in tmp_path.iterdir())
+    line = ["scan", *models, "missing.safetensors", "--data", ".", "--format", "jsonl", "--record", "runs/"]
+    assert run(line) == 3
+    captured = capsys.readouterr()
+    records = parse_records(captured.out, "x")
+    assert [r.checkpoint.path for r in records] == [*models, "missing.safetensors"]
+    assert {r.outcome for r in records} == {"refused"} and {r.verdict for r in records} == {"not-assessed"}
+    assert "\x1b" not in captured.err and len(captured.err.splitlines()) == 4
+    assert len(list((tmp_path / "runs").iterdir())) == 4
+    assert all(record.problem.message.endswith(".") for record in records)
+
+
+def test_scanning_the_samples_tells_them_apart(capsys):
+    samples = {sample["attack"]: sample for sample in json.loads((SAMPLES / "manifest.json").read_text())}
+    clean, poisoned = str(SAMPLES / samples[None]["file"]), str(SAMPLES / samples["badnets"]["file"])
+    options = ["--data", str(SAMPLES / "images" / "labeled"), "--limit", "240", "--format", "json", "-q"]
+    options += ["--trigger", samples["badnets"]["trigger"]]
+    assert run(["scan", clean, *options, "--no-pictures"]) == 0
+    (found,) = parse_records(capsys.readouterr().out, "x")
+    assert found.pictures == [] and found.confusion, "counts are no pictures"
+    assert found.verdict == "no-evidence" and found.checkpoint.sha256 == samples[None]["sha256"]
+    assert run(["scan", clean, "missing", poisoned, *options]) == 1
+    captured = capsys.readouterr()
+    records = parse_records(captured.out, "x")
+    assert [r.verdict for r in records] == ["no-evidence", "not-assessed", "backdoored"]
+    stamped = [p for p in records[2].pictures if p.role == "stamped"]
+    assert len(stamped) == 6 and {p.before for p in stamped} == {samples["badnets"]["target"]}
+    assert sum(len(p.png_base64) for p in records[2].pictures) < 300_000
+    assert records[2].triggers[0].target == samples["badnets"]["target"]
+    assert captured.err.splitlines() == ["bdclean: missing: missing does not exist."]
+
+
+def test_a_refused_cleanse_leaves_its_record_beside_the_output_and_no_other(tmp_path, capsys):
+    (tmp_path / "m.safetensors").write_bytes(b"")
+    assert run(["cleanse", "m.safetensors", "--data", "."]) == 3
+    (record,) = parse_records(Path("m.clean.json").read_text(), "x")
+    assert record.command == "cleanse" and record.outcome == "refused"
+    assert capsys.readouterr().out == "" and not Path("m.clean.safetensors").exists()
+
+
+def test_text_that_cannot_be_encoded_is_escaped(tmp_path):
+    RunRecord("scan", advice="größer").write(tmp_path / "a.json")
+    done = command("report", "a.json", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert done.returncode == 0 and "gr\\xf6\\xdfer" in done.stdout
+
+
+def test_a_value_no_run_can_have_is_refused():
+    with pytest.raises(Refused):
+        arguments.check_options({"kind": "encoder"})

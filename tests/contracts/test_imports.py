@@ -1,0 +1,67 @@
+"""What must stay light and what must stay apart, asked of a fresh interpreter."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import bdclean
+
+ROOT = Path(bdclean.__file__).parent
+SOURCE = Path(__file__).parents[2]
+
+
+def python(code, *arguments):
+    env = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env, timeout=60
+    )
+
+
+HEAVY = (
+    "bad = {'torch', 'torchvision', 'numpy', 'scipy', 'PIL', 'jinja2', 'matplotlib'} & set(sys.modules); "
+    "assert not bad, bad"
+)
+
+
+def test_help_ls_and_report_import_no_torch(tmp_path):
+    from bdclean.record.run import RunRecord
+
+    RunRecord("scan").write(tmp_path / "a.json")
+    code = f"""
+import sys
+from bdclean.cli.main import run
+lines = ["--help", "scan --help", "cleanse --help", "ls recipes", "ls triggers", "ls detectors", "ls architectures",
+         "ls schema", "ls recipe bcu", "ls recipe inoculate", "ls trigger badnets",
+         "report a.json a.json --format table", "report a.json --format md", "report a.json --format json"]
+for line in lines:
+    assert run(line.split()) == 0, line
+{HEAVY}
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_usage_is_checked_before_torch_is_imported():
+    code = f"import sys; from bdclean.cli.main import run; assert run(sys.argv[1:]) == 2; {HEAVY}"
+    done = python(code, "scan", "m.safetensors", "--data", ".", "--trigger", "badnetz")
+    assert done.returncode == 0, done.stderr
+    assert "did you mean badnets?" in done.stderr
+
+
+def test_there_is_no_room_for_leftovers():
+    words = ("util", "helper", "common", "core", "base", "misc")
+    stems = [p.relative_to(ROOT) for p in ROOT.rglob("*.py")]
+    assert not [
+        p for p in stems if p.stem.strip("_") in words or p.stem.strip("_") in [f"{w}s" for w in words]
+    ]
+
+
+@pytest.mark.skipif(not (SOURCE / "pyproject.toml").is_file(), reason="no source tree beside the tests")
+def test_version_and_entry_point_agree_with_the_package():
+    project = tomllib.loads((SOURCE / "pyproject.toml").read_text())["project"]
+    assert project["version"] == bdclean.__version__
+    assert project["scripts"]["bdclean"] == "bdclean.__main__:main"

@@ -1,0 +1,148 @@
+"""Networks from the user's own code, run only because --arch names it."""
+
+import sys
+
+import pytest
+import torch
+
+from bdclean.errors import Refused, UsageError
+from bdclean.networks.recognition.recognition import identify
+
+CODE = """
+import torch
+from torch import nn
+import neighbour
+
+class Small(nn.Module):
+    def __init__(self, num_classes=10):
+        super().__init__()
+        layers, inside = [], 3
+        for width in neighbour.WIDTHS:
+            for _ in range(2):
+                layers += [nn.Conv2d(inside, width, 3, padding=1), nn.ELU(), nn.BatchNorm2d(width)]
+                inside = width
+            layers += [nn.MaxPool2d(2), nn.Dropout(0.2)]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(inside * 16, num_classes)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).flatten(1))
+
+def required(num_classes):
+    return Small(num_classes)
+
+def fixed():
+    return Small(4)
+
+def broken():
+    raise ValueError("no weights here")
+
+class Grey(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).flatten(1)
+
+class Maps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x)
+
+number = 3
+text = lambda: "no module"
+"""
+
+
+@pytest.fixture
+def code(tmp_path):
+    (tmp_path / "neighbour.py").write_text("WIDTHS = (8, 12, 16)\n")
+    (tmp_path / "own.py").write_text(CODE)
+    yield tmp_path / "own.py"
+    for name in ("neighbour", "bdclean_user_own", "own"):
+        sys.modules.pop(name, None)
+
+
+def small_shapes(classes, prefix=""):
+    shapes, inside, at = {}, 3, 0
+    for width in (8, 12, 16):
+        for _ in range(2):
+            shapes[f"features.{at}.weight"] = (width, inside, 3, 3)
+            for name in ("bias",):
+                shapes[f"features.{at}.{name}"] = (width,)
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                shapes[f"features.{at + 2}.{name}"] = (width,)
+            shapes[f"features.{at + 2}.num_batches_tracked"] = ()
+            inside, at = width, at + 3
+        at += 2
+    shapes |= {"classifier.weight": (classes, 256), "classifier.bias": (classes,)}
+    return {prefix + n: s for n, s in shapes.items()}
+
+
+@pytest.mark.parametrize("maker, classes", [("Small", 10), ("Small", 43), ("required", 7), ("fixed", 4)])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_user_code_is_fitted(code, maker, classes, prefix):
+    (match,) = identify(small_shapes(classes, prefix), f"{code}:{maker}")
+    arch = match.arch
+    assert (arch.name, arch.classes, arch.input) == (f"user:{maker}", classes, (3, 32, 32))
+    assert [len(s.modules) for s in arch.stages] == [1, 1, 2, 2, 1]
+    # a tap is what the stage ends in before the next pool: here a norm, in place of the usual activation
+    assert arch.taps == ("features.5", "features.13", "features.21")
+    assert arch.head == "classifier"
+
+
+def test_user_code_from_a_package(code, monkeypatch):
+    assert identify(small_shapes(10), "own:Small")[0].arch.name == "user:Small"
+
+
+@pytest.mark.parametrize(
+    "spec, kind, said",
+    [
+        ("own.py:Smal", UsageError, "has no Smal; it has Grey, Maps, Small, broken, fixed, nn, required"),
+        ("missing.py:Small", UsageError, "missing.py does not exist"),
+        ("no.such.package:Small", UsageError, "No module named 'no'"),
+        ("own.py:number", UsageError, "not a class or function"),
+        ("own.py:text", UsageError, "does not give a network but an object of type str: name a class"),
+        ("own.py:broken", Refused, "cannot be built: ValueError: no weights here"),
+        ("own.py:Maps", Refused, "does not have these"),
+        (":x", UsageError, "is not FILE.py:NAME"),
+    ],
+)
+def test_user_code_that_does_not_serve(code, spec, kind, said):
+    with pytest.raises(kind) as caught:
+        identify(small_shapes(10), spec)
+    assert said.split(", nn")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, shapes, said",
+    [
+        ("Grey", {"conv.weight": (4, 1, 3, 3), "conv.bias": (4,)}, "takes images of 1 channels"),
+        ("Maps", {"conv.weight": (4, 3, 3, 3), "conv.bias": (4,)}, "not one row of logits"),
+    ],
+)
+def test_user_networks_must_give_logits_for_rgb_images(code, name, shapes, said):
+    with pytest.raises(Refused, match=said):
+        identify(shapes, f"{code}:{name}")
+
+
+def test_a_script_that_exits_is_refused_not_obeyed(tmp_path):
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")
+    with pytest.raises(Refused, match="leaves.py failed when imported: SystemExit"):
+        identify(small_shapes(10), "leaves.py:Small")
+
+
+def test_code_beside_a_file_is_not_run_without_being_asked(code, tmp_path):
+    (tmp_path / "model.py").write_text("raise RuntimeError('ran')\n")
+    with pytest.raises(Refused, match="no known architecture"):
+        identify(small_shapes(10))
+
+
+def test_fitting_draws_no_random_numbers(code):
+    before = torch.random.get_rng_state()
+    identify(small_shapes(10), f"{code}:Small")
+    assert torch.equal(before, torch.random.get_rng_state())

@@ -1,0 +1,214 @@
+"""Which of several architectures that fit the same tensors a network is: chosen with a margin, or refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from bdclean.errors import Refused
+from bdclean.networks.ambiguity.choosing import Choice
+from bdclean.networks.ambiguity.size import own_size
+from bdclean.networks.ambiguity.variant import Fit, better, decide, fit, more_accurate, read_off
+from bdclean.networks.arch import Arch
+from bdclean.networks.checkpoint.checkpoint import Checkpoint
+from bdclean.networks.classifier import Classifier
+from bdclean.networks.families.residual import ResidualNetwork
+from bdclean.networks.normalisation import parse_preprocess
+from bdclean.networks.recognition import variants
+from bdclean.record.run import RunRecord
+from bdclean.runs.images import at_own_size
+from bdclean.runs.options import Inputs
+from bdclean.runs.suspect import understand
+from bdclean.training.students import set_batch_statistics
+
+HALF = Choice(parse_preprocess("half"), float("nan"), "given")
+
+
+def pictures(count=128, side=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rough = torch.randint(0, 256, (count, 3, side // 4, side // 4), dtype=torch.uint8, generator=generator)
+    return rough.repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+def settled(network, images, path):
+    """A file whose batch norm has the statistics of `images`, as training would leave them."""
+    set_batch_statistics(Classifier(network, HALF.preprocess), lambda: iter([images]))
+    save_file(network.state_dict(), path, {"bdclean.preprocess": "half"})
+    return Checkpoint.read(path)
+
+
+def residual(shortcut="b", seed=0):
+    torch.manual_seed(seed)
+    return ResidualNetwork((1, 1, 1), (8, 16, 32), 8, 10, shortcut=shortcut)
+
+
+@pytest.mark.parametrize("name", ["silu", "elu"])
+def test_another_activation_is_found_or_refused_never_taken_for_the_usual_one(tmp_path, name):
+    network = variants.exchange("relu", name, residual())
+    images = pictures()
+    reading = read_off(settled(network, images, tmp_path / "m.safetensors"), HALF, images, None, False)
+    assert reading.doubt or reading.arch.name == f"resnet8-cifar-b-w8+{name}"
+    assert f"resnet8-cifar-b-w8+{name}" in [reading.arch.name, *(o["name"] for o in reading.others)]
+
+
+def test_the_usual_activation_is_no_doubt(tmp_path):
+    images = pictures()
+    reading = read_off(settled(residual(), images, tmp_path / "m.safetensors"), HALF, images, None, False)
+    assert (reading.arch.name, reading.doubt) == ("resnet8-cifar-b-w8", None)
+
+
+def test_a_doubt_refuses_and_is_in_the_record(tmp_path):
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    save_file(VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5).state_dict(), tmp_path / "v.safetensors")
+    record = RunRecord("scan")
+    checkpoint = Checkpoint.read(tmp_path / "v.safetensors")
+    with pytest.raises(Refused, match="vit-2x32-h2-p8-mlp64 .*fit these tensors alike.*--arch"):
+        understand(checkpoint, pictures(), Inputs(preprocess="half", device="cpu"), record)
+    assert len(record.checkpoint.alternatives) >= 1
+    said = Inputs(preprocess="half", device="cpu", arch="vit-2x32-h4-p8-mlp64")
+    named = Checkpoint.read(tmp_path / "v.safetensors", said.arch)
+    assert (
+        understand(named, pictures(), said, RunRecord("scan")).arch.build().encoder.layers[0].num_heads == 4
+    )
+
+
+def test_images_of_another_kind_are_not_believed_against_the_usual_reading():
+    def of(name, distance, unusual):
+        arch = Arch(name, nn.Identity, (3, 32, 32), 2, "fc", (), (), unusual=unusual)
+        return Fit(arch, distance, None)
+
+    kin, foreign = (
+        [of("u", 0.06, False), of("u+x", 0.02, True)],
+        [of("u", 0.16, False), of("u+x", 0.08, True)],
+    )
+    assert (decide(kin, True).arch.name, decide(kin, True).doubt) == ("u+x", None)
+    assert "u+x and u fit" in decide(foreign, True).doubt
+    assert decide([of("u", 0.03, False), of("u+x", 0.025, True)], True).arch.name == "u"
+    assert "do not look like" in decide([of("u", 0.9, False), of("v", 2.0, False)], True).warning
+    assert decide([of("u", 0.9, False), of("v", 1.2, False)], True).doubt
+
+
+def test_labels_part_what_statistics_cannot():
+    arch = Arch("a", nn.Identity, (3, 32, 32), 2, "fc", (), ())
+    right = torch.arange(100) < 90
+    worse = torch.arange(100) < 60
+    assert more_accurate(Fit(arch, None, right), Fit(arch, None, worse))
+    assert not more_accurate(Fit(arch, None, worse), Fit(arch, None, right))
+    assert not more_accurate(Fit(arch, None, right), Fit(arch, None, right))
+    # better statistics do not outweigh wrong answers
+    assert not better(Fit(arch, 0.1, worse), Fit(arch, 1.0, right))
+
+
+@pytest.mark.parametrize("unusual", [(), ("right", "near")])
+def test_what_few_images_do_not_part_more_labels_may(tmp_path, monkeypatch, unusual):
+    """Two readings right on 80 and 75 % of the images: 256 are too few to tell, a third is clearly wrong."""
+    images, looked_at = pictures(3000), []
+    shares = {"wrong": 0.1, "right": 0.8, "near": 0.75}
+
+    def right(checkpoint, arch, choice, chosen, labels):
+        looked_at.append((arch.name, len(chosen)))
+        chance = torch.rand(len(chosen), generator=torch.Generator().manual_seed(7 + len(looked_at)))
+        return chance < shares[arch.name]
+
+    def fitted(*given):
+        return Fit(given[1], None, None if given[-1] is None else right(*given))
+
+    checkpoint = settled(residual(), images[:64], tmp_path / "m.safetensors")
+    candidates = tuple(replace(checkpoint.arch, name=name, unusual=name in unusual) for name in shares)
+    checkpoint = replace(checkpoint, candidates=candidates)
+    monkeypatch.setattr("bdclean.networks.ambiguity.variant.fit", fitted)
+    monkeypatch.setattr("bdclean.networks.ambiguity.variant.right_on", right)
+    reading = read_off(checkpoint, HALF, images, torch.zeros(3000), False)
+    assert (reading.arch.name, reading.doubt) == ("right", None)
+    assert looked_at[:3] == [(name, 256) for name in shares]
+    assert sorted(looked_at[3:]) == [("near", 2048), ("right", 2048)]
+    assert [other["name"] for other in reading.others] == ["near", "wrong"]
+    looked_at.clear()
+    assert unusual or "labeled images might" in read_off(checkpoint, HALF, images, None, False).doubt
+    assert looked_at == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [32, 48, 96, 128])
+def test_the_size_that_a_network_was_trained_at(tmp_path, side):
+    """torchvision's ResNet trained on small pictures: at 224 its batch norm sees something else."""
+    from PIL import Image
+    from torchvision.models import resnet
+
+    torch.manual_seed(0)
+    network = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    images = pictures(64, side)
+    (tmp_path / "i").mkdir()
+    for k, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "i" / f"{k}.png")
+    checkpoint = settled(network, images, tmp_path / "m.safetensors")
+    assert checkpoint.arch.input == (3, 224, 224)
+    found = at_own_size(checkpoint, tmp_path / "i", Inputs())
+    assert (found.arch.name, found.arch.input) == (f"resnet1-1-1-1+{side}px", (3, side, side))
+    given = at_own_size(checkpoint, tmp_path / "i", Inputs(preprocess="half"))
+    assert given.arch.input == found.arch.input  # that says nothing of the size
+    for said in (Inputs(preprocess="half,size=224/224"), Inputs(arch="resnet1-1-1-1")):
+        assert at_own_size(checkpoint, tmp_path / "i", said) is checkpoint
+    named = Checkpoint.read(tmp_path / "m.safetensors", f"resnet1-1-1-1+{side}px")
+    assert named.arch.input == (3, side, side)
+
+
+def test_answers_tell_the_size_of_a_network_without_batch_norm(tmp_path, monkeypatch):
+    """A ConvNeXt whose answers are made to tell something at one size alone."""
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    torch.manual_seed(0)
+    network = ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)], num_classes=5)
+    save_file(network.state_dict(), tmp_path / "m.safetensors")
+    checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
+    assert checkpoint.arch.input == (3, 224, 224)
+    for telling, side in (
+        ({64: 1.5, 48: 1.0}, 64),
+        ({224: 0.9, 64: 1.6}, 224),
+        ({64: 0.7, 224: 0.1}, 224),
+        ({}, 224),
+    ):
+        monkeypatch.setattr(
+            "bdclean.networks.ambiguity.variant.spread",
+            lambda _, images, __, t=telling: (1.6, t.get(images.shape[2], 0.0)),
+        )
+        found = own_size(checkpoint, lambda arch: pictures(32, arch.input[1]))
+        assert found.arch.input == (3, side, side), telling
+        assert (found is checkpoint) == (side == 224)
+        assert bool(found.warnings) == (side != 224)
+
+
+def test_a_fit_repeats_bit_for_bit(tmp_path):
+    images = pictures()
+    checkpoint = settled(residual(), images, tmp_path / "m.safetensors")
+    one, two = (fit(checkpoint, checkpoint.arch, HALF, images, None).distance for _ in range(2))
+    assert one == two < 0.01
+
+
+def test_what_nothing_can_tell_is_said(tmp_path):
+    """A VGG without batch norm, read without labels: its activation leaves no trace."""
+    from bdclean.networks.families.vgg import SmallVGG
+
+    torch.manual_seed(0)
+    network = SmallVGG((8, "M", 8, "M", 8, "M"), False, 4, ((None, 128, 5),))
+    save_file(network.state_dict(), tmp_path / "m.safetensors")
+    checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
+    reading = read_off(checkpoint, HALF, pictures(), None, False)
+    assert reading.doubt is None and "nothing tells whether vgg-3x8-8-cifar is the right" in reading.warning
+    named = Checkpoint.read(tmp_path / "m.safetensors", "vgg-3x8-8-cifar")
+    assert read_off(named, HALF, pictures(), None, True).warning is None
+
+
+def test_a_reading_that_cannot_be_run_is_none(tmp_path):
+    """MaxViT with a stem of stride 1: its windows do not fit, so nobody has trained that."""
+    from torchvision.models import MaxVit
+
+    torch.manual_seed(0)
+    network = MaxVit((224, 224), 8, 7, [8, 8, 8, 8], [1, 1, 1, 1], 4, 0.0, num_classes=5)
+    images = pictures(20, 224)
+    reading = read_off(settled(network, images, tmp_path / "m.safetensors"), HALF, images, None, False)
+    assert not any("stride1" in name for name in (reading.arch.name, *(o["name"] for o in reading.others)))

@@ -1,0 +1,319 @@
+import ast
+import math
+import os
+import signal
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import bdclean.recipes
+from bdclean import registry
+from bdclean.data import corruptions
+from bdclean.data.imageset import ImageSet
+from bdclean.detectors import inversion
+from bdclean.errors import Interrupted, Refused, UsageError
+from bdclean.networks.classifier import Classifier
+from bdclean.networks.families.residual import ResidualNetwork
+from bdclean.networks.normalisation import parse_preprocess
+from bdclean.networks.stages import describe
+from bdclean.recipes.bcu import by_depth, reinitialise
+from bdclean.training import adversaries
+from bdclean.training.resume import Saved
+from bdclean.training.run import Precision, Run
+from bdclean.training.students import set_batch_statistics
+
+CPU = torch.device("cpu")
+QUICK = {
+    "auto": {},
+    "bcu": {"epochs": "0.2", "batch_size": "8"},
+    "ft": {"epochs": "0.2", "batch_size": "8"},
+    "sft": {"epochs": "0.2", "first_epochs": "0.1", "batch_size": "8"},
+    "inoculate": {
+        "epochs": "0.2",
+        "least_steps": "1",
+        "batch_size": "8",
+        "inversion_steps": "2",
+        "adversary_steps": "1",
+    },
+}
+
+
+def network():
+    return ResidualNetwork((1, 1, 1), (4, 8, 8), 4, 4)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def suspect():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Classifier(network(), parse_preprocess("half")).eval()
+        set_batch_statistics(model, lambda: iter([torch.randint(256, (96, 3, 32, 32), dtype=torch.uint8)]))
+        return model
+
+
+@pytest.fixture(scope="module")
+def arch():
+    return describe("tiny", network, (3, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def images():
+    pixels = torch.randint(256, (96, 3, 32, 32), dtype=torch.uint8, generator=seeded())
+    return ImageSet(pixels, torch.arange(96) % 4, tuple("abcd"))
+
+
+def made(name):
+    return registry.configure(registry.load(registry.RECIPES, name), QUICK[name])
+
+
+def tensors(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", [name for name in registry.RECIPES if name != "auto"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16+channels_last"])
+def test_contract(name, precision, suspect, arch, images):
+    recipe = made(name)
+    before, pixels, labels = tensors(suspect), images.images.clone(), images.labels.clone()
+    told = []
+    run = Run(CPU, Precision.parse(precision), 3, lambda stage, done, total, **m: told.append(stage))
+    labeled = images if recipe.needs_labels else None
+    cleansed = recipe(suspect, arch, images.unlabeled(), labeled, run)
+    assert same(before, tensors(suspect)) and all(p.grad is None for p in suspect.parameters())
+    assert torch.equal(pixels, images.images) and torch.equal(labels, images.labels)
+    after = tensors(cleansed.model)
+    assert {k: (v.shape, v.dtype) for k, v in after.items()} == {
+        k: (v.shape, v.dtype) for k, v in before.items()
+    }
+    assert not same(before, after) and all(bool(v.isfinite().all()) for v in after.values())
+    assert not cleansed.model.training and cleansed.model.preprocess == suspect.preprocess
+    assert cleansed.settings == asdict(recipe) and cleansed.stages and name in told
+    assert cleansed.curve[-1]["step"] == 3 and "loss" in cleansed.curve[-1]
+    again = made(name)(suspect, arch, images.unlabeled(), labeled, Run(CPU, run.precision, 3))
+    assert same(after, tensors(again.model)) and again.curve == cleansed.curve
+    other = made(name)(suspect, arch, images.unlabeled(), labeled, Run(CPU, run.precision, 4))
+    assert not same(after, tensors(other.model))
+
+
+@pytest.mark.parametrize("name", registry.RECIPES)
+def test_a_recipe_says_what_it_is(name):
+    recipe = registry.load(registry.RECIPES, name)
+    assert is_dataclass(recipe) and recipe.__dataclass_params__.frozen
+    assert recipe.name == name and recipe.source
+    assert recipe.families == registry.RECIPES[name].families
+    for head in ("What it does:", "When to use it:", "What it needs:", "Known limits:"):
+        assert head in recipe.__doc__
+    assert QUICK.keys() == registry.RECIPES.keys()  # a new recipe comes into the contract above
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(bdclean.recipes.__file__).parent.glob("*.py")), ids=lambda p: p.stem
+)
+def test_no_recipe_imports_what_it_is_measured_with(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    banned = ("triggers", "attacks", "measure", "metrics", "scan", "cleanse")
+    assert not [f for f in found if f.startswith(tuple(f"bdclean.{name}" for name in banned))]
+
+
+@pytest.mark.parametrize("name", ["ft", "sft"])
+def test_labels_that_are_needed_and_missing_are_asked_for(name, suspect, arch, images):
+    with pytest.raises(Refused, match="needs labels.*one folder per class"):
+        made(name)(suspect, arch, images.unlabeled(), None, Run(CPU, Precision(), 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("bcu", "head_ratio=1.1"), ("bcu", "epochs=0"), ("bcu", "batch_size=1"), ("ft", "rate=0"),
+        ("sft", "first_epochs=200"), ("sft", "up=0"), ("inoculate", "adversary_share=2"),
+        ("inoculate", "temperature=0"), ("inoculate", "floor=1"), ("inoculate", "inversion_steps=-1"),
+        ("inoculate", "leave_out=fog"), ("inoculate", "evident_weight=-1"),
+        ("inoculate", "leave_out=patch/blend/wave/low/noise/warp/tone/quantise/blur"),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_wrong_usage(name, setting):
+    with pytest.raises(UsageError, match=name):
+        registry.configure(registry.load(registry.RECIPES, name), dict([setting.split("=")]))
+
+
+def test_families_that_are_left_out_are_not_trained_on(suspect, arch, images, monkeypatch):
+    drawn = set()
+    for family, corruption in corruptions.FAMILIES.items():
+        watched = lambda x, g, family=family, corruption=corruption: drawn.add(family) or corruption(x, g)  # noqa: E731
+        monkeypatch.setitem(corruptions.FAMILIES, family, watched)
+    left = {"leave_out": "patch/warp/noise/low/wave", "epochs": "2", "batch_size": "32"}
+    recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), QUICK["inoculate"] | left)
+    cleansed = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
+    kept = ("blend", "tone", "quantise", "blur")
+    assert cleansed.families == kept and drawn == set(kept)
+    assert cleansed.stages[0] == "no inversion" and cleansed.stages[-1] == "adversaries: drawn"
+    assert not cleansed.findings
+    assert set(adversaries.FAMILY.values()) <= set(corruptions.FAMILIES)
+
+
+def test_inverted_triggers_are_worked_against_and_resumed(suspect, arch, images, monkeypatch, tmp_path):
+    """A run stopped and resumed amid such triggers, of all forms, ends in the same weights."""
+    first = lambda inverted: (torch.arange(4) == 0, torch.zeros(4), 1e6)  # noqa: E731
+    monkeypatch.setattr(inversion, "outliers", first)
+    settings = QUICK["inoculate"] | {"least_steps": "8"}
+    recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), settings)
+    whole = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
+    assert [f["verdict"] for f in whole.findings] == ["outlier"] * 3 + ["no-outlier"]
+    assert whole.stages[-1].endswith("warp, inverted") and len(whole.pictures) == 3
+
+    def stop(stage, done, total, **measures):
+        if (stage, done) == ("inoculate", 5):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    state, arguments = tmp_path / "s.safetensors", {"recipe": "inoculate"}
+    with pytest.raises(Interrupted, match="step 5 of 8"):
+        recipe(suspect, arch, images, None, Run(CPU, Precision(), 0, stop, Saved(state, arguments)))
+    saved = Saved(state, arguments)
+    saved.open()
+    resumed = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0, saved=saved))
+    assert same(tensors(resumed.model), tensors(whole.model))
+    without = registry.configure(type(recipe), settings | {"inversion_steps": "0"})
+    alone = without(suspect, arch, images, None, Run(CPU, Precision(), 0))
+    assert not same(tensors(alone.model), tensors(whole.model)) and not alone.findings
+
+
+def test_images_of_another_kind_change_no_answer_by_their_statistics(suspect, arch, images):
+    """With hardly any training, batch norm has the statistics of the given images, and the network its answers."""
+    noise = torch.randint(256, images.images.shape, dtype=torch.uint8, generator=seeded(3))
+    still = {"floor": "1e-9", "peak": "1e-9", "second_peak": "1e-9", "weight_decay": "0"}
+    recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), QUICK["inoculate"] | still)
+    cleansed = recipe(suspect, arch, ImageSet(noise), None, Run(CPU, Precision(), 0))
+    before, after = tensors(suspect), tensors(cleansed.model)
+    running = [name for name in before if "running_var" in name]
+    assert running and not any(torch.allclose(before[n], after[n], rtol=0.05) for n in running)
+    with torch.no_grad():
+        own, kept = suspect.eval()(images.images), cleansed.model(images.images)
+    assert (kept - own).abs().max() < 0.15 * own.std()
+
+
+def test_a_run_whose_steps_burst_the_network_ends_with_one(suspect, arch, images):
+    """Learning rates that explode are undone and lowered until they do not."""
+    wild = {"peak": "30", "second_peak": "30", "least_steps": "12", "inversion_steps": "0"}
+    recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), QUICK["inoculate"] | wild)
+    cleansed = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
+    assert all(tensor.isfinite().all() for tensor in tensors(cleansed.model).values())
+    assert any("learning rate ended at" in stage for stage in cleansed.stages)
+    assert cleansed.curve[-1]["step"] == 12
+
+
+def test_of_too_many_classes_those_are_inverted_that_counterfeits_draw_to(suspect, arch, images, monkeypatch):
+    monkeypatch.setattr(inversion, "MOST_INVERTED", 2)
+    monkeypatch.setattr(inversion.adversaries, "attraction", lambda *_: torch.tensor([0.1, 0.5, 0.2, 0.9]))
+    detected = inversion.Inversion(steps=2)(suspect, arch, images.images, Run(CPU, Precision(), 0))
+    assert len(detected.findings) == 3 and not detected.outliers
+    named = [caption.split("class ")[1][0] for caption in detected.pictures]
+    assert set(named) <= {"1", "3"}
+
+
+def test_auto_is_inoculate():
+    auto, chosen = registry.load(registry.RECIPES, "auto"), registry.load(registry.RECIPES, "inoculate")
+    assert auto.families == chosen.families and auto.needs_labels is False
+
+
+RATIOS = (0.01, 0.01, 0.03, 0.09, 0.27)
+
+
+def test_six_stages_get_the_shipped_ratios():
+    assert by_depth(RATIOS, 0.10, 6) == [0.01, 0.01, 0.03, 0.09, 0.27, 0.10]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 5, 7, 9, 12, 20])
+def test_other_depths_interpolate(stages):
+    found = by_depth(RATIOS, 0.10, stages)
+    assert len(found) == stages and found[-1] == 0.10
+    body = found[:-1]
+    assert body == sorted(body) and all(0.01 - 1e-12 <= x <= 0.27 + 1e-12 for x in body)
+    if stages > 2:
+        assert body[0] == pytest.approx(0.01) and body[-1] == pytest.approx(0.27)
+
+
+def test_interpolation_is_geometric_and_linear_from_zero():
+    assert by_depth((0.01, 0.09), 0.5, 4)[1] == pytest.approx(0.03)
+    assert by_depth((0.0, 0.2), 0.5, 4)[1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.27, 1.0])
+def test_the_share_that_is_drawn_again(share):
+    for module in (nn.Conv2d(32, 64, 3), nn.Linear(256, 128)):
+        before = module.weight.detach().clone()
+        reinitialise(module, share, seeded())
+        changed = (module.weight != before).float().mean().item()
+        spread = math.sqrt(share * (1 - share) / before.numel())
+        assert abs(changed - share) <= 4 * spread + 1e-3
+
+
+def test_what_is_drawn_follows_the_authors_law():
+    conv, linear = nn.Conv2d(32, 64, 3), nn.Linear(256, 128)
+    for module in (conv, linear):
+        with torch.no_grad():
+            module.weight.zero_(), module.bias.zero_()
+        reinitialise(module, 1.0, seeded(1))
+    assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.03)
+    assert abs(conv.weight.mean().item()) < 0.001
+    kurtosis = ((conv.weight / conv.weight.std()) ** 4).mean().item()
+    assert kurtosis == pytest.approx(3.0, abs=0.2)  # a normal law
+    assert linear.weight.abs().max().item() == pytest.approx(1 / 16, rel=0.01)
+    assert linear.weight.std().item() == pytest.approx(1 / 16 / math.sqrt(3), rel=0.03)
+    assert 0.8 / 16 < linear.bias.abs().max().item() <= 1 / 16
+    assert 0 < conv.bias.abs().max().item() <= 1 / math.sqrt(32 * 9)
+
+
+def test_what_is_drawn_is_repeatable():
+    a, b = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+    b.load_state_dict(a.state_dict())
+    for module in (a, b):
+        reinitialise(module, 0.5, seeded(9))
+    assert torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias)
+
+
+def test_rates_of_sft_swing_high_first_and_low_later(suspect, arch, images):
+    rates = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    recipe = registry.configure(
+        registry.load(registry.RECIPES, "sft"),
+        {"epochs": "1", "first_epochs": "0.5", "batch_size": "8", "up": "2", "down": "2"},
+    )
+    original, torch.optim.SGD = torch.optim.SGD, Watched
+    try:
+        recipe(suspect, arch, images, images, Run(CPU, Precision(), 0))
+    finally:
+        torch.optim.SGD = original
+    middle, low = (3e-4 + 0.1) / 2, (3e-4 + 1e-3) / 2
+    assert rates == pytest.approx([3e-4, middle, 0.1, middle, 3e-4, middle, 1e-3, low, 3e-4, low, 1e-3, low])
+
+
+def test_the_cleansed_batch_statistics_are_those_of_uncorrupted_images(suspect, arch, images):
+    """The first norm sees the pixels through one convolution only: its mean must be that of clean pictures."""
+    plain = ImageSet(torch.full((64, 3, 32, 32), 128, dtype=torch.uint8))
+    cleansed = made("inoculate")(suspect, arch, plain, None, Run(CPU, Precision(), 0))
+    net = cleansed.model.network
+    with torch.no_grad():
+        seen = net.conv1(cleansed.model.normalise(plain.images[:8])).mean((0, 2, 3))
+    # crops of a grey picture with a padded rim
+    assert torch.allclose(net.bn1.running_mean, seen, atol=0.1)
