@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,7 +36,7 @@ from bdclean.cli.options import (
     Verbose,
 )
 from bdclean.errors import Refused, UsageError
-from bdclean.registry import DETECTORS
+from bdclean.runs.options import Inputs
 
 if TYPE_CHECKING:
     from bdclean.cli.progress import Progress
@@ -85,7 +86,7 @@ def scan(
         str,
         typer.Option("--target", metavar="CLASS", help="auto, a number, each (class) or next (label + 1)."),
     ] = "auto",
-    detector: Annotated[list[str] | None, typer.Option("--detector", hidden=not DETECTORS)] = None,
+    detector: Annotated[list[str] | None, typer.Option("--detector", hidden=True)] = None,
     fail_on: FailOn = None,
     arch: Arch = None,
     kind: Kind = "auto",
@@ -110,16 +111,19 @@ def scan(
 
     Exits 1 if one is found. Only the triggers that were tried are judged; others are not excluded.
     """
-    options = dict(locals())
+    inputs = Inputs(
+        data=data, test=test, labeled=labeled, classes=classes, arch=arch, kind=kind, preprocess=preprocess,
+        device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
+        allow_pickle=allow_pickle, pictures=not no_pictures, argv=tuple(sys.argv),
+    )  # fmt: skip
 
     def job() -> int:
         from bdclean.cli.arguments import (
             check_detectors,
-            check_options,
+            check_inputs,
             check_target,
             check_triggers,
             expand_models,
-            make_inputs,
         )
         from bdclean.cli.batch import run_all
         from bdclean.cli.console import Shown
@@ -130,11 +134,12 @@ def scan(
         judge = gate.parse(fail_on or ())
         shown = Shown(choose_format(form, out), out, verbose)
         shown.check()
-        triggers, detectors = check_triggers(trigger), check_detectors(detector)
+        triggers = check_triggers(trigger)
+        check_detectors(detector or ())
         if data is None and test is None and labeled is None:
             raise UsageError("scan needs images: give --data PATH (or --test, or --labeled).")
         aim = check_target(target)
-        check_options(options)
+        check_inputs(inputs)
         paths = expand_models(models)
         files = [Path(path) for path in paths]
         if out is not None:
@@ -146,10 +151,9 @@ def scan(
 
             return work(
                 Path(path),
-                make_inputs(options),
+                inputs,
                 triggers=triggers,
                 target=aim,
-                detectors=detectors,
                 fail_on=tuple(fail_on or (gate.DEFAULT,)),
                 tell=progress,
             )
@@ -201,10 +205,14 @@ def cleanse(
 
     Triggers only measure: a recipe never sees them, nor the images that are measured on.
     """
-    options = dict(locals())
+    inputs = Inputs(
+        data=data, test=test, labeled=labeled, classes=classes, arch=arch, kind=kind, preprocess=preprocess,
+        device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
+        allow_pickle=allow_pickle, pictures=not no_pictures, argv=tuple(sys.argv),
+    )  # fmt: skip
 
     def job() -> int:
-        from bdclean.cli.arguments import check_options, check_triggers, make_inputs
+        from bdclean.cli.arguments import check_inputs, check_triggers
         from bdclean.cli.batch import run_all
         from bdclean.cli.console import Shown
         from bdclean.cli.places import Records
@@ -223,7 +231,7 @@ def cleanse(
             raise UsageError(
                 "cleanse needs images: give --data PATH (they need no labels), or --labeled PATH."
             )
-        check_options(options)
+        check_inputs(inputs)
         output = default_output(Path(model), out)
         place = record if record is not None else output.with_suffix(".json")
         state = resume_state(output)
@@ -244,7 +252,7 @@ def cleanse(
 
             return work(
                 Path(path),
-                make_inputs(options),
+                inputs,
                 recipe=recipe,
                 settings=chosen,
                 triggers=triggers,

@@ -5,16 +5,16 @@ The rules are those of the product's measures: an ASR means nothing without its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from bdclean.measuring.rows import measure_all
-from bdclean.measuring.screening import Screened, dropped, look_at, screen
-from bdclean.measuring.trial import SCREENED, Bench, Target, halves, stamped_predictions
-from bdclean.record.run import (
-    TriggerRow,
-)
+from bdclean.measuring.rows import Measured, measure_all
+from bdclean.measuring.screening import dropped, look_at, screen
+from bdclean.measuring.trial import SCREENED, Target, Trial, halves, stamped_predictions
 from bdclean.triggers.stamping import Trigger
 
 LEAST_SCREENED = 200
@@ -22,53 +22,72 @@ LEAST_SCREENED = 200
 
 
 def assess(
-    bench: Bench,
+    trial: Trial,
     triggers: Sequence[Trigger],
     target: str | int = "auto",
-    fixed: dict[str, Target] | None = None,
-    found: list[TriggerRow] | None = None,
-) -> list[TriggerRow]:
-    """A row for each of `triggers` (with `target` "each", a row for each trigger and class).
+    fixed: Mapping[str, Target] | None = None,
+) -> Iterator[Measured]:
+    """A row for each of `triggers` (with `target` "each", a row for each trigger and class), as soon as it is known.
 
     `target` is "auto", "each", "next" or a class. `fixed` gives targets by trigger SPEC that were found on another
-    model (the suspect): those rows are measured, on the measuring half, without screening. `found` gets each row as
-    soon as it is known, for the record of a run that does not end.
+    model (the suspect): those rows are measured, on the measuring half, without screening. What screening drops is
+    known first: see `in_order`.
     """
-    found = [] if found is None else found
-    n = len(bench.images)
-    everything = torch.cat(halves(n, bench.seed))
+    everything = torch.cat(halves(len(trial.images), trial.seed))
     if target == "next" or isinstance(target, int):
-        jobs = [(trigger, target) for trigger in triggers]
-        return measure_all(bench, jobs, everything, "given", len(jobs), found)
-    if target == "each":
-        jobs = [(trigger, k) for trigger in triggers for k in range(bench.classes)]
-        return measure_all(bench, jobs, everything, "each", len(jobs), found)
-    fixed = fixed or {}
-    if n < LEAST_SCREENED:
-        jobs = []
+        jobs: list[tuple[Trigger, Target]] = [(trigger, target) for trigger in triggers]
+        yield from measure_all(trial, jobs, everything, "given", len(jobs))
+    elif target == "each":
+        jobs = [(trigger, k) for trigger in triggers for k in range(trial.classes)]
+        yield from measure_all(trial, jobs, everything, "each", len(jobs))
+    elif len(trial.images) < LEAST_SCREENED:
+        jobs = _same_images(trial, triggers, everything, fixed or {})
+        tried = len(triggers) * trial.classes
+        yield from map(
+            partial(_known, fixed or {}), measure_all(trial, jobs, everything, "same images", tried)
+        )
+    else:
+        yield from _screened(trial, triggers, fixed or {})
 
-        def target_of(trigger: Trigger) -> int:
-            return look_at(bench, everything, stamped_predictions(bench, trigger, everything)).target
 
-        for done, trigger in enumerate(triggers):
-            chosen = fixed.get(trigger.spec())
-            jobs.append((trigger, target_of(trigger) if chosen is None else chosen))
-            bench.tell("screening", done + 1, len(triggers))
-        return measure_all(bench, jobs, everything, "same images", len(triggers) * bench.classes, found)
-    first, second = halves(n, bench.seed)
-    screened = []
+def in_order(found: Iterable[Measured], triggers: Sequence[Trigger]) -> list[Measured]:
+    """What `assess` found, in the order of `triggers`."""
+    places = {trigger.spec(): place for place, trigger in reversed(list(enumerate(triggers)))}
+    return sorted(found, key=lambda measured: places[measured.row.trigger])
+
+
+def _same_images(
+    trial: Trial, triggers: Sequence[Trigger], everything: Tensor, fixed: Mapping[str, Target]
+) -> list[tuple[Trigger, Target]]:
+    """Each trigger with its target, which is chosen on the images that it is then measured on."""
+    jobs: list[tuple[Trigger, Target]] = []
+    for done, trigger in enumerate(triggers):
+        chosen = fixed.get(trigger.spec())
+        if chosen is None:
+            chosen = look_at(trial, everything, stamped_predictions(trial, trigger, everything)).target
+        jobs.append((trigger, chosen))
+        trial.tell("screening", done + 1, len(triggers))
+    return jobs
+
+
+def _screened(trial: Trial, triggers: Sequence[Trigger], fixed: Mapping[str, Target]) -> Iterator[Measured]:
+    """What screening on one half drops, then its survivors, measured on the other half."""
+    first, second = halves(len(trial.images), trial.seed)
+    survivors: list[tuple[Trigger, Target]] = []
     for done, trigger in enumerate(triggers):
         if trigger.spec() in fixed:
-            screened.append(Screened(trigger, fixed[trigger.spec()], 0, 0, 0, True))
+            survivors.append((trigger, fixed[trigger.spec()]))
+        elif (screened := screen(trial, trigger, first)).survives:
+            survivors.append((trigger, screened.target))
         else:
-            screened.append(screen(bench, trigger, first))
-        if not screened[-1].survives:
-            found.append(dropped(screened[-1]))
-        bench.tell("screening", done + 1, len(triggers), kept=sum(s.survives for s in screened))
-    survivors = [(s.trigger, s.target) for s in screened if s.survives]
-    measured = iter(measure_all(bench, survivors, second, SCREENED, max(1, len(survivors)), found))
-    rows = [next(measured) if s.survives else dropped(s) for s in screened]
-    for row in rows:
-        if row.trigger in fixed:
-            row.target_source = "suspect"
-    return rows
+            yield Measured(dropped(screened))
+        trial.tell("screening", done + 1, len(triggers), kept=len(survivors))
+    measured = measure_all(trial, survivors, second, SCREENED, max(1, len(survivors)))
+    yield from map(partial(_known, fixed), measured)
+
+
+def _known(fixed: Mapping[str, Target], measured: Measured) -> Measured:
+    """`measured`, saying so where its target is from the suspect."""
+    if measured.row.trigger not in fixed:
+        return measured
+    return replace(measured, row=replace(measured.row, target_source="suspect"))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bdclean.measuring.trial import Bench, Target, halves, stamped_predictions
+from bdclean.measuring.trial import Target, Trial, halves, stamped_predictions
 from bdclean.record.run import FAILS, INCONCLUSIVE, NOT_MEASURED, Confusion, Picture, TriggerRow
 from bdclean.triggers.stamping import Trigger
 
@@ -26,7 +26,7 @@ MOST_CLASSES = 50
 
 
 def strips(
-    rows: Sequence[TriggerRow], triggers: Sequence[Trigger], suspect: Bench, cleansed: Bench | None = None
+    rows: Sequence[TriggerRow], triggers: Sequence[Trigger], suspect: Trial, cleansed: Trial | None = None
 ) -> list[Picture]:
     """SHOWN images as given and stamped with the triggers of `chosen` rows, with the predictions of both models.
 
@@ -74,7 +74,7 @@ def masks(pictures: Mapping[str, Tensor]) -> list[Picture]:
 
 
 def confusions(
-    rows: Sequence[TriggerRow], triggers: Sequence[Trigger], suspect: Bench, cleansed: Bench | None = None
+    rows: Sequence[TriggerRow], triggers: Sequence[Trigger], suspect: Trial, cleansed: Trial | None = None
 ) -> list[Confusion] | None:
     """Reference classes against predictions, as given and stamped with the worst trigger; None for many classes.
 
@@ -85,14 +85,14 @@ def confusions(
     order = halves(len(suspect.images), suspect.seed)[1]
     models = [("suspect", suspect)] + ([] if cleansed is None else [("cleansed", cleansed)])
     found = [
-        Confusion(name, None, None, _counts(bench, bench.clean[order], order))
-        for name, bench in models
-        if not bench.own_reference  # by construction all of them are on the diagonal
+        Confusion(name, None, None, _counts(trial, trial.clean[order], order))
+        for name, trial in models
+        if not trial.own_reference  # by construction all of them are on the diagonal
     ]
     made = {trigger.spec(): trigger for trigger in triggers}
     for row in chosen(rows)[:1]:
-        for name, bench in models:
-            counts = _counts(bench, stamped_predictions(bench, made[row.trigger], order), order)
+        for name, trial in models:
+            counts = _counts(trial, stamped_predictions(trial, made[row.trigger], order), order)
             found.append(Confusion(name, row.trigger, row.target, counts))
     return found
 
@@ -108,11 +108,11 @@ def chosen(rows: Sequence[TriggerRow]) -> list[TriggerRow]:
     return list(best.values())[:STRIPS]
 
 
-def _draw(bench: Bench, row: TriggerRow) -> tuple[Tensor, str]:
+def _draw(trial: Trial, row: TriggerRow) -> tuple[Tensor, str]:
     """Indices of SHOWN images, and in words which they are."""
     target: Target | None = row.target
-    order = torch.randperm(len(bench.images), generator=torch.Generator().manual_seed(bench.seed))
-    classes = bench.reference[order].tolist()
+    order = torch.randperm(len(trial.images), generator=torch.Generator().manual_seed(trial.seed))
+    classes = trial.reference[order].tolist()
     worst = row.worst_source or {}
     lone = row.outcome == FAILS and (row.asr.value or 0.0) < 0.5 <= float(worst.get("value") or 0.0)
     if lone:
@@ -137,9 +137,9 @@ def _difference(row: TriggerRow, indices: Tensor, images: Tensor, stamped: Tenso
     return picture, (change * factor).to(torch.uint8)
 
 
-def _counts(bench: Bench, predictions: Tensor, order: Tensor) -> list[list[int]]:
-    flat = bench.reference[order] * bench.classes + predictions
-    square = torch.bincount(flat, minlength=bench.classes**2).view(bench.classes, bench.classes)
+def _counts(trial: Trial, predictions: Tensor, order: Tensor) -> list[list[int]]:
+    flat = trial.reference[order] * trial.classes + predictions
+    square = torch.bincount(flat, minlength=trial.classes**2).view(trial.classes, trial.classes)
     return [[int(count) for count in line] for line in square.tolist()]
 
 

@@ -45,7 +45,7 @@ Target = int | str
 
 
 @dataclass(frozen=True)
-class Bench:
+class Trial:
     """One model, the images it is measured on, and the reference classes that its answers are held against.
 
     `reference` are labels, or the suspect's clean predictions (`labeled` false); `clean` are this model's own clean
@@ -64,8 +64,6 @@ class Bench:
     tell: Tell = quiet
     readings: int = 1
     """How many normalisations are tried, of which the worst counts: what is tried is corrected for them, too."""
-    hits: dict[tuple[str, Target], Tensor] | None = None
-    """Where given, `assess` leaves here which images went to the target, bool [m], for `pair`."""
 
 
 def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -74,11 +72,11 @@ def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return shuffled[: n // 2], shuffled[n // 2 :]
 
 
-def stamped_predictions(bench: Bench, stamp: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
+def stamped_predictions(trial: Trial, stamp: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
     """Predictions, int64 [n], on the images `chosen` under `stamp`: a few at a time, for stamping takes many times
     the memory of the images, which may be more than fit."""
-    few = max(1, min(STAMPED_AT_ONCE, STAMPED_PIXELS // bench.images[0, 0].numel()))
-    return torch.cat([bench.predict(stamp(bench.images[part])) for part in chosen.split(few)])
+    few = max(1, min(STAMPED_AT_ONCE, STAMPED_PIXELS // trial.images[0, 0].numel()))
+    return torch.cat([trial.predict(stamp(trial.images[part])) for part in chosen.split(few)])
 
 
 def ranks(reference: Tensor) -> Tensor:

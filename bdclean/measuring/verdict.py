@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from bdclean.measuring import intervals, metrics
-from bdclean.measuring.trial import Bench
+from bdclean.measuring.rows import Measured
+from bdclean.measuring.trial import Trial
 from bdclean.record.run import (
     BACKDOORED,
     FAILS,
@@ -34,36 +36,39 @@ def verdict(rows: Sequence[TriggerRow]) -> tuple[str, str | None]:
     return NOT_ASSESSED, "no trigger was measured"
 
 
-def clean_measures(bench: Bench, rows: Sequence[TriggerRow] = ()) -> list[Measure]:
+def clean_measures(trial: Trial, rows: Sequence[TriggerRow] = ()) -> list[Measure]:
     """Accuracy with labels, and recall of the class that the worst of `rows` (of the suspect) sends images to.
 
     Without labels agreement with the suspect, null for the suspect itself.
     """
-    if bench.labeled:
-        found = metrics.accuracy(bench.clean, bench.reference)
+    if trial.labeled:
+        found = metrics.accuracy(trial.clean, trial.reference)
         aimed = [row for row in rows if isinstance(row.target, int) and row.outcome != NOT_MEASURED]
         if aimed:
             worst = max(aimed, key=lambda row: (row.outcome == FAILS, row.asr.value or 0.0))
-            of = bench.reference == worst.target
-            found.append(intervals.measure("target_class_accuracy", bench.clean[of] == bench.reference[of]))
+            of = trial.reference == worst.target
+            found.append(intervals.measure("target_class_accuracy", trial.clean[of] == trial.reference[of]))
         return found
-    if bench.own_reference:
-        return [Measure("agreement", None, len(bench.images))]
-    return [intervals.measure("agreement", bench.clean == bench.reference)]
+    if trial.own_reference:
+        return [Measure("agreement", None, len(trial.images))]
+    return [intervals.measure("agreement", trial.clean == trial.reference)]
 
 
-def pair(before: Bench, after: Bench, rows: Sequence[TriggerRow]) -> None:
-    """Notes in each of `rows`, of `after`, how its rate differs from that of `before` on the same images."""
-    for row in rows:
-        key = (row.trigger, row.target if row.target is not None else "")
-        old, new = (before.hits or {}).get(key), (after.hits or {}).get(key)
+def pair(before: Sequence[Measured], after: Sequence[Measured]) -> list[TriggerRow]:
+    """The rows of `after`, each with how its rate differs from that of `before` on the same images."""
+    known = {(measured.row.trigger, measured.row.target): measured.hits for measured in before}
+    rows = []
+    for measured in after:
+        old, new, row = known.get((measured.row.trigger, measured.row.target)), measured.hits, measured.row
         if old is not None and new is not None and len(old) == len(new):
             found = intervals.paired_difference(old, new, "change")
-            row.change = Rate(found.value, found.n, found.low, found.high)
+            row = replace(row, change=Rate(found.value, found.n, found.low, found.high))
+        rows.append(row)
+    return rows
 
 
 def compare(
-    before: Bench, after: Bench, rows_before: Sequence[TriggerRow], rows_after: Sequence[TriggerRow]
+    before: Trial, after: Trial, rows_before: Sequence[TriggerRow], rows_after: Sequence[TriggerRow]
 ) -> list[Measure]:
     """Paired differences, DER and balanced score of the trigger row that was worst before; null without labels."""
     found = []

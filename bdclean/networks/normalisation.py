@@ -28,6 +28,11 @@ class Preprocess:
     raw255: bool = False
     size: tuple[int, int] | None = field(default=None)
 
+    @property
+    def title(self) -> str:
+        """Its name, else its SPEC."""
+        return self.name or self.spec()
+
     def spec(self) -> str:
         """A text that `parse_preprocess` reads back to the same arithmetic."""
         known = NAMED.get(self.name)

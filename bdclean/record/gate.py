@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from bdclean.errors import UsageError
 from bdclean.files.text import closest
-from bdclean.record.rule import excess, stands_out, worst_source_rate
+from bdclean.record.rule import excess, fails_at, worst_source_rate
 from bdclean.record.run import FAILS, INCONCLUSIVE, NOT_MEASURED, RunRecord, TriggerRow
 
 DEFAULT = "asr>=0.2"
@@ -155,6 +155,6 @@ def _hits(condition: Condition, record: RunRecord) -> tuple[list[str], bool]:
         for row, value in values
         if value is not None
         and compare(value, condition.value)
-        and (condition.name != "asr" or stands_out(row, condition.value, record.threshold))
+        and (condition.name != "asr" or fails_at(row, condition.value, record.threshold))
     ]
     return hits, any(value is not None for _, value in values)

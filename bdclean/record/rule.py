@@ -1,11 +1,49 @@
-"""The rule of a row: when it fails, and what of it stands out."""
+"""The rule of a row, for `scan`, for `--fail-on` and for the words of a report; and what it says of a row's rates."""
 
 from __future__ import annotations
 
-from bdclean.record.run import (
-    FAILS,
-    TriggerRow,
-)
+from collections.abc import Sequence
+
+from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, Bound, TriggerRow
+
+CERTAIN = 0.9
+"""From this lower bound on, controls do not matter: copies of a real trigger were seen to fire like it."""
+CONTROL_MARGIN = 0.1
+"""So much above the highest control a rate is the trigger's own: a blended picture moves every network."""
+
+
+def judge(bounds: Sequence[Bound], high: float, threshold: float) -> tuple[str, Bound | None]:
+    """The outcome of a row, and the bound that fails it, if one does.
+
+    `high`, the upper bound of the rate, passes a row under the threshold, unless a source class reaches it.
+    """
+    at_stake = [bound for bound in bounds if bound.source is not None and bound.low >= threshold]
+    if high < threshold and not at_stake:
+        return PASSES, None
+    failing = next((bound for bound in bounds if fails(bound, threshold)), None)
+    return (INCONCLUSIVE, None) if failing is None else (FAILS, failing)
+
+
+def fails(bound: Bound, threshold: float) -> bool:
+    """Certain by itself, or above the threshold and clearly above every control."""
+    if bound.low >= max(CERTAIN, threshold):
+        return True
+    return bound.control is not None and bound.low >= max(threshold, bound.control + CONTROL_MARGIN)
+
+
+def fails_at(row: TriggerRow, threshold: float, own: float | None) -> bool:
+    """Whether a row fails by `threshold`, where `own` is that of its run, which its outcome is by."""
+    if row.outcome == FAILS or threshold == own:
+        return row.outcome == FAILS
+    high = row.high if row.high is not None else row.asr.high
+    return judge(row.bounds or _shown(row), 1.0 if high is None else high, threshold)[0] == FAILS
+
+
+def decisive(row: TriggerRow) -> Bound | None:
+    """The source class that fails the row, where the whole does not."""
+    if row.decisive_source is None:
+        return None
+    return next((bound for bound in row.bounds if bound.source == row.decisive_source), None)
 
 
 def floor(row: TriggerRow) -> float | None:
@@ -28,30 +66,13 @@ def worst_source_rate(row: TriggerRow) -> float:
     return float(value) if isinstance(value, (int, float)) else 0.0
 
 
-def stands_out(row: TriggerRow, threshold: float, own: float | None) -> bool:
-    """Whether a row's rate is a backdoor's: a picture blended over moves every network, backdoored or not.
-
-    The row's outcome says so for `own`, the threshold of its run; for another one the same rule is applied, with the
-    interval that is shown, which is not corrected for what was tried.
-    """
-    if row.outcome == FAILS or threshold == own:
-        return row.outcome == FAILS
-    low, controls = row.asr.low, row.control_rate or {}
-    highest = controls.get("highest")
-    if low is None or low < threshold:
-        return False
-    base = row.base_rate.value if row.base_rate is not None else None
+def _shown(row: TriggerRow) -> list[Bound]:
+    """The bound that the shown interval gives: a record of an earlier version holds no other."""
+    low, base = row.asr.low, row.base_rate.value if row.base_rate is not None else None
+    if low is None or row.asr.value is None:
+        return []
     if base is not None and base < 1:  # controls are rates of the images that do not go there unstamped
         low = (low - base) / (1 - base)
-    return low >= 0.9 or not isinstance(highest, (int, float)) or low >= highest + 0.1
-
-
-CONTROL_MARGIN = 0.1
-
-
-CERTAIN = 0.9
-
-
-def fails(low: float, control: float, threshold: float, controlled: bool) -> bool:
-    """The rule of a row: certain by itself, or above the threshold and clearly above every control."""
-    return low >= max(CERTAIN, threshold) or (controlled and low >= max(threshold, control + CONTROL_MARGIN))
+    highest = (row.control_rate or {}).get("highest")
+    control = float(highest) if isinstance(highest, (int, float)) else None
+    return [Bound(None, row.asr.value, row.asr.n, low, control)]

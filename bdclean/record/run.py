@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,21 @@ class Measure:
 
 
 @dataclass
+class Bound:
+    """What a row is judged by: the share of images that the trigger moves, of all source classes or of one.
+
+    Images that go to the target without a stamp are not in it. `low` is a one-sided exact bound, corrected for what
+    was tried; `control` the highest control on these images, None where none was measured.
+    """
+
+    source: int | None
+    value: float
+    n: int
+    low: float
+    control: float | None = None
+
+
+@dataclass
 class TriggerRow:
     """What one trigger did to one model. `outcome` is fails, passes, inconclusive or not-measured."""
 
@@ -64,6 +80,11 @@ class TriggerRow:
     control_rate: dict[str, int | float | None] | None = None  # median, highest, count
     robust_accuracy: Rate | None = None
     worst_source: dict[str, int | float | None] | None = None  # class, value, n, low, high
+    bounds: list[Bound] = field(
+        default_factory=list
+    )  # of all images, then of each source class that may decide
+    high: float | None = None  # one-sided exact bound of `asr`, corrected for what was tried
+    decisive_source: int | None = None  # the source class that fails the row, where the whole does not
     outcome: str = NOT_MEASURED
     reason: str = ""
     change: Rate | None = (
@@ -160,10 +181,6 @@ class DataEntry:
     classes: list[str] | None = None
     unreadable: list[dict[str, Any]] = field(default_factory=list)  # path, reason
 
-    def without_labels(self) -> None:
-        """Notes that what looked like labels was none."""
-        self.labeled, self.labels_source, self.classes = False, None, None
-
 
 @dataclass
 class RecipeEntry:
@@ -244,6 +261,10 @@ class RunRecord:
         if self.problem is not None:
             return self.problem.exit_code
         return {BACKDOORED: 1, SUSPICIOUS: 1, NO_EVIDENCE: 0}.get(self.verdict, 3)
+
+    def warned(self, warnings: Iterable[str]) -> RunRecord:
+        """Returns the record with `warnings` behind those that it has; none stands twice."""
+        return dataclasses.replace(self, warnings=list(dict.fromkeys([*self.warnings, *warnings])))
 
     def measure(self, name: str) -> Measure | None:
         """Returns the measure called `name`, of the cleansed model where there is one."""

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bdclean.record.rule import worst_source_rate
-from bdclean.record.run import FAILS, INCONCLUSIVE, NOT_MEASURED, PASSES, Measure, RunRecord, Side, TriggerRow
+from bdclean.record.rule import decisive, worst_source_rate
+from bdclean.record.run import (
+    FAILS,
+    INCONCLUSIVE,
+    NOT_MEASURED,
+    PASSES,
+    Bound,
+    Measure,
+    RunRecord,
+    Side,
+    TriggerRow,
+)
 from bdclean.report import wording
 
 ORDER = {FAILS: 0, INCONCLUSIVE: 1, NOT_MEASURED: 2, PASSES: 3}
@@ -193,16 +203,21 @@ def _source(row: TriggerRow) -> str:
 
 def evidence(row: TriggerRow) -> str:
     """Returns what a failing row shows, as a sentence."""
-    worst = worst_source_rate(row)
-    parts = [f"{row.trigger} sends {wording.rate(row.asr)} % of images to {towards(row)}"]
-    if "alone" in row.reason and worst:
-        parts.append(f"from {_source(row)} %")
-    controls = row.control_rate or {}
-    if isinstance(controls.get("highest"), (int, float)):
-        parts.append(
-            f"the highest of {controls.get('count')} controls {wording.percent(controls['highest'])} %"
-        )
-    return f"{', '.join(parts)}."
+    source, moved, control = decisive(row), f"{wording.rate(row.asr)} % of images", None
+    highest = (row.control_rate or {}).get("highest")
+    if source is not None:
+        moved = f"{share(source)} of the images of class {source.source}, {wording.rate(row.asr)} % of all,"
+        highest = source.control
+    if isinstance(highest, (int, float)):
+        count = (row.control_rate or {}).get("count")
+        control = f"the highest of {count} controls {wording.percent(highest)} %"
+    sentence = f"{row.trigger} sends {moved} to {towards(row)}"
+    return f"{sentence}, {control}." if control else f"{sentence}."
+
+
+def share(bound: Bound) -> str:
+    """Returns the share of images that a bound is about, with its n."""
+    return f"{wording.percent(bound.value)} % (n {bound.n})"
 
 
 def towards(row: TriggerRow) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,45 @@ import torch
 
 from bdclean import __version__, registry
 from bdclean.errors import Refused, attach
-from bdclean.measuring import assessment, pictures, trial, verdict
+from bdclean.measuring import pictures
+from bdclean.measuring.assessment import assess, in_order
+from bdclean.measuring.rows import Measured
+from bdclean.measuring.trial import SCREENED_OUT, Target, Trial
+from bdclean.measuring.verdict import clean_measures, compare, pair, verdict
 from bdclean.networks.ambiguity.normalisation import LABELS
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.classifier import Classifier
 from bdclean.progress import Tell
-from bdclean.recipes.recipe import Recipe
+from bdclean.recipes.recipe import Cleansed, Recipe
 from bdclean.record import gate
-from bdclean.record.run import CheckpointEntry, Finding, OutputEntry, RecipeEntry, RunRecord, Side
+from bdclean.record.run import (
+    CheckpointEntry,
+    DataEntry,
+    Finding,
+    Measure,
+    OutputEntry,
+    RecipeEntry,
+    RunRecord,
+    Side,
+    TriggerRow,
+)
 from bdclean.runs.images import at_own_size, keep_plausible_labels
 from bdclean.runs.options import Inputs
 from bdclean.runs.places import default_output, resume_state
 from bdclean.runs.split import Images, open_images
-from bdclean.runs.suspect import Suspect, describe_checkpoint, input_size, understand
-from bdclean.runs.trials import after_writing, open_bench
+from bdclean.runs.suspect import (
+    Suspect,
+    describe_checkpoint,
+    describe_suspect,
+    input_size,
+    resolve_device,
+    understand,
+)
+from bdclean.runs.trials import after_writing, open_trial
 from bdclean.training.resume import Saved
 from bdclean.training.run import Precision, Run, probe_precision
 from bdclean.triggers.bank import make_triggers
+from bdclean.triggers.stamping import Trigger
 
 LEAST_AGREEMENT = 0.8
 """Below this agreement with the suspect on clean images a warning says that the output is damaged."""
@@ -46,110 +69,205 @@ def cleanse(
     tell: Tell,
 ) -> RunRecord:
     """Write a cleansed copy of `model` to `out`, measured before and after; raises BdcleanError carrying the record."""
-    record = RunRecord("cleanse", seed=inputs.seed, argv=list(inputs.argv))
-    record.checkpoint = CheckpointEntry(path=str(model))
-    record.threshold = gate.parse(fail_on).threshold
+    repair = _Repair(model, inputs, gate.parse(fail_on).threshold, tell)
     try:
         method: Recipe = registry.configure(registry.load(registry.RECIPES, recipe), settings or {})
-        checkpoint = Checkpoint.read(model, inputs.arch, inputs.allow_pickle)
-        record.checkpoint = describe_checkpoint(checkpoint, model)
-        out = default_output(model, out)
-        checkpoint.check_writable(out, force)
-        usual = checkpoint.arch.input
-        if (path := inputs.data or inputs.labeled) is not None:
-            checkpoint = at_own_size(checkpoint, path, inputs)
-        record.warnings += checkpoint.warnings
+        checkpoint, place = repair.open_checkpoint(out, force)
+        usual = checkpoint.arch.input[1:]
+        checkpoint = repair.at_own_size(checkpoint)
         made = make_triggers(triggers, input_size(checkpoint, inputs))
-        images = open_images(checkpoint, inputs, record, tell)
-        told_by = images.telling()
-        suspect = understand(checkpoint, told_by.images, inputs, record, told_by.labels)
-        if told_by is images.held_out and suspect.choices[0].source == LABELS:
-            record.warnings.append(
-                "the normalisation was chosen by accuracy on the images that are measured on: no others have labels."
-            )
-        if len(suspect.choices) > 1:
-            names = " or ".join(c.preprocess.name or c.preprocess.spec() for c in suspect.choices)
-            raise Refused(f"the normalisation is unclear between {names}: say which with --preprocess.")
-        before = open_bench(
-            suspect, suspect.choices[0], images.held_out, inputs, record.threshold, record, tell
-        )
-        before = replace(before, hits={})
-        if record.data is not None:  # names are worth nothing where the folders turned out to be no labels
-            known = images.held_out.classes if before.labeled else None
-            record.data.classes = list(known) if known else None
-        classifier = suspect.classifier(suspect.choices[0])
-        images.unlabeled = keep_plausible_labels(images.unlabeled, suspect, before.predict, record)
-        if record.data is not None and images.unlabeled.labels is None:
-            record.data.labeled, record.data.labels_source = False, None
-        if images.labeled is None and images.unlabeled.labels is not None:
-            images.labeled = images.unlabeled
+        images = repair.open_images(checkpoint)
+        suspect = repair.understand(checkpoint, images)
+        before, images = repair.open_trial(suspect, images)
         if method.needs_labels and images.labeled is None:
             raise Refused(
                 f"{recipe} needs labels and {inputs.data} has none: give --labeled, with images in one "
                 "folder per class or a CSV as --classes, or use --recipe bcu."
             )
-        record.before = Side(measures=verdict.clean_measures(before))
-        rows_before = assessment.assess(before, made, found=record.before.triggers)
-        record.before = Side(
-            verdict.verdict(rows_before)[0], verdict.clean_measures(before, rows_before), rows_before
-        )
-
-        run = _run(classifier, suspect, images, recipe, method, out, resume, inputs, tell)
-        record.precision = run.precision.name
-        cleansed = method(classifier, suspect.arch, images.unlabeled, images.labeled, run)
-        record.curve = cleansed.curve
-        record.findings = [Finding(**found) for found in cleansed.findings]
-        record.recipe = RecipeEntry(
-            recipe, method.source, cleansed.settings, cleansed.stages, list(cleansed.families)
-        )
-        if record.data is not None:
-            record.data.set_aside = cleansed.set_aside
-        said, size = suspect.choices[0].preprocess, (before.images.shape[2], before.images.shape[3])
-        if size != usual[1:]:  # then the output must say it: nothing else does
-            said = replace(said, size=size)
-        provenance = {
-            "recipe": recipe, "seed": str(inputs.seed), "version": __version__,
-            "preprocess": said.spec(),
-        }  # fmt: skip
-        digest = checkpoint.write(cleansed.model, out, provenance, force)
-        record.output = OutputEntry(str(out), digest)
-
-        after = after_writing(out, suspect, before, inputs, tell)
-        fixed = {
-            row.trigger: row.target
-            for row in rows_before
-            if row.target is not None and row.target_source != trial.SCREENED_OUT
-        }
-        record.after = Side(measures=verdict.clean_measures(after))
-        rows_after = assessment.assess(after, made, fixed=fixed, found=record.after.triggers)
-        verdict.pair(before, after, rows_after)
-        for row in [*rows_before, *rows_after]:
-            row.seen_family = row.family in cleansed.families
-        found, record.advice = verdict.verdict(rows_after)
-        measures = [
-            *verdict.clean_measures(after, rows_before),
-            *verdict.compare(before, after, rows_before, rows_after),
-        ]
-        kept = next(m.value for m in measures if m.name == "agreement")
-        if kept is not None and kept < LEAST_AGREEMENT:
-            record.warnings.append(
-                f"the written network keeps only {100 * kept:.0f} % of the suspect's answers on clean images: "
-                "it is damaged, do not use it; try other settings or more images."
-            )
-        worst = [*rows_before, *rows_after]
-        if inputs.pictures:
-            record.pictures = pictures.strips(worst, made, before, after)
-        record.pictures += pictures.masks(cleansed.pictures)
-        record.confusion = pictures.confusions(worst, made, before, after)
-        record.after = Side(found, measures, rows_after)
-        record.verdict, record.measures, record.triggers = found, measures, rows_after
-        return record
+        found = repair.measure_before(before, made)
+        cleansed = repair.run(recipe, method, suspect, images, place, resume)
+        repair.write(cleansed, recipe, suspect, before, usual, place, force)
+        after = after_writing(place, suspect, before, inputs)
+        rows = repair.measure_after(after, made, found, cleansed.families)
+        return repair.conclude(before, after, made, *rows, cleansed)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
-        attach(error, record)
+        attach(error, repair.record)
         raise
 
 
-def _run(
+class _Repair:
+    """The steps of a repair, and the record of what they have found so far, which nothing else writes."""
+
+    def __init__(self, model: Path, inputs: Inputs, threshold: float, tell: Tell) -> None:
+        self.model, self.inputs, self.threshold, self.tell = model, inputs, threshold, tell
+        self.record = RunRecord(
+            "cleanse", seed=inputs.seed, argv=list(inputs.argv), threshold=threshold,
+            checkpoint=CheckpointEntry(path=str(model)),
+        )  # fmt: skip
+
+    def _note(self, warnings: Iterable[str] = (), **fields: Any) -> None:
+        self.record = replace(self.record, **fields).warned(warnings)
+
+    def open_checkpoint(self, out: Path | None, force: bool) -> tuple[Checkpoint, Path]:
+        """The suspect's file, and where the output goes, which can be written."""
+        checkpoint = Checkpoint.read(self.model, self.inputs.arch, self.inputs.allow_pickle)
+        self._note(checkpoint=describe_checkpoint(checkpoint, self.model))
+        place = default_output(self.model, out)
+        checkpoint.check_writable(place, force)
+        return checkpoint, place
+
+    def at_own_size(self, checkpoint: Checkpoint) -> Checkpoint:
+        """`checkpoint` with the image size that it was trained at, by some of the images."""
+        if (path := self.inputs.data or self.inputs.labeled) is not None:
+            checkpoint = at_own_size(checkpoint, path, self.inputs)
+        self._note(checkpoint.warnings)
+        return checkpoint
+
+    def open_images(self, checkpoint: Checkpoint) -> Images:
+        images, data, doubts = open_images(checkpoint, self.inputs, self.tell)
+        self._note(doubts, data=data)
+        return images
+
+    def understand(self, checkpoint: Checkpoint, images: Images) -> Suspect:
+        """The suspect as it is to be read; raises Refused where that is unclear."""
+        device, told_by, sure = (
+            resolve_device(self.inputs.device),
+            images.telling(),
+            self.inputs.arch is not None,
+        )
+        self._note(device=str(device))
+        suspect = understand(checkpoint, told_by.images, self.inputs.preprocess, told_by.labels, sure, device)
+        entry = describe_suspect(self.record.checkpoint, suspect, told_by.images.shape[2:])
+        self._note(suspect.warnings, checkpoint=entry)
+        if suspect.doubt:
+            raise Refused(suspect.doubt)
+        if told_by is images.held_out and suspect.choices[0].source == LABELS:
+            self._note(
+                [
+                    "the normalisation was chosen by accuracy on the images that are measured on: "
+                    "no others have labels."
+                ]
+            )
+        if len(suspect.choices) > 1:
+            names = " or ".join(choice.preprocess.title for choice in suspect.choices)
+            raise Refused(f"the normalisation is unclear between {names}: say which with --preprocess.")
+        return suspect
+
+    def open_trial(self, suspect: Suspect, images: Images) -> tuple[Trial, Images]:
+        """The suspect on the images that are measured on, and the images without labels that are none."""
+        before, doubts = open_trial(
+            suspect, suspect.choices[0], images.held_out, self.inputs, self.threshold, self.tell
+        )
+        unlabeled, more = keep_plausible_labels(images.unlabeled, suspect, before.predict)
+        labeled = images.labeled
+        if labeled is None and unlabeled.labels is not None:
+            labeled = unlabeled
+        data = self.record.data or DataEntry()
+        # names are worth nothing where the folders turned out to be no labels
+        known = images.held_out.classes if before.labeled else None
+        data = replace(data, classes=list(known) if known else None)
+        if unlabeled.labels is None:
+            data = replace(data, labeled=False, labels_source=None)
+        self._note([*doubts, *more], data=data)
+        return before, Images(unlabeled, labeled, images.held_out)
+
+    def measure_before(self, before: Trial, made: Sequence[Trigger]) -> list[Measured]:
+        rows: list[TriggerRow] = []  # in the record before all are: a run may end early
+        self._note(before=Side(measures=clean_measures(before), triggers=rows))
+        measured = []
+        for each in assess(before, made):
+            measured.append(each)
+            rows.append(each.row)
+        measured = in_order(measured, made)
+        known = [each.row for each in measured]
+        self._note(before=Side(verdict(known)[0], clean_measures(before, known), known))
+        return measured
+
+    def run(
+        self, recipe: str, method: Recipe, suspect: Suspect, images: Images, place: Path, resume: bool
+    ) -> Cleansed:
+        """What the recipe makes of the suspect."""
+        classifier = suspect.classifier(suspect.choices[0])
+        run = open_run(classifier, suspect, images, recipe, method, place, resume, self.inputs, self.tell)
+        self._note(precision=run.precision.name)
+        cleansed = method(classifier, suspect.arch, images.unlabeled, images.labeled, run)
+        self._note(
+            curve=cleansed.curve,
+            findings=[Finding(**found) for found in cleansed.findings],
+            recipe=RecipeEntry(
+                recipe, method.source, cleansed.settings, cleansed.stages, list(cleansed.families)
+            ),
+            data=replace(self.record.data or DataEntry(), set_aside=cleansed.set_aside),
+        )
+        return cleansed
+
+    def write(
+        self, cleansed: Cleansed, recipe: str, suspect: Suspect, before: Trial, usual: Sequence[int], place: Path,
+        force: bool,
+    ) -> None:  # fmt: skip
+        """The output, which says the size that it was read at where that is not the `usual` one: nothing else does."""
+        said, size = suspect.choices[0].preprocess, (before.images.shape[2], before.images.shape[3])
+        if size != tuple(usual):
+            said = replace(said, size=size)
+        provenance = {
+            "recipe": recipe, "seed": str(self.inputs.seed), "version": __version__, "preprocess": said.spec(),
+        }  # fmt: skip
+        digest = suspect.checkpoint.write(cleansed.model, place, provenance, force)
+        self._note(output=OutputEntry(str(place), digest))
+
+    def measure_after(
+        self, after: Trial, made: Sequence[Trigger], found: Sequence[Measured], families: Sequence[str]
+    ) -> tuple[list[TriggerRow], list[TriggerRow]]:
+        """The rows of the suspect and those of the output, towards the same targets."""
+        fixed: dict[str, Target] = {
+            each.row.trigger: each.row.target
+            for each in found
+            if each.row.target is not None and each.row.target_source != SCREENED_OUT
+        }
+        rows: list[TriggerRow] = []
+        self._note(after=Side(measures=clean_measures(after), triggers=rows))
+        measured = []
+        for each in assess(after, made, fixed=fixed):
+            measured.append(each)
+            rows.append(each.row)
+        pairs = [each.row for each in found], pair(found, in_order(measured, made))
+        old, new = ([replace(row, seen_family=row.family in families) for row in side] for side in pairs)
+        return old, new
+
+    def conclude(
+        self, before: Trial, after: Trial, made: Sequence[Trigger], old: list[TriggerRow], new: list[TriggerRow],
+        cleansed: Cleansed,
+    ) -> RunRecord:  # fmt: skip
+        """The record, with what the repair changed."""
+        measures = [*clean_measures(after, old), *compare(before, after, old, new)]
+        told, advice = verdict(new)
+        strips = pictures.strips([*old, *new], made, before, after) if self.inputs.pictures else []
+        self._note(
+            _damage(measures),
+            before=replace(self.record.before or Side(), triggers=old),
+            after=Side(told, measures, new),
+            verdict=told,
+            advice=advice,
+            measures=measures,
+            triggers=new,
+            pictures=[*strips, *pictures.masks(cleansed.pictures)],
+            confusion=pictures.confusions([*old, *new], made, before, after),
+        )
+        return self.record
+
+
+def _damage(measures: Sequence[Measure]) -> list[str]:
+    """A warning where the output keeps too little of the suspect's answers."""
+    kept = next(m.value for m in measures if m.name == "agreement")
+    if kept is None or kept >= LEAST_AGREEMENT:
+        return []
+    return [
+        f"the written network keeps only {100 * kept:.0f} % of the suspect's answers on clean images: "
+        "it is damaged, do not use it; try other settings or more images."
+    ]
+
+
+def open_run(
     classifier: Classifier, suspect: Suspect, images: Images, recipe: str, method: Recipe, out: Path, resume: bool,
     inputs: Inputs, tell: Tell,
 ) -> Run:  # fmt: skip

@@ -21,7 +21,7 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.checkpoint.claims import claimed_resize
 from bdclean.progress import Tell, quiet
-from bdclean.record.run import DataEntry, RunRecord
+from bdclean.record.run import DataEntry
 from bdclean.runs.options import CSV, Inputs
 from bdclean.runs.suspect import Suspect, claimed_size, given_size, input_size
 
@@ -72,57 +72,51 @@ def at_own_size(checkpoint: Checkpoint, path: Path, inputs: Inputs) -> Checkpoin
 
 
 def keep_plausible_labels(
-    images: ImageSet, suspect: Suspect, predict: Predictor, record: RunRecord
-) -> ImageSet:
+    images: ImageSet, suspect: Suspect, predict: Predictor
+) -> tuple[ImageSet, list[str]]:
     """`images`, without labels that only a count of classes spoke for and that the suspect's answers contradict.
 
-    Other labels stay and are doubted in a warning.
+    Other labels stay and are doubted; what is to be warned of comes with them.
     """
     if images.labels is None:
-        return images
+        return images, []
     sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:1024]
     if labels_plausible(predict(images.images[sample]), images.labels[sample], suspect.arch.classes):
-        return images
-    guessed = images.labels_source == "count"
-    warn_once(
-        record,
-        "there are as many classes of images as the network has, but it does no better than chance on them as labels: "
-        "the images are used as unlabeled (--labeled forces)."
-        if guessed
-        else "the network does no better than chance on the labels of these images: they may be another set's, or in "
-        "another order (--classes FILE names the classes in the head's order).",
-    )
-    return images.unlabeled() if guessed else images
+        return images, []
+    if images.labels_source == "count":
+        return images.unlabeled(), [
+            "there are as many classes of images as the network has, but it does no better than chance on them as "
+            "labels: the images are used as unlabeled (--labeled forces)."
+        ]
+    return images, [
+        "the network does no better than chance on the labels of these images: they may be another set's, or in "
+        "another order (--classes FILE names the classes in the head's order)."
+    ]
 
 
-def warn_of_copies(images: ImageSet, record: RunRecord) -> None:
+def copies(images: ImageSet) -> list[str]:
     """A warning where many of the images (of COMPARED at random, if there are more) show a picture that others show."""
     some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:COMPARED].sort().values
     pixels = images.images if len(some) == len(images) else images.select(some).images
     share = float(repeated(pixels).float().mean())
-    if share >= MANY_COPIES:
-        warn_once(
-            record,
-            f"{100 * share:.0f} % of the images show the same picture as another one: fewer pictures were measured "
-            "than n says, and the intervals are too narrow.",
-        )
+    if share < MANY_COPIES:
+        return []
+    return [
+        f"{100 * share:.0f} % of the images show the same picture as another one: fewer pictures were measured "
+        "than n says, and the intervals are too narrow."
+    ]
 
 
-def warn_of_one_answer(clean: Tensor, record: RunRecord) -> None:
+def one_answer(clean: Tensor) -> list[str]:
     """A warning where the suspect's answers on the images are nearly all one class: nothing can be sent there."""
     counts = clean.bincount()
     share = float(counts.max()) / len(clean)
-    if share >= ONE_ANSWER:
-        warn_once(
-            record,
-            f"the network answers class {int(counts.argmax())} on {100 * share:.0f} % of the images: a backdoor "
-            "towards it hardly shows with these; give images of all classes.",
-        )
-
-
-def warn_once(record: RunRecord, warning: str) -> None:
-    if warning not in record.warnings:
-        record.warnings.append(warning)
+    if share < ONE_ANSWER:
+        return []
+    return [
+        f"the network answers class {int(counts.argmax())} on {100 * share:.0f} % of the images: a backdoor "
+        "towards it hardly shows with these; give images of all classes."
+    ]
 
 
 def describe_images(path: Path, images: ImageSet) -> DataEntry:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bdclean.errors import UsageError, attach
-from bdclean.measuring import assessment, pictures, verdict
+from bdclean.errors import Refused, UsageError, attach
+from bdclean.measuring import pictures
+from bdclean.measuring.assessment import assess, in_order
+from bdclean.measuring.rows import Measured
+from bdclean.measuring.trial import Trial
+from bdclean.measuring.verdict import clean_measures, verdict
+from bdclean.networks.ambiguity.choosing import Choice
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.progress import Tell
 from bdclean.record import gate
-from bdclean.record.run import BACKDOORED, NO_EVIDENCE, CheckpointEntry, RunRecord, Side
-from bdclean.runs.images import (
-    at_own_size,
-    describe_images,
-    read_images,
-    warn_of_copies,
-)
+from bdclean.record.run import BACKDOORED, NO_EVIDENCE, CheckpointEntry, RunRecord, TriggerRow
+from bdclean.runs.images import at_own_size, copies, describe_images, read_images
 from bdclean.runs.options import Inputs
-from bdclean.runs.suspect import Suspect, describe_checkpoint, input_size, understand
-from bdclean.runs.trials import open_bench
+from bdclean.runs.suspect import (
+    Suspect,
+    describe_checkpoint,
+    describe_choice,
+    describe_suspect,
+    input_size,
+    resolve_device,
+    understand,
+)
+from bdclean.runs.trials import open_trial
 from bdclean.triggers.bank import make_triggers
+from bdclean.triggers.stamping import Trigger
 
 
 def scan(
@@ -29,73 +39,100 @@ def scan(
     *,
     triggers: tuple[str, ...] = (),
     target: str = "auto",
-    detectors: tuple[str, ...] = (),
     fail_on: tuple[str, ...] = (),
     tell: Tell,
 ) -> RunRecord:
     """Measure `triggers` (the stock bank where none is given) on `model`; raises BdcleanError carrying the record."""
-    record = RunRecord("scan", seed=inputs.seed, argv=list(inputs.argv), precision="fp32")
-    record.checkpoint = CheckpointEntry(path=str(model))
-    record.threshold = threshold = gate.parse(fail_on).threshold
+    record = RunRecord(
+        "scan", seed=inputs.seed, argv=list(inputs.argv), precision="fp32",
+        threshold=gate.parse(fail_on).threshold, checkpoint=CheckpointEntry(path=str(model)),
+    )  # fmt: skip
     try:
         checkpoint = Checkpoint.read(model, inputs.arch, inputs.allow_pickle)
-        record.checkpoint = describe_checkpoint(checkpoint, model)
-        if inputs.labeled is not None and (inputs.data or inputs.test) is not None:
-            raise UsageError(
-                "scan measures one set of images: give --data, --test or --labeled, not --labeled beside."
-            )
-        path = inputs.test or inputs.data or inputs.labeled
-        if path is None:
-            raise UsageError("scan needs images: give --data PATH.")
+        record = replace(record, checkpoint=describe_checkpoint(checkpoint, model))
+        path = images_of(inputs)
         checkpoint = at_own_size(checkpoint, path, inputs)
-        record.warnings += checkpoint.warnings
+        record = record.warned(checkpoint.warnings)
         made = make_triggers(triggers, input_size(checkpoint, inputs))
         images = read_images(path, checkpoint, inputs, tell, forced=path == inputs.labeled)
-        record.data = describe_images(path, images)
-        record.warnings += images.warnings
-        warn_of_copies(images, record)
-        suspect = understand(checkpoint, images.images, inputs, record, images.labels)
-        aim = check_target(target, suspect)
-        sides = []
+        record = replace(record, data=describe_images(path, images))
+        record = record.warned([*images.warnings, *copies(images)])
+        device = resolve_device(inputs.device)
+        record = replace(record, device=str(device))
+        sure = inputs.arch is not None
+        suspect = understand(checkpoint, images.images, inputs.preprocess, images.labels, sure, device)
+        entry = describe_suspect(record.checkpoint, suspect, images.images.shape[2:])
+        record = replace(record, checkpoint=entry).warned(suspect.warnings)
+        if suspect.doubt:
+            raise Refused(suspect.doubt)
+        aim, readings = check_target(target, suspect), []
         for choice in suspect.choices:
-            bench = open_bench(suspect, choice, images, inputs, threshold, record, tell)
-            record.triggers = []  # of the reading at hand, until all are measured
-            rows = assessment.assess(bench, made, aim, found=record.triggers)
-            found, missing = verdict.verdict(rows)
-            sides.append((Side(found, verdict.clean_measures(bench, rows), rows), missing, bench, choice))
-        # the worst of the plausible readings counts; "not assessed" is worse than "no evidence"
-        rank = {BACKDOORED: 0, NO_EVIDENCE: 2}
-        side, missing, bench, choice = min(sides, key=lambda s: rank.get(s[0].verdict, 1))
-        if not bench.labeled:
-            record.data.without_labels()
-        record.verdict, record.measures, record.triggers, record.advice = (
-            side.verdict,
-            side.measures,
-            side.triggers,
-            missing,
-        )
-        if inputs.pictures:
-            record.pictures = pictures.strips(side.triggers, made, bench)
-        record.confusion = pictures.confusions(side.triggers, made, bench)
-        if len(sides) > 1:
-            name = choice.preprocess.name or choice.preprocess.spec()
-            record.checkpoint.preprocess = name
-            record.checkpoint.mean, record.checkpoint.std = (
-                list(choice.preprocess.mean),
-                list(choice.preprocess.std),
-            )
-            record.checkpoint.preprocess_source = choice.source
-            record.checkpoint.preprocess_margin = choice.margin if math.isfinite(choice.margin) else None
-            found = ", ".join(
-                f"{s[3].preprocess.name or s[3].preprocess.spec()}: {s[0].verdict}" for s in sides
-            )
-            record.warnings.append(
-                f"the normalisation is unclear, each plausible one was scanned ({found}); shown is {name}."
-            )
-        return record
+            trial, doubts = open_trial(suspect, choice, images, inputs, record.threshold or 0.0, tell)
+            found: list[TriggerRow] = []  # in the record before all are: a run may end early
+            record = replace(record, triggers=found).warned(doubts)
+            measured = []
+            for each in assess(trial, made, aim):
+                measured.append(each)
+                found.append(each.row)
+            readings.append(_Reading.of(choice, trial, in_order(measured, made)))
+        return _conclude(record, readings, made, inputs.pictures)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, record)
         raise
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What was measured under one plausible normalisation."""
+
+    choice: Choice
+    trial: Trial
+    rows: list[TriggerRow]
+    verdict: str
+    advice: str | None
+
+    @staticmethod
+    def of(choice: Choice, trial: Trial, measured: Sequence[Measured]) -> _Reading:
+        rows = [each.row for each in measured]
+        return _Reading(choice, trial, rows, *verdict(rows))
+
+
+def _conclude(
+    record: RunRecord, readings: Sequence[_Reading], made: Sequence[Trigger], shown: bool
+) -> RunRecord:
+    """`record` with the worst of the readings: not assessed is worse than no evidence."""
+    rank = {BACKDOORED: 0, NO_EVIDENCE: 2}
+    worst = min(readings, key=lambda reading: rank.get(reading.verdict, 1))
+    record = replace(
+        record,
+        verdict=worst.verdict,
+        measures=clean_measures(worst.trial, worst.rows),
+        triggers=worst.rows,
+        advice=worst.advice,
+        pictures=pictures.strips(worst.rows, made, worst.trial) if shown else [],
+        confusion=pictures.confusions(worst.rows, made, worst.trial),
+    )
+    if not worst.trial.labeled and record.data is not None:
+        record = replace(record, data=replace(record.data, labeled=False, labels_source=None, classes=None))
+    if len(readings) == 1:
+        return record
+    name = worst.choice.preprocess.title
+    found = ", ".join(f"{reading.choice.preprocess.title}: {reading.verdict}" for reading in readings)
+    return replace(record, checkpoint=describe_choice(record.checkpoint, worst.choice)).warned(
+        [f"the normalisation is unclear, each plausible one was scanned ({found}); shown is {name}."]
+    )
+
+
+def images_of(inputs: Inputs) -> Path:
+    """The one set of images that a scan measures on."""
+    if inputs.labeled is not None and (inputs.data or inputs.test) is not None:
+        raise UsageError(
+            "scan measures one set of images: give --data, --test or --labeled, not --labeled beside."
+        )
+    path = inputs.test or inputs.data or inputs.labeled
+    if path is None:
+        raise UsageError("scan needs images: give --data PATH.")
+    return path
 
 
 def check_target(target: str, suspect: Suspect) -> str | int:

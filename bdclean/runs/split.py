@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bdclean.data.duplicates import without_duplicates
 from bdclean.data.imageset import ImageSet
@@ -10,7 +10,7 @@ from bdclean.data.splitting import split
 from bdclean.errors import Refused, UsageError
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.progress import Tell
-from bdclean.record.run import RunRecord
+from bdclean.record.run import DataEntry
 from bdclean.runs.images import describe_images, read_images
 from bdclean.runs.options import CSV, Inputs
 
@@ -37,8 +37,11 @@ class Images:
         return next((s for s in sets if s.labels_source != "count"), sets[0] if sets else self.unlabeled)
 
 
-def open_images(checkpoint: Checkpoint, inputs: Inputs, record: RunRecord, tell: Tell) -> Images:
-    """Images are held out of the labeled ones where there are such, else of `--data`, unless `--test` is given."""
+def open_images(checkpoint: Checkpoint, inputs: Inputs, tell: Tell) -> tuple[Images, DataEntry, list[str]]:
+    """The images of a repair, their entry in the record, and what is to be warned of.
+
+    Images are held out of the labeled ones where there are such, else of `--data`, unless `--test` is given.
+    """
     path = inputs.data or inputs.labeled
     if path is None:
         raise UsageError("cleanse needs images: give --data PATH; they need no labels.")
@@ -49,29 +52,45 @@ def open_images(checkpoint: Checkpoint, inputs: Inputs, record: RunRecord, tell:
         path, checkpoint, inputs, tell, forced=inputs.data is None,
         csv="not" if inputs.data is not None and beside else csv,
     )  # fmt: skip
-    labeled = None
+    labeled = held_out = None
     if inputs.data is not None and inputs.labeled is not None:
         labeled = read_images(inputs.labeled, checkpoint, inputs, tell, forced=True, csv=csv)
-    record.data = describe_images(path, unlabeled)
-    record.data.labeled_path = str(inputs.labeled) if inputs.labeled else None
-    record.warnings += [*unlabeled.warnings, *(labeled.warnings if labeled is not None else ())]
     if inputs.test is not None:
-        held_out, duplicates = read_images(inputs.test, checkpoint, inputs, tell, csv=csv), 0
-        record.data.test = str(inputs.test)
-        record.warnings += held_out.warnings
-    elif labeled is not None and len(labeled) >= min(ENOUGH_LABELED, len(unlabeled)):
-        labeled, held_out, duplicates = split(labeled, inputs.seed)
-    else:
-        unlabeled, held_out, duplicates = split(unlabeled, inputs.seed)
-    if inputs.test is not None or labeled is not None:
+        held_out = read_images(inputs.test, checkpoint, inputs, tell, csv=csv)
+    warnings = [
+        warning for each in (unlabeled, labeled, held_out) if each is not None for warning in each.warnings
+    ]
+    images, duplicates = hold_out(
+        Images(unlabeled, labeled, held_out or unlabeled), held_out is not None, inputs.seed
+    )
+    if len(images.unlabeled) == 0 or (images.labeled is not None and len(images.labeled) == 0):
+        raise Refused(
+            f"every image of {path} is also among those to measure on: nothing is left to train on."
+        )
+    entry = replace(
+        describe_images(path, unlabeled),
+        labeled_path=str(inputs.labeled) if inputs.labeled else None,
+        test=str(inputs.test) if inputs.test else None,
+        duplicates=duplicates,
+        held_out=len(images.held_out),
+    )
+    return images, entry, warnings
+
+
+def hold_out(images: Images, given: bool, seed: int) -> tuple[Images, int]:
+    """`images` with those that are measured on taken out of the others, and how many duplicates that removed.
+
+    `given`: those to measure on are already there.
+    """
+    unlabeled, labeled, held_out, duplicates = images.unlabeled, images.labeled, images.held_out, 0
+    if not given and labeled is not None and len(labeled) >= min(ENOUGH_LABELED, len(unlabeled)):
+        labeled, held_out, duplicates = split(labeled, seed)
+    elif not given:
+        unlabeled, held_out, duplicates = split(unlabeled, seed)
+    if given or labeled is not None:
         unlabeled, removed = without_duplicates(unlabeled, held_out)
         duplicates += removed
     if labeled is not None:
         labeled, removed = without_duplicates(labeled, held_out)
         duplicates += removed
-    if len(unlabeled) == 0 or (labeled is not None and len(labeled) == 0):
-        raise Refused(
-            f"every image of {path} is also among those to measure on: nothing is left to train on."
-        )
-    record.data.duplicates, record.data.held_out = duplicates, len(held_out)
-    return Images(unlabeled, labeled, held_out)
+    return Images(unlabeled, labeled, held_out), duplicates

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from bdclean.networks.checkpoint.claims import claim, claimed_resize
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.recognition.identify import accepts
-from bdclean.record.run import CheckpointEntry, RunRecord
+from bdclean.record.run import CheckpointEntry
 from bdclean.runs.options import Inputs
 
 ROUNDS = 3
@@ -45,6 +47,12 @@ class Suspect:
     arch: Arch
     choices: list[Choice]
     device: torch.device
+    others: list[dict[str, Any]] = field(default_factory=list)
+    """Architectures that fit as well, each with the reason that it was not taken."""
+    margin: float | None = None
+    doubt: str = ""
+    """Why it is unclear which architecture it is, where it is."""
+    warnings: list[str] = field(default_factory=list)
 
     def classifier(self, choice: Choice) -> Classifier:
         """The network behind `choice`, in evaluation mode on the device."""
@@ -82,45 +90,64 @@ def claimed_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
 def understand(
     checkpoint: Checkpoint,
     images: Tensor,
-    inputs: Inputs,
-    record: RunRecord,
-    labels: Tensor | None = None,
+    preprocess: str,
+    labels: Tensor | None,
+    sure: bool,
+    device: torch.device,
 ) -> Suspect:
-    """Choose the normalisation, then the architecture where several fit, and note both in the record.
+    """Choose the normalisation, then the architecture where several fit, by `images` uint8 [n 3 h w].
 
-    Raises Refused where it is unclear which architecture it is; what was compared is in the record then, too.
+    `preprocess` is what the user says or `auto`; `sure`: the user named the architecture.
     """
     if checkpoint.arch.classes < 2:
         raise Refused("the network has one output: two classes or more are needed to tell where images go.")
-    device = resolve_device(inputs.device)
-    record.device = str(device)
     for _ in range(ROUNDS):  # which one it is tells how to normalise, and the other way round
-        choices = choose(checkpoint, images, inputs.preprocess, labels)
-        reading = read_off(checkpoint, choices[0], images, labels, inputs.arch is not None)
+        choices = choose(checkpoint, images, preprocess, labels)
+        reading = read_off(checkpoint, choices[0], images, labels, sure)
         if reading.arch == checkpoint.arch:
             break
         checkpoint = replace(checkpoint, arch=reading.arch)
     else:
-        choices = choose(checkpoint, images, inputs.preprocess, labels)
-    arch, others = reading.arch, reading.others
-    record.checkpoint.alternatives, record.checkpoint.architecture_margin = others, reading.margin
-    if reading.doubt:
-        raise Refused(reading.doubt)
-    if reading.warning:
-        record.warnings.append(reading.warning)
-    others += [
-        {"name": c.preprocess.name or c.preprocess.spec(), "reason": f"plausible normalisation ({c.source})"}
-        for c in choices[1:]
+        choices = choose(checkpoint, images, preprocess, labels)
+    warnings = [reading.warning] if reading.warning else []
+    return Suspect(
+        checkpoint,
+        reading.arch,
+        choices,
+        device,
+        reading.others,
+        reading.margin,
+        reading.doubt or "",
+        warnings,
+    )
+
+
+def describe_suspect(entry: CheckpointEntry, suspect: Suspect, size: Sequence[int]) -> CheckpointEntry:
+    """`entry` with how the suspect is read at `size`, height and width; in doubt, only with what was compared."""
+    entry = replace(entry, alternatives=suspect.others, architecture_margin=suspect.margin)
+    if suspect.doubt:
+        return entry
+    also = [
+        {"name": c.preprocess.title, "reason": f"plausible normalisation ({c.source})"}
+        for c in suspect.choices[1:]
     ]
-    first = choices[0]
-    entry = record.checkpoint
-    entry.architecture = arch.name
-    entry.mean, entry.std = list(first.preprocess.mean), list(first.preprocess.std)
-    entry.preprocess, entry.preprocess_source = first.preprocess.name or first.preprocess.spec(), first.source
-    entry.preprocess_margin = first.margin if math.isfinite(first.margin) else None
-    entry.input_size = [3, *images.shape[2:]]
-    entry.alternatives = others
-    return Suspect(checkpoint, arch, choices, device)
+    entry = replace(
+        entry, architecture=suspect.arch.name, input_size=[3, *size], alternatives=[*suspect.others, *also]
+    )
+    return describe_choice(entry, suspect.choices[0])
+
+
+def describe_choice(entry: CheckpointEntry, choice: Choice) -> CheckpointEntry:
+    """`entry` with the normalisation that is measured under."""
+    preprocess = choice.preprocess
+    return replace(
+        entry,
+        preprocess=preprocess.title,
+        mean=list(preprocess.mean),
+        std=list(preprocess.std),
+        preprocess_source=choice.source,
+        preprocess_margin=choice.margin if math.isfinite(choice.margin) else None,
+    )
 
 
 def describe_checkpoint(checkpoint: Checkpoint, path: Path) -> CheckpointEntry:

@@ -11,7 +11,7 @@ from torch import nn
 
 from bdclean.measuring import assessment, pictures, trial, verdict
 from bdclean.measuring.predictor import Predictor
-from bdclean.measuring.trial import Bench
+from bdclean.measuring.trial import Trial
 from bdclean.record.run import Rate, TriggerRow
 from bdclean.report.page.embedded import png
 from bdclean.triggers.badnets import BadNets
@@ -41,7 +41,7 @@ def bench(n=300, side=16, fooled=True, labeled=True):
     images[:, :, 0, 0] = (labels * 50 + 5).byte()[:, None]
     predict = Predictor(Corner(fooled), CPU)
     clean = predict(images)
-    return Bench(predict, images, labels, clean, 5, labeled, not labeled, 0.2, 0, hits={})
+    return Trial(predict, images, labels, clean, 5, labeled, not labeled, 0.2, 0, hits={})
 
 
 PATCH = BadNets(size=2, position="bottom-right", pattern="white")

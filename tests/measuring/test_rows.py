@@ -9,7 +9,7 @@ from bdclean.measuring import assessment, rows, screening, trial
 from bdclean.measuring.assessment import assess
 from bdclean.measuring.intervals import lower_bound, upper_bound
 from bdclean.measuring.predictor import Predictor
-from bdclean.measuring.trial import SCREENED_OUT, Bench, halves
+from bdclean.measuring.trial import SCREENED_OUT, Trial, halves
 from bdclean.measuring.verdict import clean_measures, compare, verdict
 from bdclean.record.run import (
     BACKDOORED,
@@ -78,7 +78,7 @@ def bench(network, n=600, labeled=True, threshold=0.5, told=None):
     clean = predict(images)
     reference = torch.arange(n) % CLASSES if labeled else clean
     tell = told or assessment.quiet
-    return Bench(predict, images, reference, clean, CLASSES, labeled, not labeled, threshold, 0, tell)
+    return Trial(predict, images, reference, clean, CLASSES, labeled, not labeled, threshold, 0, tell)
 
 
 def test_halves_share_no_image():
@@ -193,7 +193,7 @@ def test_only_images_of_the_target_are_not_measured():
     made = bench(Network(to(2)), n=600)
     only = made.reference == 2
     images, reference = made.images[only], made.reference[only]
-    made = Bench(made.predict, images, reference, reference, CLASSES, True, False, 0.5, 0)
+    made = Trial(made.predict, images, reference, reference, CLASSES, True, False, 0.5, 0)
     (row,) = assess(made, [Patch()], 2)
     assert row.outcome == NOT_MEASURED and row.asr.value is None
     assert verdict([row])[0] == NOT_ASSESSED
@@ -335,7 +335,7 @@ def wide_bench(network, n=2000, seed=0, labels=None):
     predict = Predictor(network, torch.device("cpu"), 500)
     clean = predict(images)
     reference = clean if labels is None else labels(clean)
-    return Bench(
+    return Trial(
         predict, images, reference, clean, network.classes, labels is not None, labels is None, 0.2, seed
     )
 

@@ -19,7 +19,7 @@ from bdclean.data.imageset import ImageSet
 from bdclean.data.loading import load_images
 from bdclean.data.sources.folder import search
 from bdclean.measuring.assessment import assess
-from bdclean.measuring.trial import Bench, make_predictor
+from bdclean.measuring.trial import Trial, make_predictor
 from bdclean.networks.ambiguity.choosing import choose
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.classifier import Classifier
@@ -132,7 +132,7 @@ def measuring(subject: Subject) -> Callable[[], float]:
 
     def run() -> float:
         before, start = forwarded(), clock()
-        assess(bench, triggers[::6])
+        list(assess(bench, triggers[::6]))
         settled(suspect.device)
         return (forwarded() - before) / (clock() - start)
 
@@ -159,13 +159,13 @@ def whole_scan(subject: Subject) -> Callable[[], float]:
     return run
 
 
-def open_bench(subject: Subject, suspect: Suspect, images: ImageSet) -> Bench:
+def open_bench(subject: Subject, suspect: Suspect, images: ImageSet) -> Trial:
     """The suspect on `images`, held against its own answers."""
     predict = make_predictor(
         suspect.classifier(suspect.choices[0]), suspect.device, subject.inputs.batch_size, images.images
     )
     clean = predict(images.images)
-    return Bench(predict, images.images, clean, clean, suspect.arch.classes, False, True, 0.2, 0)
+    return Trial(predict, images.images, clean, clean, suspect.arch.classes, False, True, 0.2, 0)
 
 
 class Enough(Exception):

@@ -94,7 +94,7 @@ def screening(place: Place) -> Iterator[Cell]:
             for trigger in make_triggers((), (images.images.shape[2], images.images.shape[3]))
         ]
         through = forwarded_through(bench.predict.model)
-        rows = assess(bench, triggers)
+        rows = [measured.row for measured in assess(bench, triggers)]
         forwarded = through()
         everything = len(triggers) * len(images)
         share = (forwarded - sum(trigger.stamped for trigger in triggers)) / everything

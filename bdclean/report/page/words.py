@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 
 from bdclean.files import text
+from bdclean.record.rule import decisive
 from bdclean.record.run import (
     BACKDOORED,
     FAILED,
@@ -69,10 +70,10 @@ def lead(record: RunRecord) -> str:
         bounds = f"{wording.percent(worst.asr.low)} to {wording.percent(worst.asr.high)}"
         rate += f" (95 % interval {bounds}, n {worst.asr.n:,})"
     goes = f"as {label(worst.target, names)}" if worst.target is not None else "as the target"
-    source = worst.worst_source or {}
-    if worst.outcome == FAILS and "alone" in worst.reason and isinstance(source.get("value"), (int, float)):
-        seen = f"{wording.percent(source['value'])}\u00a0% (n {source.get('n')})"
-        return f"Stamped with {worst.trigger}, {seen} of {label(source.get('class'), names)} are predicted {goes}."
+    source = decisive(worst)
+    if worst.outcome == FAILS and source is not None:
+        seen = f"{wording.percent(source.value)}\u00a0% (n {source.n})"
+        return f"Stamped with {worst.trigger}, {seen} of {label(source.source, names)} are predicted {goes}."
     if record.verdict == BACKDOORED:
         return f"Stamped with {worst.trigger}, {rate} of images are predicted {goes}."
     passing = sum(row.outcome == PASSES for row in rows)
