@@ -113,11 +113,9 @@ def _draw(trial: Trial, row: TriggerRow) -> tuple[Tensor, str]:
     target: Target | None = row.target
     order = torch.randperm(len(trial.images), generator=torch.Generator().manual_seed(trial.seed))
     classes = trial.reference[order].tolist()
-    worst = row.worst_source or {}
-    lone = row.outcome == FAILS and (row.asr.value or 0.0) < 0.5 <= float(worst.get("value") or 0.0)
-    if lone:
-        picked = [i for i, k in enumerate(classes) if k == worst["class"]]
-        return order[picked[:SHOWN]], f"a seeded draw from class {worst['class']}, which it moves most"
+    if row.decisive_source is not None:
+        picked = [i for i, k in enumerate(classes) if k == row.decisive_source]
+        return order[picked[:SHOWN]], f"a seeded draw from class {row.decisive_source}, which it moves"
     # one of each class first; the rest in the order drawn
     seen: dict[int, int] = {}
     rank = []

@@ -80,16 +80,14 @@ class TriggerRow:
     control_rate: dict[str, int | float | None] | None = None  # median, highest, count
     robust_accuracy: Rate | None = None
     worst_source: dict[str, int | float | None] | None = None  # class, value, n, low, high
-    bounds: list[Bound] = field(
-        default_factory=list
-    )  # of all images, then of each source class that may decide
-    high: float | None = None  # one-sided exact bound of `asr`, corrected for what was tried
-    decisive_source: int | None = None  # the source class that fails the row, where the whole does not
     outcome: str = NOT_MEASURED
     reason: str = ""
     change: Rate | None = (
         None  # of a cleansed model: its rate minus the suspect's, in [-1, 1], paired interval
     )
+    bounds: list[Bound] = field(default_factory=list)  # of all images, then of each source that may decide
+    high: float | None = None  # one-sided exact bound of `asr`, corrected for what was tried
+    decisive_source: int | None = None  # the source class that fails the row, where the whole does not
 
 
 @dataclass

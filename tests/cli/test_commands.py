@@ -16,6 +16,7 @@ from bdclean.errors import Refused, UsageError
 from bdclean.record.parsing import parse_records
 from bdclean.record.run import Measure, Problem, Rate, RunRecord, TriggerRow
 from bdclean.runs import places
+from bdclean.runs.options import Inputs
 
 SAMPLES = Path(__file__).parents[2] / "sample_models"
 ROOT = str(Path(bdclean.__file__).parent.parent)
@@ -336,4 +337,4 @@ def test_text_that_cannot_be_encoded_is_escaped(tmp_path):
 
 def test_a_value_no_run_can_have_is_refused():
     with pytest.raises(Refused):
-        arguments.check_options({"kind": "encoder"})
+        arguments.check_inputs(Inputs(kind="encoder"))

@@ -41,7 +41,7 @@ def bench(n=300, side=16, fooled=True, labeled=True):
     images[:, :, 0, 0] = (labels * 50 + 5).byte()[:, None]
     predict = Predictor(Corner(fooled), CPU)
     clean = predict(images)
-    return Trial(predict, images, labels, clean, 5, labeled, not labeled, 0.2, 0, hits={})
+    return Trial(predict, images, labels, clean, 5, labeled, not labeled, 0.2, 0)
 
 
 PATCH = BadNets(size=2, position="bottom-right", pattern="white")
@@ -49,7 +49,11 @@ NOISE = Blend(source="noise", alpha=0.2)
 
 
 def rows(found):
-    return assessment.assess(found, [PATCH, NOISE])
+    return [measured.row for measured in assessed(found)]
+
+
+def assessed(found, **how):
+    return assessment.in_order(assessment.assess(found, [PATCH, NOISE], **how), [PATCH, NOISE])
 
 
 def decoded(picture):
@@ -89,8 +93,7 @@ def test_the_draw_is_seeded_and_does_not_look_at_what_the_trigger_does():
 
 
 def test_a_trigger_that_moves_one_class_is_shown_on_that_class():
-    worst = {"class": 3, "value": 1.0, "n": 60, "low": 0.9, "high": 1.0}
-    row = TriggerRow(PATCH.spec(), "patch", target=0, asr=Rate(0.2, 240), worst_source=worst, outcome="fails")
+    row = TriggerRow(PATCH.spec(), "patch", target=0, asr=Rate(0.2, 240), decisive_source=3, outcome="fails")
     found = pictures.strips([row], [PATCH], bench())
     assert {p.label for p in found if p.role == "stamped"} == {3}
     assert any("class 3" in p.caption for p in found)
@@ -139,16 +142,12 @@ def test_many_classes_have_no_confusion_and_own_predictions_no_diagonal():
 
 def test_changes_are_paired_on_the_same_images():
     suspect = bench()
-    cleansed = replace(suspect, predict=Predictor(Corner(False), CPU), hits={})
-    before = rows(suspect)
-    after = assessment.assess(cleansed, [PATCH, NOISE], fixed={PATCH.spec(): 0})
-    verdict.pair(suspect, cleansed, after)
-    (found,) = [row for row in after if row.trigger == PATCH.spec()]
-    (old,) = [row for row in before if row.trigger == PATCH.spec()]
+    cleansed = replace(suspect, predict=Predictor(Corner(False), CPU))
+    before, after = assessed(suspect), assessed(cleansed, fixed={PATCH.spec(): 0})
+    (found,) = [row for row in verdict.pair(before, after) if row.trigger == PATCH.spec()]
+    (old,) = [measured.row for measured in before if measured.row.trigger == PATCH.spec()]
     assert found.change is not None and found.change.n == old.asr.n == found.asr.n
     assert found.change.value == pytest.approx(found.asr.value - old.asr.value)
     assert found.change.low < found.change.value + 1e-9 and found.change.high < -0.9
-    fewer = replace(cleansed, hits={key: hits[1:] for key, hits in cleansed.hits.items()})
-    again = [replace(found, change=None)]
-    verdict.pair(suspect, fewer, again)
-    assert again[0].change is None, "other images cannot be paired"
+    fewer = [replace(m, hits=None if m.hits is None else m.hits[1:]) for m in after]
+    assert all(row.change is None for row in verdict.pair(before, fewer)), "other images cannot be paired"

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from bdclean.measuring import assessment, rows, screening, trial
-from bdclean.measuring.assessment import assess
+from bdclean.measuring.assessment import in_order
 from bdclean.measuring.intervals import lower_bound, upper_bound
 from bdclean.measuring.predictor import Predictor
 from bdclean.measuring.trial import SCREENED_OUT, Trial, halves
 from bdclean.measuring.verdict import clean_measures, compare, verdict
+from bdclean.progress import quiet
 from bdclean.record.run import (
     BACKDOORED,
     FAILS,
@@ -65,6 +66,11 @@ class Network(nn.Module):
         return nn.functional.one_hot(found, CLASSES).float()
 
 
+def assess(trial, triggers, target="auto", fixed=None):
+    """The rows, in the order of the triggers."""
+    return [m.row for m in in_order(assessment.assess(trial, triggers, target, fixed), triggers)]
+
+
 def to(target):
     return lambda said: torch.full_like(said, target)
 
@@ -77,7 +83,7 @@ def bench(network, n=600, labeled=True, threshold=0.5, told=None):
     predict = Predictor(network, torch.device("cpu"), 500)
     clean = predict(images)
     reference = torch.arange(n) % CLASSES if labeled else clean
-    tell = told or assessment.quiet
+    tell = told or quiet
     return Trial(predict, images, reference, clean, CLASSES, labeled, not labeled, threshold, 0, tell)
 
 

@@ -109,8 +109,8 @@ def test_old_names_of_densenet_and_vit():
 
 def test_a_builder_that_is_missing_or_new_breaks_nothing(monkeypatch):
     shapes = shapes_of(lambda: models.squeezenet1_1(num_classes=4))
-    known = [n for n in builders.names() if n != "squeezenet1_1"]
-    monkeypatch.setattr(builders, "names", lambda: known)
+    names = [n for n in builders.names() if n != "squeezenet1_1"]
+    monkeypatch.setattr(builders, "names", lambda: names)
     with pytest.raises(Refused, match="no known architecture"):
         recognise(shapes)
     monkeypatch.undo()

@@ -353,7 +353,7 @@ class TestWithoutANormalisationLayer:
             found.append(len(some))
             return real(network, some, preprocess)
 
-        monkeypatch.setattr(statistics, "answers", counted)
+        monkeypatch.setattr("bdclean.networks.ambiguity.normalisation.answers", counted)
         kept, _, by = decide(network, images, NAMED["imagenet"], labels)
         assert (kept[0], kept[-1], by) == (NAMED["half"], NAMED["imagenet"], LABELS)
         assert set(found) == {128, 2000}

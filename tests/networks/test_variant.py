@@ -1,3 +1,5 @@
+import re
+
 """Which of several architectures that fit the same tensors a network is: chosen with a margin, or refused."""
 
 from dataclasses import replace
@@ -7,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bdclean.errors import Refused
 from bdclean.networks.ambiguity.choosing import Choice
 from bdclean.networks.ambiguity.size import own_size
 from bdclean.networks.ambiguity.variant import Fit, better, decide, fit, more_accurate, read_off
@@ -17,10 +18,10 @@ from bdclean.networks.classifier import Classifier
 from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.recognition import variants
-from bdclean.record.run import RunRecord
+from bdclean.record.run import CheckpointEntry
 from bdclean.runs.images import at_own_size
 from bdclean.runs.options import Inputs
-from bdclean.runs.suspect import understand
+from bdclean.runs.suspect import describe_suspect, understand
 from bdclean.training.students import set_batch_statistics
 
 HALF = Choice(parse_preprocess("half"), float("nan"), "given")
@@ -64,16 +65,14 @@ def test_a_doubt_refuses_and_is_in_the_record(tmp_path):
 
     torch.manual_seed(0)
     save_file(VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5).state_dict(), tmp_path / "v.safetensors")
-    record = RunRecord("scan")
-    checkpoint = Checkpoint.read(tmp_path / "v.safetensors")
-    with pytest.raises(Refused, match="vit-2x32-h2-p8-mlp64 .*fit these tensors alike.*--arch"):
-        understand(checkpoint, pictures(), Inputs(preprocess="half", device="cpu"), record)
-    assert len(record.checkpoint.alternatives) >= 1
-    said = Inputs(preprocess="half", device="cpu", arch="vit-2x32-h4-p8-mlp64")
-    named = Checkpoint.read(tmp_path / "v.safetensors", said.arch)
-    assert (
-        understand(named, pictures(), said, RunRecord("scan")).arch.build().encoder.layers[0].num_heads == 4
-    )
+    cpu, checkpoint = torch.device("cpu"), Checkpoint.read(tmp_path / "v.safetensors")
+    suspect = understand(checkpoint, pictures(), "half", None, False, cpu)
+    assert re.search("vit-2x32-h2-p8-mlp64 .*fit these tensors alike.*--arch", suspect.doubt)
+    entry = describe_suspect(CheckpointEntry(), suspect, (32, 32))
+    assert len(entry.alternatives) >= 1 and entry.architecture is None
+    named = Checkpoint.read(tmp_path / "v.safetensors", "vit-2x32-h4-p8-mlp64")
+    known = understand(named, pictures(), "half", None, True, cpu)
+    assert known.arch.build().encoder.layers[0].num_heads == 4
 
 
 def test_images_of_another_kind_are_not_believed_against_the_usual_reading():
@@ -173,7 +172,7 @@ def test_answers_tell_the_size_of_a_network_without_batch_norm(tmp_path, monkeyp
         ({}, 224),
     ):
         monkeypatch.setattr(
-            "bdclean.networks.ambiguity.variant.spread",
+            "bdclean.networks.ambiguity.size.spread",
             lambda _, images, __, t=telling: (1.6, t.get(images.shape[2], 0.0)),
         )
         found = own_size(checkpoint, lambda arch: pictures(32, arch.input[1]))

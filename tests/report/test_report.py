@@ -9,6 +9,7 @@ from bdclean.cli.progress import Progress, details
 from bdclean.errors import UsageError
 from bdclean.record.parsing import parse_records
 from bdclean.record.run import (
+    Bound,
     CheckpointEntry,
     DataEntry,
     Finding,
@@ -251,6 +252,7 @@ def test_rate_and_time_left():
 
 def test_a_backdoor_of_one_source_is_told_once():
     found = row("badnets:size=3", 0.12, "fails")
-    found.worst_source = {"class": 11, "value": 1.0, "n": 12, "low": 0.6, "high": 1.0}
-    found.reason = "images of class 11 alone go to the target"
-    assert "to class 0, from class 11: 100.0 (" in evidence(found)
+    found.bounds = [Bound(None, 0.12, 500, 0.09, 0.02), Bound(11, 1.0, 12, 0.6, 0.0)]
+    found.decisive_source = 11
+    assert evidence(found).startswith("badnets:size=3 sends 100.0 % (n 12) of the images of class 11, 12.0 (")
+    assert evidence(found).count("11") == 1

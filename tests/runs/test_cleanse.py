@@ -18,8 +18,7 @@ from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.progress import quiet
-from bdclean.record.run import RunRecord
-from bdclean.runs import images
+from bdclean.runs import suspect
 from bdclean.runs.cleanse import cleanse
 from bdclean.runs.images import at_own_size
 from bdclean.runs.options import Inputs
@@ -72,14 +71,13 @@ def test_a_csv_of_labels_is_about_what_is_measured_not_about_the_unlabeled_image
     checkpoint = Checkpoint.read(SAMPLES / "signs-badnets.safetensors")
     data, test = pictures(tmp_path / "data", 1, 30), pictures(tmp_path / "test", 2)
     named = table(tmp_path / "test.csv", [f"{k:05d}.png" for k in range(24)])
-    record = RunRecord("cleanse")
-    found = open_images(checkpoint, Inputs(data=data, test=test, classes=named), record, quiet)
+    found, _, _ = open_images(checkpoint, Inputs(data=data, test=test, classes=named), quiet)
     assert len(found.unlabeled) == 30 and found.unlabeled.labels is None  # they have the same names
     by_name = dict(zip(found.held_out.paths, found.held_out.labels.tolist(), strict=True))
     assert by_name == {f"{k:05d}.png": k % 12 for k in range(24)}
     with pytest.raises(Refused, match="other.csv names no image of"):
         other = table(tmp_path / "other.csv", ["a.png", "b.png"])
-        open_images(checkpoint, Inputs(data=data, test=test, classes=other), record, quiet)
+        open_images(checkpoint, Inputs(data=data, test=test, classes=other), quiet)
 
 
 def test_with_labeled_images_and_a_test_set_a_csv_may_be_about_one_of_them(tmp_path):
@@ -87,7 +85,7 @@ def test_with_labeled_images_and_a_test_set_a_csv_may_be_about_one_of_them(tmp_p
     labeled, test = by_class(tmp_path / "labeled", 3), pictures(tmp_path / "test", 4)
     named = table(tmp_path / "test.csv", [f"test/{k:05d}.png" for k in range(24)])
     inputs = Inputs(labeled=labeled, test=test, classes=named)
-    found = open_images(checkpoint, inputs, RunRecord("cleanse"), quiet)
+    found, _, _ = open_images(checkpoint, inputs, quiet)
     assert found.unlabeled.labels.bincount().tolist() == [2] * 12
     assert found.held_out.labels.bincount().tolist() == [2] * 12
 
@@ -98,9 +96,7 @@ def test_what_is_measured_on_is_held_out_where_there_is_enough(labeled, where, t
     for k in range(12):
         pictures(tmp_path / "labeled" / str(k), 100 + k, -(-labeled // 12))
     data = pictures(tmp_path / "data", 1, 700)
-    found = open_images(
-        checkpoint, Inputs(data=data, labeled=tmp_path / "labeled"), RunRecord("cleanse"), quiet
-    )
+    found, _, _ = open_images(checkpoint, Inputs(data=data, labeled=tmp_path / "labeled"), quiet)
     assert len(found.held_out) == 200
     assert (found.held_out.labels is not None) == (where == "labeled")
     assert len(found.unlabeled) == (500 if where == "data" else 700)
@@ -117,7 +113,7 @@ def test_few_unlabeled_images_beside_more_labeled_ones_are_not_measured_on(tmp_p
     data, labeled = pictures(tmp_path / "data", 1, 30), by_class(tmp_path / "labeled", 3)
     for k in range(12):
         pictures(tmp_path / "labeled" / f"{k}" / "more", 500 + k, 10)
-    found = open_images(checkpoint, Inputs(data=data, labeled=labeled), RunRecord("cleanse"), quiet)
+    found, _, _ = open_images(checkpoint, Inputs(data=data, labeled=labeled), quiet)
     assert found.held_out.labels is not None and len(found.unlabeled) == 30
 
 
@@ -135,10 +131,9 @@ def test_copies_of_what_is_measured_on_are_not_trained_on(tmp_path):
         shutil.copy(whole[0], place / "again.png")
         with Image.open(whole[1]) as picture:
             picture.save(place / "again.jpg", quality=95)
-    record = RunRecord("cleanse")
-    found = open_images(checkpoint, Inputs(data=data, labeled=labeled, test=test), record, quiet)
+    found, entry, _ = open_images(checkpoint, Inputs(data=data, labeled=labeled, test=test), quiet)
     assert (len(found.held_out), len(found.unlabeled), len(found.labeled)) == (24, 30, len(whole) - 54)
-    assert record.data.duplicates == 4
+    assert entry.duplicates == 4
     for kept in (found.unlabeled, found.labeled):
         assert not any("again" in path for path in kept.paths)
 
@@ -154,7 +149,7 @@ def test_labels_wherever_they_are_tell_how_the_network_is_read(tmp_path):
         (Inputs(data=labeled, test=test), "unlabeled"),
         (Inputs(data=labeled, labeled=test), "labeled"),
     ):
-        found = open_images(checkpoint, given, RunRecord("cleanse"), quiet)
+        found = open_images(checkpoint, given, quiet)[0]
         assert found.telling() is getattr(found, telling)
     guessed = replace(found.unlabeled, labels_source="count")
     assert replace(found, unlabeled=guessed, labeled=None).telling() is found.held_out
@@ -168,8 +163,8 @@ def unclear(monkeypatch):
     """Two plausible normalisations: the right one, and one under which the backdoor shows less."""
     kinds = [parse_preprocess(name) for name in ("raw255", "half")]
     found = [Choice(kind, 0.9, "first normalisation layer") for kind in kinds]
-    monkeypatch.setattr(images, "choose", lambda *_: found)
-    monkeypatch.setattr(images, "read_off", lambda checkpoint, *_: Reading(checkpoint.arch, [], None, None))
+    monkeypatch.setattr(suspect, "choose", lambda *_: found)
+    monkeypatch.setattr(suspect, "read_off", lambda checkpoint, *_: Reading(checkpoint.arch, [], None, None))
 
 
 def test_scan_runs_under_each_plausible_normalisation_and_shows_the_worst(monkeypatch):

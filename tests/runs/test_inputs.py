@@ -19,10 +19,10 @@ from bdclean.networks.classifier import Classifier
 from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.progress import quiet
-from bdclean.record.run import RunRecord
-from bdclean.runs.images import keep_plausible_labels, read_images, warn_of_copies, warn_of_one_answer
+from bdclean.record.run import CheckpointEntry, RunRecord
+from bdclean.runs.images import copies, keep_plausible_labels, one_answer, read_images
 from bdclean.runs.options import Inputs
-from bdclean.runs.suspect import claimed_size, input_size, understand
+from bdclean.runs.suspect import claimed_size, describe_suspect, input_size, understand
 from bdclean.training.students import set_batch_statistics
 
 
@@ -39,11 +39,11 @@ def test_statistics_part_architectures_that_fit_the_same_tensors(tmp_path, short
     scores = {a.name: fit(checkpoint, a, choice, images, None).distance for a in checkpoint.candidates}
     best, second = sorted(scores, key=scores.__getitem__)[:2]
     assert best.endswith(f"-{shortcut}") and scores[second] > RATIO * scores[best]
-    record = RunRecord("scan")
-    suspect = understand(checkpoint, images, Inputs(preprocess="cifar10", device="cpu"), record)
-    assert suspect.arch.name == best == record.checkpoint.architecture
-    assert record.checkpoint.alternatives[0]["name"] == second
-    assert record.checkpoint.architecture_margin == pytest.approx(scores[second] / scores[best], rel=0.01)
+    suspect = understand(checkpoint, images, "cifar10", None, False, torch.device("cpu"))
+    entry = describe_suspect(CheckpointEntry(), suspect, images.shape[2:])
+    assert suspect.arch.name == best == entry.architecture
+    assert entry.alternatives[0]["name"] == second
+    assert entry.architecture_margin == pytest.approx(scores[second] / scores[best], rel=0.01)
 
 
 class Answers:
@@ -62,26 +62,25 @@ def test_labels_that_the_suspect_contradicts_are_dropped_or_doubted(source):
     labels = torch.arange(200) % 4
     found = ImageSet(images, labels, ("a", "b", "c", "d"), labels_source=source)
     suspect = SimpleNamespace(arch=SimpleNamespace(classes=4))
-    record = RunRecord("scan")
-    assert keep_plausible_labels(found, suspect, Answers(labels), record).labels is labels
-    assert record.warnings == []
-    for _ in range(2):  # held-out images and others are both looked at: one warning is enough
-        kept = keep_plausible_labels(found, suspect, Answers((labels + 1) % 4), record)
-    assert len(record.warnings) == 1 and "no better than chance" in record.warnings[0]
+    kept, doubts = keep_plausible_labels(found, suspect, Answers(labels))
+    assert kept.labels is labels and doubts == []
+    kept, doubts = keep_plausible_labels(found, suspect, Answers((labels + 1) % 4))
+    assert len(doubts) == 1 and "no better than chance" in doubts[0]
     assert (kept.labels is None) == (source == "count")
+
+
+def test_a_warning_stands_once_in_a_record():
+    """Held-out images and others are both looked at: one warning is enough."""
+    assert RunRecord("scan").warned(["a", "b"]).warned(["b", "c"]).warnings == ["a", "b", "c"]
 
 
 def test_many_copies_and_one_answer_are_said():
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (100, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    record = RunRecord("scan")
-    warn_of_copies(ImageSet(images), record)
-    warn_of_one_answer(torch.arange(100) % 4, record)
-    assert record.warnings == []
-    warn_of_copies(ImageSet(torch.cat([images[:80], images[:20]])), record)
-    warn_of_one_answer(torch.full((100,), 3), record)
-    assert "20 % of the images show the same picture" in record.warnings[0]
-    assert "answers class 3 on 100 % of the images" in record.warnings[1]
+    assert copies(ImageSet(images)) == one_answer(torch.arange(100) % 4) == []
+    (said,) = copies(ImageSet(torch.cat([images[:80], images[:20]])))
+    assert "20 % of the images show the same picture" in said
+    assert "answers class 3 on 100 % of the images" in one_answer(torch.full((100,), 3))[0]
 
 
 def test_a_checkpoints_own_class_names_order_the_folders(tmp_path):
@@ -123,7 +122,14 @@ def test_a_head_of_one_output_is_refused(tmp_path):
     save_file(network.state_dict(), tmp_path / "m.safetensors")
     checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
     with pytest.raises(Refused, match="one output"):
-        understand(checkpoint, torch.zeros(20, 3, 32, 32, dtype=torch.uint8), Inputs(), RunRecord("scan"))
+        understand(
+            checkpoint,
+            torch.zeros(20, 3, 32, 32, dtype=torch.uint8),
+            "auto",
+            None,
+            False,
+            torch.device("cpu"),
+        )
 
 
 def test_first_layers_that_give_no_numbers_are_refused(tmp_path):
@@ -135,7 +141,7 @@ def test_first_layers_that_give_no_numbers_are_refused(tmp_path):
     checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     with pytest.raises(Refused, match="finite numbers"):
-        understand(checkpoint, images, Inputs(device="cpu"), RunRecord("scan"))
+        understand(checkpoint, images, "auto", None, False, torch.device("cpu"))
 
 
 def test_a_normalisation_without_a_size_leaves_the_claimed_one(tmp_path):

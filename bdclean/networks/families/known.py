@@ -1,6 +1,6 @@
 """The shipped table of known networks: enough of their tensors' names and shapes to find one without building any.
 
-`python -m bdclean.architectures.fingerprint` writes it anew from the installed torchvision and bdclean's own families;
+`python -m bdclean.bench known_networks` writes it anew from the installed torchvision and bdclean's own families;
 with `--check` it only says what differs. Reading it needs no torch.
 """
 
