@@ -43,9 +43,7 @@ def assess(
     elif len(trial.images) < LEAST_SCREENED:
         jobs = _same_images(trial, triggers, everything, fixed or {})
         tried = len(triggers) * trial.classes
-        yield from map(
-            partial(_known, fixed or {}), measure_all(trial, jobs, everything, "same images", tried)
-        )
+        yield from measure_all(trial, jobs, everything, "same images", tried)
     else:
         yield from _screened(trial, triggers, fixed or {})
 

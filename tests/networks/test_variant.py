@@ -1,7 +1,6 @@
-import re
-
 """Which of several architectures that fit the same tensors a network is: chosen with a margin, or refused."""
 
+import re
 from dataclasses import replace
 
 import pytest
