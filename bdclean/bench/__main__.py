@@ -1,10 +1,10 @@
-"""`python -m bdclean.bench NAME ...`"""
+"""`python -m bdclean.bench NAME ... [--table FILE]`"""
 
 from __future__ import annotations
 
 import sys
 
-from bdclean.bench import cifar10, faults, fuzz, readings, rule, speed
+from bdclean.bench import cifar10, faults, fuzz, readings, rule, speed, tables
 
 DRIVERS = {
     "cifar10": cifar10.main,
@@ -18,9 +18,9 @@ DRIVERS = {
 
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in DRIVERS:
-        print(f"usage: python -m bdclean.bench {{{','.join(DRIVERS)}}} ...", file=sys.stderr)
+        print(f"usage: python -m bdclean.bench {{{','.join(DRIVERS)}}} ... [--table FILE]", file=sys.stderr)
         return 2
-    return DRIVERS[sys.argv[1]](sys.argv[2:])
+    return tables.run(sys.argv[1], DRIVERS[sys.argv[1]], sys.argv[2:])
 
 
 if __name__ == "__main__":
