@@ -1,10 +1,10 @@
-"""`python -m bdclean.bench NAME ...`"""
+"""`python -m bdclean.bench NAME ... [--table FILE]`"""
 
 from __future__ import annotations
 
 import sys
 
-from bdclean.bench import cifar10, readings, rule
+from bdclean.bench import cifar10, known_networks, readings, rule, tables
 from bdclean.bench.abuse import faults, fuzz
 from bdclean.bench.speed import speed
 
@@ -12,6 +12,7 @@ DRIVERS = {
     "cifar10": cifar10.main,
     "faults": faults.main,
     "fuzz": fuzz.main,
+    "known_networks": known_networks.main,
     "readings": readings.main,
     "rule": rule.main,
     "speed": speed.main,
@@ -20,9 +21,9 @@ DRIVERS = {
 
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in DRIVERS:
-        print(f"usage: python -m bdclean.bench {{{','.join(DRIVERS)}}} ...", file=sys.stderr)
+        print(f"usage: python -m bdclean.bench {{{','.join(DRIVERS)}}} ... [--table FILE]", file=sys.stderr)
         return 2
-    return DRIVERS[sys.argv[1]](sys.argv[2:])
+    return tables.run(sys.argv[1], DRIVERS[sys.argv[1]], sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 
 from bdclean.networks.arch import COUNTER
@@ -41,7 +40,7 @@ def generate() -> list[dict]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bdclean.networks.families.known", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bdclean.bench known_networks", description=__doc__)
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit with 1 where the file is stale"
     )
@@ -54,7 +53,3 @@ def main(arguments: list[str]) -> int:
     for row in stale:
         print(row[:120])
     return 1 if stale else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

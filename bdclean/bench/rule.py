@@ -23,21 +23,21 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     words = options.clean.split(",")
-    print("| network | backdoor | verdict | rows that fail | inconclusive | pass | images |")
-    print("|---|---|---|---|---|---|---|")
+    print("| network | classes | backdoor | verdict | rows that fail | inconclusive | pass | images |")
+    print("|---|---|---|---|---|---|---|---|")
     alarms, misses, total = 0, 0, Counter[bool]()
     for path in options.records:
         for record in parse_records(path.read_text(encoding="utf-8"), str(path)):
             side = record.before or record
-            stem = Path(record.checkpoint.path).name
+            stem = Path(record.checkpoint.path).name.removesuffix(".safetensors")
             backdoor = not any(word in stem for word in words)
             rows = Counter(row.outcome for row in side.triggers)
             total[backdoor] += 1
             alarms += not backdoor and side.verdict == "backdoored"
             misses += backdoor and side.verdict != "backdoored"
             print(
-                f"| {stem} | {'yes' if backdoor else 'no'} | {side.verdict} | {rows['fails']} | {rows['inconclusive']} "
-                f"| {rows['passes']} | {_images(record)} |"
+                f"| {stem} | {record.checkpoint.classes} | {'yes' if backdoor else 'no'} | {side.verdict} "
+                f"| {rows['fails']} | {rows['inconclusive']} | {rows['passes']} | {_images(record)} |"
             )
     print(
         f"\nFalse alarms: {alarms} of {total[False]} networks without a backdoor. "

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,6 +25,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
+from bdclean.bench import tables
 from bdclean.bench.cifar10 import unpack
 from bdclean.bench.speed.contenders import (
     CountingControls,
@@ -351,23 +350,7 @@ def subjects(data: Path | None, checkpoints: Path | None, device: str, clock: st
 
 def machine(device: str, clock: str) -> dict[str, str | int]:
     """What a figure depends on: for the line under the table and for each cell."""
-    cuda = device.startswith("cuda")
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "clock": clock,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
+    return tables.machine(device) | {"clock": clock}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,211 @@
+"""Writes what a bench printed as a file of `sample_models/tables/`, with what a reader must know to make it again.
+
+`python -m bdclean.bench NAME ... --table FILE` puts title, what was measured, the exact command, seed, n, machine, date
+and commit before the table. In a file that is there, only what stands between the two marks is replaced: the text
+around them is people's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+BEGIN, END = "<!-- made by the bench: begin -->", "<!-- made by the bench: end -->"
+
+
+@dataclass(frozen=True)
+class About:
+    """What holds for every table of a bench."""
+
+    title: str
+    measured: str
+    n: str
+    seed: str = "0"
+    """Where `--seed` is not given."""
+    accelerated: bool = False
+    """Whether it takes `--device`, and a GPU where there is one."""
+
+
+ABOUT = {
+    "cifar10": About(
+        "Cleansing on CIFAR-10",
+        "Victims are trained with crops and mirroring, scanned, cleansed with each recipe, and measured on test images "
+        "by the installed command. Attack success is that of the trigger that was put in (for a network without a "
+        "backdoor, of the row with the largest excess); rates in percent.",
+        "images, in brackets",
+        accelerated=True,
+    ),
+    "faults": About(
+        "Runs that were killed",
+        "`cleanse` of a small model is killed with SIGKILL, a third of the time at a random moment, else at a random "
+        "operation on one of its files, and then told to go on.",
+        "the kills of each recipe",
+    ),
+    "fuzz": About(
+        "Damaged input",
+        "Everything that reads a stranger's file or text is given mutated ones: how many were accepted and refused, "
+        "and what crashed, hung, took too much memory, or was accepted against the safetensors library.",
+        "the cases of each reader",
+    ),
+    "readings": About(
+        "How often a file is read wrongly",
+        "Small networks that differ in what shapes do not show are trained and read as a stranger's file. In brackets, "
+        "by how much the network that was chosen fits better than the next.",
+        "one reading a cell; all images of `--test` and `--other`",
+        "of each network by its name",
+    ),
+    "rule": About(
+        "How often the rule for trigger rows is wrong",
+        "Counts over records of scans with the stock bank: verdicts, and rows by outcome.",
+        "images of each scan, in the last column",
+        "that of each record",
+    ),
+    "speed": About(
+        "How fast it is",
+        "Ratios measured side by side, so that a busy machine hurts both sides alike: median, lowest and highest.",
+        "repetitions, in brackets; one where there are none",
+        accelerated=True,
+    ),
+}
+
+
+def run(name: str, bench: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Runs `bench` and returns its exit code; what it prints is also written to the file that `--table` names."""
+    asked = _parser()
+    asked.add_argument("--table", type=Path)
+    options, rest = asked.parse_known_args(arguments)
+    if options.table is None:
+        return bench(rest)
+    around, code_of = (
+        _around(options.table),
+        commit(),
+    )  # asked before hours of work, in which files may change
+    printed = Both(sys.stdout)
+    with contextlib.redirect_stdout(printed):
+        code = bench(rest)
+    made = f"{BEGIN}\n{heading(name, arguments, code_of)}\n\n{printed.text().strip()}\n{END}"
+    unfinished = options.table.with_name(f".{options.table.name}.part")
+    unfinished.write_text(made.join(around), encoding="utf-8")
+    unfinished.replace(options.table)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+
+
+def _around(file: Path) -> tuple[str, str]:
+    """What stands in `file` before and after the part that the bench makes; exits where it has no such part."""
+    if not file.exists():
+        if not file.parent.is_dir():
+            raise SystemExit(f"{file.parent} is no folder: make it first.")
+        return "", "\n"
+    before, begin, rest = file.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{file} is there without the marks that say what to replace: name a new file.")
+    return before, after
+
+
+def heading(name: str, arguments: list[str], code_of: str) -> str:
+    """Markdown: title, what was measured, the command, seed, n, machine, date and the commit `code_of`."""
+    about, parser = ABOUT[name], _parser()
+    parser.add_argument("--seed", default=about.seed)
+    parser.add_argument(
+        "--device", default="cuda" if about.accelerated and torch.cuda.is_available() else "cpu"
+    )
+    options, _ = parser.parse_known_args(arguments)
+    where = ", ".join(f"{key} {value}" for key, value in machine(options.device).items())
+    return "\n".join(
+        (
+            f"# {about.title}",
+            "",
+            about.measured,
+            "",
+            f"    {command(name, arguments)}",
+            "",
+            f"* Seed: {options.seed}",
+            f"* n: {about.n}",
+            f"* Machine: {where}",
+            f"* Date: {datetime.now(UTC):%Y-%m-%d}",
+            f"* Commit: {code_of}",
+        )
+    )
+
+
+def command(name: str, arguments: list[str]) -> str:
+    """The command as typed; of absolute paths, which are one machine's, the last name alone."""
+    return shlex.join(("python", "-m", "bdclean.bench", name, *map(_portable, arguments)))
+
+
+def _portable(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + (Path(value).name if os.path.isabs(value) else value)
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """What a figure depends on beside the code."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def commit() -> str:
+    """The commit of the code that runs; `unknown` where it does not lie in a checkout of its own."""
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(package), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        git(
+            "ls-files", "--error-unmatch", "__main__.py"
+        )  # an installed copy may lie in another project's checkout
+        changed = git("status", "--porcelain", "--", ".")
+        return git("rev-parse", "--short", "HEAD") + (" and what was changed since" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Both(io.TextIOBase):
+    """A text stream that keeps what is written and hands it on."""
+
+    def __init__(self, to: TextIO) -> None:
+        self.to, self.kept = to, io.StringIO()
+
+    def write(self, text: str, /) -> int:
+        self.kept.write(text)
+        return self.to.write(text)
+
+    def flush(self) -> None:
+        self.to.flush()
+
+    def text(self) -> str:
+        return self.kept.getvalue()
