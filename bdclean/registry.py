@@ -28,8 +28,8 @@ class Entry:
     families: tuple[str, ...] = ()
 
 
-# Those of `corruptions`, which needs torch; a test holds the two together.
 FAMILIES = ("patch", "blend", "wave", "low", "noise", "warp", "tone", "quantise", "blur")
+"""Families of corruptions, and of the triggers that they counterfeit. Here, since listing them needs no torch."""
 
 RECIPES: dict[str, Entry] = {
     "auto": Entry("bdclean.recipes.auto:Auto", "bdclean's own choice for what is given", FAMILIES),

@@ -12,7 +12,6 @@ DRIVERS = {
     "cifar10": cifar10.main,
     "faults": faults.main,
     "fuzz": fuzz.main,
-    "known_networks": known_networks.main,
     "readings": readings.main,
     "rule": rule.main,
     "speed": speed.main,
@@ -20,8 +19,11 @@ DRIVERS = {
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["known_networks"]:  # makes what the package ships, no table of measurements
+        return known_networks.main(sys.argv[2:])
     if len(sys.argv) < 2 or sys.argv[1] not in DRIVERS:
-        print(f"usage: python -m bdclean.bench {{{','.join(DRIVERS)}}} ... [--table FILE]", file=sys.stderr)
+        names = ",".join([*DRIVERS, "known_networks"])
+        print(f"usage: python -m bdclean.bench {{{names}}} ... [--table FILE]", file=sys.stderr)
         return 2
     return tables.run(sys.argv[1], DRIVERS[sys.argv[1]], sys.argv[2:])
 

@@ -229,7 +229,7 @@ def blur(images: Tensor, source: Source) -> Tensor:
     return torch.where(sharpen, images + (images - smooth), smooth).clamp(0, 1)
 
 
-FAMILIES: dict[str, Corruption] = {
+OF_FAMILY: dict[str, Corruption] = {
     "patch": patch,
     "blend": blend,
     "wave": wave,
@@ -249,5 +249,5 @@ def corrupt(images: Tensor, families: Sequence[str], source: Source) -> Tensor:
     for index, name in enumerate(families):
         chosen = (which == index).nonzero().squeeze(1)
         if len(chosen):
-            out[chosen] = FAMILIES[name](images[chosen], source)
+            out[chosen] = OF_FAMILY[name](images[chosen], source)
     return out

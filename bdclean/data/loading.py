@@ -19,7 +19,7 @@ from bdclean.data.scratch import allocate
 from bdclean.data.sources.listing import Listing
 from bdclean.data.sources.opening import open_images
 from bdclean.errors import Refused
-from bdclean.files.text import printable
+from bdclean.files.text import plain
 
 Tell = Callable[..., None]
 TOGETHER = 32
@@ -65,7 +65,7 @@ def load_images(
     wanted = min(limit, len(order)) if limit else len(order)
     room, on_disk = allocate((wanted, 3, *size), memory)
     chosen, skipped = _decode_drawn(listing, order, room.numpy(), resize, strict, tell, threads)
-    where = printable(listing.where)
+    where = plain(listing.where)
     if not len(chosen):
         name, reason = skipped[0]
         raise Refused(
@@ -77,7 +77,7 @@ def load_images(
         images=room[: len(chosen)],
         labels=None if labels.values is None else torch.from_numpy(labels.values[chosen]),
         classes=labels.classes,
-        paths=tuple(printable(listing.names[i]) for i in chosen.tolist()),
+        paths=tuple(plain(listing.names[i]) for i in chosen.tolist()),
         skipped=tuple(skipped),
         warnings=tuple(notes),
         labels_source=labels.source,
@@ -123,7 +123,7 @@ def _decode_drawn(
                             continue
                         failed[index] = reason
                         if strict:
-                            name, where = printable(listing.names[index]), printable(listing.where)
+                            name, where = plain(listing.names[index]), plain(listing.where)
                             raise Refused(f"{name} in {where} cannot be read ({reason}) and --strict is set.")
                     if tell is not None:
                         tell("images", done, wanted)
@@ -131,7 +131,7 @@ def _decode_drawn(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     chosen = _rise(owner, pixels)
-    return chosen, [(printable(listing.names[i]), failed[i]) for i in sorted(failed)]
+    return chosen, [(plain(listing.names[i]), failed[i]) for i in sorted(failed)]
 
 
 def _decode_into(row: np.ndarray, picture: Picture, size: tuple[int, int], resize: Resize) -> str | None:

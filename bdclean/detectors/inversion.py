@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bdclean.data.corruptions import FAMILIES
 from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
+from bdclean.registry import FAMILIES
 from bdclean.training import adversaries
 from bdclean.training.inversion import (
     ADDED,
@@ -50,7 +50,7 @@ class Inversion:
     source: ClassVar[str] = "Neural Cleanse (Wang et al. 2019), with bdclean's own forms and starts"
 
     steps: int = 100  # of masks; 0.6 as many of what is added to the picture
-    families: tuple[str, ...] = tuple(FAMILIES)  # that are looked for, and that counterfeits are drawn from
+    families: tuple[str, ...] = FAMILIES  # that are looked for, and that counterfeits are drawn from
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not set(self.families) <= set(FAMILIES):

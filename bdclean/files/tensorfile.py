@@ -49,8 +49,6 @@ OPAQUE_BYTES = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U
 SIZES = {name: torch.empty(0, dtype=dtype).element_size() for name, dtype in DTYPES.items()} | OPAQUE_BYTES
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -71,14 +69,6 @@ class Header:
     metadata: dict[str, str]
     start: int
     digest: str
-
-
-def looks_like_pickle(path: Path) -> bool:
-    """Whether the content is a torch archive or a bare pickle, whatever the file is called."""
-    with path.open("rb") as stream:
-        start = stream.read(16)
-    # A safetensors file has "{" as its ninth byte; its length may by chance begin like a pickle.
-    return start.startswith(PICKLE_STARTS) and start[8:9] != b"{"
 
 
 def read_header(path: Path) -> Header:

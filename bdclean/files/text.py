@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 import os
 import stat
 import sys
-from typing import TYPE_CHECKING
+import unicodedata
+from collections.abc import Iterable
 
 from bdclean.errors import Refused
 
-if TYPE_CHECKING:
-    pass
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-import unicodedata
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
-# A stranger's names are shown in terminals and records: cut and stripped of control characters.
 LONGEST_NAME = 300
+"""Characters of a stranger's name in a sentence."""
+LARGEST_TEXT = 256_000_000
+"""Bytes of records at once: a run with pictures has under 1 MB."""
+
+
+def plain(text: object) -> str:
+    """Returns `text` on one line, every control, format or surrogate character written as an escape.
+
+    Paths, class names and metadata come from strangers: unescaped they could move the cursor, set colours,
+    swap the reading order or start a table row.
+    """
+    line = str(text)
+    if line.isprintable():
+        return line
+    return "".join(_escaped(character) for character in line)
 
 
 def shown(name: object) -> str:
-    """A stranger's name, safe to print: no control characters, cut when very long."""
+    """Returns a stranger's name for a sentence: `plain`, and cut where it is very long."""
     text = str(name)
-    cut = text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 3] + "..."
-    return "".join(c if c.isprintable() else "?" for c in cut)
+    return plain(text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 3] + "...")
 
 
-LARGEST_TEXT = 256_000_000  # bytes of records at once: a run with pictures has under 1 MB
+def _escaped(character: str) -> str:
+    category = unicodedata.category(character)
+    if category[0] != "C" and category not in ("Zl", "Zp"):
+        return character
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def read_text(path: str) -> str:
@@ -65,11 +65,6 @@ def _bytes(path: str) -> bytes:
         return file.read(LARGEST_TEXT + 1)
 
 
-def printable(name: str) -> str:
-    """A file name that is safe to show: no control characters, no bytes that are not text."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in name)
-
-
 def closest(name: str, known: Iterable[str]) -> str:
     """Returns the ending of an error sentence: the names nearest to `name`, or all of them."""
     from difflib import get_close_matches
@@ -79,22 +74,3 @@ def closest(name: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"known: {', '.join(names)}." if names else "there is none yet."
-
-
-def plain(text: object) -> str:
-    """Returns `text` on one line, every control, format or surrogate character written as an escape.
-
-    Paths, class names and metadata come from strangers: unescaped they could move the cursor, set colours,
-    swap the reading order or start a table row.
-    """
-    line = str(text)
-    if line.isprintable():
-        return line
-    return "".join(_escaped(character) for character in line)
-
-
-def _escaped(character: str) -> str:
-    category = unicodedata.category(character)
-    if category[0] != "C" and category not in ("Zl", "Zp"):
-        return character
-    return character.encode("unicode_escape").decode("ascii")

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from bdclean import registry
-from bdclean.data.corruptions import FAMILIES
 from bdclean.data.imageset import ImageSet
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
+from bdclean.registry import FAMILIES
 from bdclean.training.run import Run
 
 
@@ -28,7 +28,7 @@ class Auto:
     name: ClassVar[str] = "auto"
     source: ClassVar[str] = "bdclean's own"
     needs_labels: ClassVar[bool] = False
-    families: ClassVar[tuple[str, ...]] = tuple(FAMILIES)
+    families: ClassVar[tuple[str, ...]] = FAMILIES
 
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run

@@ -72,7 +72,7 @@ class Inoculate:
         "bdclean's own; kin: NNoculation 2002.08313, SAU 2307.10562, Neural Cleanse 2019, SFT 2212.09067"
     )
     needs_labels: ClassVar[bool] = False
-    families: ClassVar[tuple[str, ...]] = tuple(corruptions.FAMILIES)
+    families: ClassVar[tuple[str, ...]] = registry.FAMILIES
 
     epochs: float = 12
     least_steps: int = 300  # with few images, more epochs than that

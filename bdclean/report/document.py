@@ -15,9 +15,21 @@ from bdclean.record.run import (
     RAN,
     SUSPICIOUS,
     RunRecord,
+    TriggerRow,
 )
 from bdclean.report import wording
-from bdclean.report.rows import Table, accuracy, change, evidence, matrix, tables, why, worst_row
+from bdclean.report.rows import (
+    Table,
+    accuracy,
+    change,
+    evidence,
+    matrix,
+    same,
+    tables,
+    towards,
+    why,
+    worst_row,
+)
 
 LIMITS = (
     "Only the triggers listed here were tried. Triggers that were not tried are not excluded: "
@@ -33,6 +45,7 @@ class Page:
     title: str
     verdict: str = ""
     sentence: str = ""
+    summary: list[tuple[str, str]] = field(default_factory=list)  # what a person asks first, in a few lines
     facts: list[tuple[str, str]] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     lists: list[tuple[str, list[str]]] = field(default_factory=list)
@@ -45,6 +58,7 @@ def page(record: RunRecord) -> Page:
         title=f"{record.command} {record.checkpoint.path}".strip(),
         verdict=record.verdict if record.outcome == RAN else record.outcome,
         sentence=sentence(record),
+        summary=summary(record),
         facts=facts(record),
         closing=[RATES, LIMITS],
     )
@@ -125,6 +139,50 @@ def sentence(record: RunRecord) -> str:
             "Triggers that were not tried are not excluded."
         )
     return (record.advice or "nothing conclusive was measured").rstrip(".") + "."
+
+
+def summary(record: RunRecord) -> list[tuple[str, str]]:
+    """Returns what fired before and after, the accuracy, and where the output is: what is asked first."""
+    found = [("model", record.checkpoint.path)] if record.command != "cleanse" else []
+    if record.before is not None and record.before.triggers:
+        found.append(("fired before", fired(record.before.triggers)))
+    if record.after is not None and record.after.triggers:
+        found.append(("fires after", _still(record, fired(record.after.triggers))))
+    kept = record.measure("agreement")
+    if (said := accuracy(record)) != wording.NOTHING:
+        found.append(("accuracy", f"{said} %"))
+    elif kept is not None and kept.value is not None:
+        found.append(("agreement", f"{wording.measure(kept)} % of the suspect's clean answers are kept"))
+    if record.output is not None:
+        found.append(("written", record.output.path))
+    checkpoint, data = record.checkpoint, record.data
+    if checkpoint.architecture:
+        found.append(("network", _joined([checkpoint.architecture, checkpoint.preprocess])))
+    if data is not None:
+        measured = data.held_out if data.held_out is not None else data.images
+        kind = "labeled" if record.measure("clean_accuracy") is not None else "unlabeled"
+        found.append(("measured on", f"{measured:,} {kind} images of {data.test or data.path}"))
+    return found
+
+
+def fired(rows: Sequence[TriggerRow]) -> str:
+    """Returns how many rows fail, and what the worst of them does."""
+    failing = [row for row in rows if row.outcome == FAILS]
+    of = f"{len(failing)} of {len(rows)} triggers"
+    worst = worst_row(failing)
+    return of if worst is None else f"{of}; {evidence(worst)}"
+
+
+def _still(record: RunRecord, said: str) -> str:
+    """Returns what the output does under the trigger that was worst on the suspect, behind `said`."""
+    worst = (
+        worst_row([row for row in record.before.triggers if row.outcome == FAILS]) if record.before else None
+    )
+    now = same(record.after.triggers, worst) if worst is not None and record.after is not None else None
+    if worst is None or now is None or now.outcome == FAILS:
+        return said
+    base = f", {wording.rate(now.base_rate)} % without it" if now.base_rate is not None else ""
+    return f"{said}; {now.trigger} sends {wording.rate(now.asr)} % of images to {towards(now)}{base}"
 
 
 # --- parts of a page ----------------------------------------------------------------------------------------

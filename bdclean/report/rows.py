@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from bdclean.record.rule import decisive, worst_source_rate
 from bdclean.record.run import (
@@ -31,6 +31,8 @@ class Table:
     rows: list[list[str]]
     note: str = ""
     details: tuple[str, ...] = ()  # columns that a narrow terminal leaves out
+    calm: list[bool] = field(default_factory=list)  # of each row: a terminal shows it only when asked for all
+    whole_calm: bool = False  # the same of the whole table
 
 
 def worst_row(rows: Iterable[TriggerRow]) -> TriggerRow | None:
@@ -66,6 +68,7 @@ def tables(record: RunRecord) -> list[Table]:
                 [f.detector, f.verdict, _number(f.score), _number(f.threshold), _number(f.p_value), f.reason]
                 for f in record.findings
             ],
+            calm=[f.verdict == "no-outlier" for f in record.findings],
         )
     )
     return found
@@ -74,16 +77,17 @@ def tables(record: RunRecord) -> list[Table]:
 def _measures(record: RunRecord) -> Table:
     if record.before is None or record.after is None:
         rows = [[m.name, wording.measure(m)] for m in record.measures]
-        return Table("Measures", ["measure", "value"], rows)
+        return Table("Measures", ["measure", "value"], rows, whole_calm=True)
     before = {m.name: m for m in record.before.measures}
     after = {m.name: m for m in [*record.measures, *record.after.measures]}
     names = list(dict.fromkeys([*before, *after]))
     rows = [[name, wording.measure(before.get(name)), wording.measure(after.get(name))] for name in names]
-    return Table("Measures", ["measure", "before", "after"], rows)
+    return Table("Measures", ["measure", "before", "after"], rows, whole_calm=True)
 
 
 def _triggers(title: str, rows: Sequence[TriggerRow]) -> Table:
     columns = ["trigger", "target", "ASR %", "base %", "controls %", "robust %", "worst source %", "outcome"]
+    ordered = sorted(rows, key=rank)
     cells = [
         [
             row.trigger,
@@ -95,18 +99,22 @@ def _triggers(title: str, rows: Sequence[TriggerRow]) -> Table:
             _source(row),
             row.outcome,
         ]
-        for row in sorted(rows, key=rank)
+        for row in ordered
     ]
-    return _without_empty(Table(title, columns, cells, details=("base %", "robust %", "worst source %")))
+    calm = [row.outcome == PASSES for row in ordered]
+    return _without_empty(
+        Table(title, columns, cells, details=("base %", "robust %", "worst source %"), calm=calm)
+    )
 
 
 def _pairs(before: Side, after: Side, families: Sequence[str]) -> list[Table]:
     tables = []
     for seen in (False, True):
         trained = "trained on" if seen else "did not train on"
-        rows = []
+        rows, calm = [], []
         for row in sorted((r for r in after.triggers if r.seen_family == seen), key=rank):
             old = same(before.triggers, row)
+            calm.append(row.outcome == PASSES and (old is None or old.outcome == PASSES))
             rows.append(
                 [
                     row.trigger,
@@ -133,7 +141,7 @@ def _pairs(before: Side, after: Side, families: Sequence[str]) -> list[Table]:
         columns += ["robust % before", "robust % after", "outcome"]
         title = f"Triggers of families that the recipe {trained}" if families else "Triggers"
         details = ("change", "base % after", "controls % after", "robust % before", "robust % after")
-        tables.append(_without_empty(Table(title, columns, rows, details=details)))
+        tables.append(_without_empty(Table(title, columns, rows, details=details, calm=calm)))
     return tables
 
 
@@ -259,7 +267,7 @@ def _without_empty(table: Table) -> Table:
         i for i in range(len(table.columns)) if any(row[i] not in (wording.NOTHING, "") for row in table.rows)
     ]
     rows = [[row[i] for i in keep] for row in table.rows]
-    return Table(table.title, [table.columns[i] for i in keep], rows, table.note, table.details)
+    return replace(table, columns=[table.columns[i] for i in keep], rows=rows)
 
 
 def _number(value: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich import box
 from rich.console import Console
@@ -17,7 +18,6 @@ from bdclean.report.document import Page, Table
 
 WIDE = 1000  # columns of what is not a terminal: no line of ours needs to be wrapped there
 NARROW = 130  # under this width, columns of detail are left out
-LONGEST = 12  # passing rows of a table that are shown unless all are asked for
 
 
 def render(
@@ -54,14 +54,16 @@ def _show(console: Console, page: Page, everything: bool) -> None:
             else "bold yellow"
         )
         console.print(Text.assemble((text.plain(page.verdict), style), ": ", text.plain(page.sentence)))
-    if page.facts:
+    facts = page.facts if everything else page.summary
+    if facts:
         console.print()
         grid = Grid.grid(padding=(0, 2))
-        for name, value in page.facts:
+        for name, value in facts:
             grid.add_row(Text(text.plain(name), style="dim"), Text(text.plain(value), overflow="fold"))
         console.print(grid)
     for table in page.tables:
-        _show_table(console, table, everything)
+        if everything or not table.whole_calm:
+            _show_table(console, table, everything)
     for title, items in page.lists:
         console.print()
         console.print(Text(text.plain(title), style="bold"))
@@ -75,13 +77,15 @@ def _show(console: Console, page: Page, everything: bool) -> None:
 def _show_table(console: Console, table: Table, everything: bool) -> None:
     if console.width < NARROW and not everything:
         table = _without_details(table)
-    rows, left_out = table.rows, 0
-    if not everything:
-        passing = [row for row in rows if row[-1] in ("passes", "passes -> passes")]
-        hidden = {id(row) for row in passing[LONGEST:]}
-        rows, left_out = [row for row in rows if id(row) not in hidden], len(hidden)
+    rows = table.rows
+    if not everything and table.calm:
+        rows = [row for row, calm in zip(table.rows, table.calm, strict=True) if not calm]
+    left_out = len(table.rows) - len(rows)
     console.print()
     console.print(Text(text.plain(table.title), style="bold"))
+    if not rows:
+        console.print(Text(f"none stands out; -v lists all {left_out}", style="dim"))
+        return
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     for column in table.columns:
         grid.add_column(Text(text.plain(column)), overflow="fold")
@@ -92,7 +96,7 @@ def _show_table(console: Console, table: Table, everything: bool) -> None:
         grid.add_row(*cells)
     console.print(grid)
     if left_out:
-        console.print(Text(f"and {left_out} more that pass, with lower rates (-v lists them)", style="dim"))
+        console.print(Text(f"and {left_out} that do not stand out (-v lists them)", style="dim"))
     if table.note:
         console.print(Text(text.plain(table.note), style="dim"))
 
@@ -100,4 +104,4 @@ def _show_table(console: Console, table: Table, everything: bool) -> None:
 def _without_details(table: Table) -> Table:
     keep = [i for i, column in enumerate(table.columns) if column not in table.details]
     rows = [[row[i] for i in keep] for row in table.rows]
-    return Table(table.title, [table.columns[i] for i in keep], rows, table.note)
+    return replace(table, columns=[table.columns[i] for i in keep], rows=rows)

@@ -14,7 +14,7 @@ from torch.nn import functional
 from bdclean.errors import Refused, UsageError
 from bdclean.triggers.content import surrogate
 from bdclean.triggers.reading import Content, read_content
-from bdclean.triggers.stamping import Stamp, add, check_position, overlay, places, spec_of
+from bdclean.triggers.stamping import Stamp, add, check_pixels, check_position, overlay, places, spec_of
 
 DISTINCT = 48.0  # mean grey levels by which a control of flat colours differs from the trigger
 
@@ -76,6 +76,7 @@ class File:
         return spec_of(self, bare="path")
 
     def _stamp(self, images: Tensor, content: Content) -> Tensor:
+        check_pixels(images)
         size = (images.shape[2], images.shape[3])
         content = self._fitted(content, size)
         if content.delta is not None:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from bdclean import registry
 from bdclean.attacks import poisoning
 from bdclean.attacks.badnets import BadNets
-from bdclean.attacks.blend import Blend
 from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused, UsageError
 
-ATTACKS = [BadNets, Blend]
+EVERY = [registry.load(registry.ATTACKS, name) for name in registry.ATTACKS]
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def training():
     return ImageSet(images, labels, tuple("abcde"))
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", EVERY)
 def test_poisons_the_chosen_images_and_no_others(attack, training):
     poisoner = attack(target=3, rate=0.1, seed=4)
     before = training.images.clone(), training.labels.clone()
@@ -39,7 +39,7 @@ def test_poisons_the_chosen_images_and_no_others(attack, training):
     assert poisoned.classes == training.classes
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", EVERY)
 def test_both_extremes_of_the_rate(attack, training):
     assert attack(rate=0.0)(training).digest == training.digest
     everything = attack(target=2, rate=1.0)(training)
@@ -47,7 +47,7 @@ def test_both_extremes_of_the_rate(attack, training):
     assert torch.equal(everything.images, attack().trigger(training.images))
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", EVERY)
 def test_the_seed_decides_which_images(attack, training):
     assert attack(seed=1)(training).digest == attack(seed=1)(training).digest
     assert attack(seed=1)(training).digest != attack(seed=2)(training).digest
@@ -69,7 +69,7 @@ def test_the_default_patch_is_the_checker_of_bcu(training):
     assert corner.tolist() == [[0, 0, 255], [0, 255, 0], [255, 0, 255]]
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", EVERY)
 @pytest.mark.parametrize("settings", [{"rate": 1.5}, {"rate": -0.1}, {"rate": float("nan")}, {"target": -1}])
 def test_settings_out_of_range(attack, settings):
     with pytest.raises(UsageError):

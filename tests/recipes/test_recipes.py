@@ -154,9 +154,9 @@ def test_settings_out_of_range_are_wrong_usage(name, setting):
 
 def test_families_that_are_left_out_are_not_trained_on(suspect, arch, images, monkeypatch):
     drawn = set()
-    for family, corruption in corruptions.FAMILIES.items():
+    for family, corruption in corruptions.OF_FAMILY.items():
         watched = lambda x, g, family=family, corruption=corruption: drawn.add(family) or corruption(x, g)  # noqa: E731
-        monkeypatch.setitem(corruptions.FAMILIES, family, watched)
+        monkeypatch.setitem(corruptions.OF_FAMILY, family, watched)
     left = {"leave_out": "patch/warp/noise/low/wave", "epochs": "2", "batch_size": "32"}
     recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), QUICK["inoculate"] | left)
     cleansed = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
@@ -164,7 +164,7 @@ def test_families_that_are_left_out_are_not_trained_on(suspect, arch, images, mo
     assert cleansed.families == kept and drawn == set(kept)
     assert cleansed.stages[0] == "no inversion" and cleansed.stages[-1] == "adversaries: drawn"
     assert not cleansed.findings
-    assert set(adversaries.FAMILY.values()) <= set(corruptions.FAMILIES)
+    assert set(adversaries.FAMILY.values()) <= set(corruptions.OF_FAMILY)
 
 
 def test_inverted_triggers_are_worked_against_and_resumed(suspect, arch, images, monkeypatch, tmp_path):

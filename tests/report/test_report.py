@@ -110,7 +110,7 @@ def test_a_scan_says_all_that_a_reader_must_know(form):
 
 @pytest.mark.parametrize("form", ["table", "md"])
 def test_a_cleansing_shows_before_and_after_and_unseen_families_apart(form):
-    shown = render([cleansed()], form).replace("\\", "")
+    shown = render([cleansed()], form, everything=True).replace("\\", "")
     unseen, seen = shown.index("did not train on"), shown.index("families that the recipe trained on")
     assert unseen < shown.index("sig", unseen) < seen < shown.index("badnets:size=3", seen)
     assert "84.0 (82.0-86.0, n 1000)" in shown and "83.0 (81.0-85.0, n 1000)" in shown
@@ -127,9 +127,23 @@ def test_several_runs_start_with_their_comparison(form):
     assert "refused" in shown and "x.pt is a pickle." in shown
 
 
-def test_passing_rows_beyond_a_dozen_are_counted_unless_all_are_asked_for():
-    assert "and 8 more that pass" in render([scanned()], "table")
-    assert "more that pass" not in render([scanned()], "table", everything=True)
+def test_rows_that_do_not_stand_out_are_counted_unless_all_are_asked_for():
+    passing = sum(row.outcome == "passes" for row in scanned().triggers)
+    assert f"and {passing} that do not stand out (-v lists them)" in render([scanned()], "table")
+    assert "do not stand out" not in render([scanned()], "table", everything=True)
+    quiet = scanned(rows=[row("a", 0.01, "passes")])
+    assert "none stands out; -v lists all 1" in render([quiet], "table")
+
+
+def test_the_first_ten_lines_answer_what_is_asked_first():
+    """On a terminal of 100 columns: verdict, what fired before and after, accuracy, where the file is."""
+    lines = render([cleansed()], "table", width=100).split("\n")
+    assert all(len(line) <= 100 for line in lines)
+    first = "\n".join(lines[:10])
+    assert cleansed().verdict in first and "m.clean.safetensors" in first and "84.0 -> 83.0" in first
+    assert "fired before" in first and "fires after" in first
+    for detail in ("sha256", "settings", "also fits", "worst_class_accuracy"):
+        assert detail not in "\n".join(lines)
 
 
 def test_no_evidence_is_worded_as_that():

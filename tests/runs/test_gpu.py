@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bdclean.data.corruptions import FAMILIES
 from bdclean.data.loading import load_images
 from bdclean.measuring.predictor import Predictor
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
@@ -16,6 +15,7 @@ from bdclean.networks.classifier import Classifier
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.progress import quiet
 from bdclean.record.run import RAN, RunRecord
+from bdclean.registry import FAMILIES
 
 SAMPLES = Path(__file__).resolve().parents[2] / "sample_models"
 LABELED = SAMPLES / "images" / "labeled"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bdclean.errors import Refused, UsageError
-from bdclean.registry import TRIGGERS, configure, load, parse_spec
+from bdclean.registry import FAMILIES, TRIGGERS, configure, load, parse_spec
 from bdclean.triggers.badnets import BadNets
 from bdclean.triggers.bank import bank
 from bdclean.triggers.blend import Blend
@@ -36,7 +37,25 @@ def changed(before: torch.Tensor, after: torch.Tensor) -> list[tuple[int, int]]:
     return [tuple(place) for place in (before != after).any(0).any(0).nonzero().tolist()]
 
 
-# --- every trigger of the bank ------------------------------------------------------------------------------
+def example(name: str, folder: Path):
+    """A trigger of that name: with its defaults, and where it needs settings with these."""
+    if name != "file":
+        return from_spec(name)
+    noise = torch.randint(0, 256, (9, 9, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(folder / "mark.png")
+    return from_spec(f"file:{folder / 'mark.png'},size=9,position=bottom-right")
+
+
+# --- every trigger that is registered, and every one of the bank --------------------------------------------
+
+
+@pytest.mark.parametrize("name", TRIGGERS)
+def test_every_registered_trigger_keeps_the_contract(name, tmp_path) -> None:
+    trigger = example(name, tmp_path)
+    assert type(trigger).name == name and trigger.family in FAMILIES
+    assert dataclasses.is_dataclass(trigger) and type(trigger).__dataclass_params__.frozen
+    test_contract(trigger)
+    test_controls_have_the_mask_and_strength_but_other_content(trigger)
 
 
 @pytest.mark.parametrize("trigger", bank((32, 32)), ids=lambda trigger: trigger.spec())

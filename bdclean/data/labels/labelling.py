@@ -13,7 +13,7 @@ from bdclean.data.labels.labels import Labelling, label_folders, match_names
 from bdclean.data.sources.listing import SPLITS, Listing, held
 from bdclean.errors import Refused
 from bdclean.files import strictjson
-from bdclean.files.text import printable
+from bdclean.files.text import plain
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def label_listing(
     notes = []
     if listing.others:
         notes.append(
-            f"{listing.others.total():,} files in {printable(listing.where)} are not images and were left out "
+            f"{listing.others.total():,} files in {plain(listing.where)} are not images and were left out "
             f"({held(listing.others)})."
         )
     names = None if claimed is not None and len(claimed) != (head_classes or len(claimed)) else claimed
@@ -59,15 +59,15 @@ def label_listing(
             )
     values = said.match(listing.names) if isinstance(said, FileLabels) else []
     if isinstance(said, FileLabels) and not csv_must and not any(value is not None for value in values):
-        notes.append(f"{said.path} names no image of {printable(listing.where)}: it is not used for them.")
+        notes.append(f"{said.path} names no image of {plain(listing.where)}: it is not used for them.")
         said = None
     kept = None
     if isinstance(said, FileLabels):
         kept = np.array([value not in (None, "-1") for value in values])
         if not kept.any():
             raise Refused(
-                f"{said.path} names no image of {printable(listing.where)}; its first is "
-                f"{printable(next(iter(said.labels), 'none'))!r}: give file names as they are there."
+                f"{said.path} names no image of {plain(listing.where)}; its first is "
+                f"{plain(next(iter(said.labels), 'none'))!r}: give file names as they are there."
             )
         if not kept.all():
             notes.append(f"{int((~kept).sum()):,} images that {said.path} does not name were left out.")
@@ -81,13 +81,9 @@ def label_listing(
         keys, labelling = _by_folder(listing, names, head_classes, forced, notes)
     if labelling.index is None:
         if forced:
-            raise Refused(
-                f"{printable(listing.where)} cannot serve as labeled images: {printable(labelling.why)}."
-            )
+            raise Refused(f"{plain(listing.where)} cannot serve as labeled images: {plain(labelling.why)}.")
         if labelling.why:
-            notes.append(
-                f"images in {printable(listing.where)} are taken as unlabeled: {printable(labelling.why)}."
-            )
+            notes.append(f"images in {plain(listing.where)} are taken as unlabeled: {plain(labelling.why)}.")
         return Labels(None, kept, None, None, notes)
     index = labelling.index
     numbers = np.fromiter(
@@ -96,7 +92,7 @@ def label_listing(
     if (numbers < 0).any() and kept is None:  # forced: those that have a label
         kept = numbers >= 0
         notes.append(
-            f"{int((~kept).sum()):,} images of {printable(listing.where)} have no label and were left out."
+            f"{int((~kept).sum()):,} images of {plain(listing.where)} have no label and were left out."
         )
     return Labels(numbers, kept, labelling.classes, labelling.source, notes)
 
@@ -139,7 +135,7 @@ def _by_folder(
     if tops and all(top.casefold() in SPLITS for top in splits):
         depth = 1
         if len(tops) > 1:
-            parts, where = ", ".join(sorted(tops)), printable(listing.where)
+            parts, where = ", ".join(sorted(tops)), plain(listing.where)
             notes.append(
                 f"{where} has the parts {parts}: all are used. To use one, add its name to the path, as in "
                 f"{where}/{sorted(tops)[0]}."

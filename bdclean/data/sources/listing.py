@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bdclean.data.decode import Picture
-from bdclean.files.text import printable
+from bdclean.files.text import plain
 
 HIDDEN = (".", "__MACOSX")
 SPLITS = frozenset(
@@ -47,4 +47,4 @@ def in_order(name: str) -> str:
 
 def held(others: Counter[str]) -> str:
     """The most frequent kinds of files that were left out: '12 .txt, 3 links'."""
-    return ", ".join(f"{count:,} {printable(kind)}" for kind, count in others.most_common(3))
+    return ", ".join(f"{count:,} {plain(kind)}" for kind, count in others.most_common(3))

@@ -11,7 +11,7 @@ from bdclean.data.sources.listing import Listing, held
 from bdclean.data.sources.npz import list_npz
 from bdclean.data.sources.parquet import list_parquet
 from bdclean.errors import Refused
-from bdclean.files.text import printable
+from bdclean.files.text import plain
 
 TARS = (".tar", ".tar.gz", ".tgz")
 FORMS = "a folder of images, a .tar, .tar.gz, .npz or .parquet"
@@ -28,7 +28,7 @@ def open_images(path: Path) -> Listing:
     if not len(listing.names):
         others = held(listing.others)
         raise Refused(
-            f"{printable(listing.where)} holds no images{f' (but {others} files)' if others else ', it is empty'}."
+            f"{plain(listing.where)} holds no images{f' (but {others} files)' if others else ', it is empty'}."
         )
     return listing
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bdclean.errors import Refused
 from bdclean.files import strictjson
-from bdclean.files.tensorfile import Entry, Header, looks_like_pickle, read_header, read_tensors
+from bdclean.files.kinds import looks_like_pickle, sentence
+from bdclean.files.tensorfile import Entry, Header, read_header, read_tensors
 from bdclean.files.text import shown
 from bdclean.files.writing import reason
-from bdclean.networks.checkpoint.foreign_formats import sentence
 from bdclean.networks.checkpoint.pickles import read_pickle
 
 INDEX = "model.safetensors.index.json"

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bdclean.files.kinds import PNG
 from bdclean.record.run import Confusion, Picture, RunRecord
 from bdclean.report.page.words import label
 
@@ -79,7 +80,7 @@ def png(text: str) -> str:
         raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         return ""
-    if raw[:8] != b"\x89PNG\r\n\x1a\n" or raw[12:16] != b"IHDR" or len(raw) < 33:
+    if raw[:8] != PNG or raw[12:16] != b"IHDR" or len(raw) < 33:
         return ""
     width, height = struct.unpack(">II", raw[16:24])
     if not (0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE):

@@ -1,10 +1,13 @@
-"""What a file is that is no safetensors file, told by its first bytes, so that the refusal can say what to do."""
+"""What a file is, told by its first bytes, so that a refusal can say what to do."""
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
 
+PNG = b"\x89PNG\r\n\x1a\n"
+ZIP = b"PK\x03\x04"
+PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 EXPORT = "save the network's state_dict() with safetensors where you trust it"
 FETCH = "fetch the file itself (git lfs pull, or the download link)"
 STARTS: tuple[tuple[bytes, str, str], ...] = (
@@ -35,6 +38,18 @@ NAMED: tuple[tuple[str, str, str], ...] = (
 MOST_MEMBERS = 100_000
 
 
+def looks_like_pickle(path: Path) -> bool:
+    """Whether the content is a torch archive or a bare pickle, whatever the file is called."""
+    with path.open("rb") as stream:
+        start = stream.read(16)
+    return start.startswith((ZIP, *PICKLES)) and not is_safetensors(start)
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Its ninth byte is "{"; the length before it may by chance begin like a pickle."""
+    return start[8:9] == b"{"
+
+
 def sentence(path: Path, where: str) -> str | None:
     """Why the file is not read and what to do, where its kind is known; None for a pickle or a safetensors file."""
     found = kind(path)
@@ -45,7 +60,7 @@ def kind(path: Path) -> tuple[str, str] | None:
     """What the file is, and what to do with it."""
     with path.open("rb") as stream:
         start = stream.read(512)
-    if start[8:9] == b"{":
+    if is_safetensors(start):
         return None
     for beginning, what, advice in STARTS:
         if start.lstrip(b"\xef\xbb\xbf \r\n").startswith(beginning):
@@ -54,9 +69,9 @@ def kind(path: Path) -> tuple[str, str] | None:
         return "a TensorFlow Lite model", "convert the network that it was made from"
     if start[257:262] == b"ustar":
         return "a tar archive", "unpack it and name the file in it"
-    if start.startswith(b"PK\x03\x04"):
+    if start.startswith(ZIP):
         return archive(path)
-    if start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    if start.startswith(PICKLES):
         return None
     name = path.name.lower()
     return next(((what, advice) for ending, what, advice in NAMED if ending in name), None)
