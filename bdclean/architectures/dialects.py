@@ -9,39 +9,45 @@ from collections.abc import Callable, Iterable, Iterator
 ANYWHERE = re.compile(
     r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-# Names under which training code holds its network: Lightning, saved tables written flat, averages, feature wrappers.
-AVERAGES = (
-    r"(?:ema|model_ema|ema_model|ema_net|net_ema|averaged_model|swa_model|state_dict_ema|ema_state_dict"
-    r"|module_ema)"
-)
+# Averages of weights: Lightning modules (ema), ConvNeXt (model_ema), ema-pytorch (ema_model), PyTorch (swa_model), timm
+# (state_dict_ema), FixMatch in PyTorch (ema_state_dict).
+AVERAGES = r"(?:ema|model_ema|ema_model|swa_model|state_dict_ema|ema_state_dict)"
+# Under which training code holds its network: PyTorch's ImageNet example (state_dict) and tutorial (model_state_dict),
+# pycls (model_state), BackdoorBench, DeiT and Lightning (model), kuangliu (net), bdclean's own Classifier (network),
+# mmpretrain and solo-learn (backbone), VISSL (base_model), transformers (timm_model), ema-pytorch (online_model), DINO
+# (student).
 HOLDERS = re.compile(
-    rf"^(?:(?:{AVERAGES}|state_dict|model_state_dict|model_state|model|net|network|classifier_model|backbone"
-    r"|base_model|timm_model|shadow|online|online_model|student|student_model)\.)+"
+    rf"^(?:(?:{AVERAGES}|state_dict|model_state_dict|model_state|model|net|network|backbone|base_model|timm_model"
+    r"|online_model|student)\.)+"
 )
-# Words that are also parts of networks proper: tried last.
-PARTS = re.compile(
-    r"^(?:(?:encoder|feature_extractor|extractor|trunk|cnn|visual|image_encoder|online_encoder|teacher|resnet|vit"
-    r"|convnext|vgg|body)\.)+"
-)
+# Words that are also parts of networks proper, tried last: SupContrast (encoder), open_clip (visual.trunk),
+# byol-pytorch (online_encoder), DINO (teacher), SimCLRv2 in PyTorch (resnet), lightly (backbone.vit).
+PARTS = re.compile(r"^(?:(?:encoder|trunk|visual|online_encoder|teacher|resnet|vit)\.)+")
 AVERAGE = re.compile(rf"^(?:[\w]+\.)*?{AVERAGES}\.")
-# A hostile name may be megabytes long, and a file may have a wrapper a tensor.
+# A hostile name may be megabytes long, and a file may have a wrapper a tensor: the tests have both.
 LONGEST, MOST_WRAPPERS = 200, 8
-# What lies beside a network in a file and is never part of what it computes.
+# What lies beside a network and is never part of what it computes: optimizer, counters and scaler (PyTorch's ImageNet
+# example, MoCo v3, kuangliu's acc, akamaster's best_prec1), losses and metrics (Lightning with torchmetrics), heads of
+# self-supervision (solo-learn, SwAV, CTRL, MoCo, SimSiam), n_averaged (PyTorch), decay (latent diffusion's LitEma),
+# data_preprocessor (mmpretrain), callbacks and loops (Lightning), normalizer (MadryLab's robustness).
 BESIDE = re.compile(
     r"^(?:[\w]*optim(?:izer)?[\w]*|[\w]*scheduler[\w]*|scaler|epochs?|[\w]*_step|steps?|iter(?:ation)?s?|n_averaged"
     r"|criterion[\w]*|loss|losses|loss_fn|[\w]*_loss|[\w]*metrics?|(?:train|val|test)_acc\w*|acc|accuracy|best_\w+"
-    r"|[\w]*projector|projection|[\w]*projection_head|proj_head|predictor|prototypes|queue|queue_ptr|decay|num_updates"
+    r"|[\w]*projector|[\w]*projection_head|proj_head|predictor|prototypes|queue|queue_ptr|decay|num_updates"
     r"|data_preprocessor|rng_state|[\w]*_rng_state|callbacks|hyper_parameters|loops|normalizer)(?:\.|$)"
 )
 
-# Running counts that old files lack; they change nothing in a prediction.
+# Running counts, which files of PyTorch before 0.4.1 lack (akamaster's, torchvision's older weights); no prediction
+# needs them.
 COUNTER = "num_batches_tracked"
 
+# Names of residual networks by torchvision's.
 RESIDUAL = [
     (re.compile(p), to)
     for p, to in (
-        (r"^block(\d+)\.layer\.(\d+)\.", r"layer\1.\2."),  # xternalz/WideResNet-pytorch
-        (r"^conv2_x\.", "layer1."),  # weiaicunzai/pytorch-cifar100
+        (r"^block(\d+)\.layer\.(\d+)\.", r"layer\1.\2."),  # xternalz/WideResNet-pytorch, ABL, TRADES
+        (r"\.convShortcut\.", ".downsample.0."),
+        (r"^conv2_x\.", "layer1."),  # weiaicunzai/pytorch-cifar100, to residual_function
         (r"^conv3_x\.", "layer2."),
         (r"^conv4_x\.", "layer3."),
         (r"^conv5_x\.", "layer4."),
@@ -53,11 +59,13 @@ RESIDUAL = [
         (r"\.residual_function\.4\.", ".bn2."),
         (r"\.residual_function\.6\.", ".conv3."),
         (r"\.residual_function\.7\.", ".bn3."),
-        (r"\.convShortcut\.", ".downsample.0."),
-        (r"\.(?:shortcut|skip)\.", ".downsample."),
+        (r"\.shortcut\.", ".downsample."),  # kuangliu/pytorch-cifar, akamaster, BackdoorBench
+        # meliketoy's WideResNet, rewritten with a single convolution.
         (r"\.downsample\.(?=weight$|bias$)", ".downsample.0."),
-        (r"^bn\.", "bn1."),
-        (r"^(?:linear|classifier|head|output|logits|last_linear|head\.fc|fc\.0)\.(?=weight$|bias$)", "fc."),
+        (r"^bn\.", "bn1."),  # the last norm of locuslab/fast_adversarial's and RobustBench's PreActResNet
+        # kuangliu (linear), solo-learn (classifier), mmpretrain (head.fc), Cadene's pretrained-models (last_linear);
+        # head of a Lightning module beside its backbone.
+        (r"^(?:linear|classifier|head|head\.fc|last_linear)\.(?=weight$|bias$)", "fc."),
     )
 ]
 
@@ -65,11 +73,11 @@ RESIDUAL = [
 def views(
     names: Iterable[str], expected: Iterable[str] = ()
 ) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
-    """Ways to read a file's names without their wrappers: name -> short name, and the names left unread.
+    """A file's names without their wrappers, in each way that may be meant: name -> short name, and the names unread.
 
     With more and more wrappers taken off: first all tensors together (`backbone.conv1.weight` beside `fc.weight`),
     then without what is known to lie beside a network (`optimizer.`, `projector.`), then each wrapper's own, weights
-    before their averages and most first, with whatever lies outside it (a text tower) unread. No reading comes twice.
+    before their averages and most first, with whatever lies outside it (a text tower) unread. No view comes twice.
     `expected`: names that need no stripping.
     """
     names = list(names)
@@ -134,7 +142,7 @@ def inmost(name: str) -> str:
     return unwrapped(PARTS.sub("", name))
 
 
-def residual(name: str) -> str:
+def torchvision_name(name: str) -> str:
     """A residual network's tensor by torchvision's name for it."""
     for pattern, to in RESIDUAL:
         name = pattern.sub(to, name)

@@ -10,7 +10,7 @@ from torchvision.models import resnet
 
 from bdclean.architectures.arch import Proposal, Shapes
 from bdclean.architectures.counting import layers
-from bdclean.architectures.dialects import residual
+from bdclean.architectures.dialects import torchvision_name
 
 # (bottleneck, blocks, groups, width per group) -> torchvision's name.
 KNOWN = {
@@ -30,11 +30,14 @@ SIZE = (3, 224, 224)
 
 def rename(name: str) -> str:
     """torchvision's name for a tensor."""
-    return residual(name)
+    return torchvision_name(name)
 
 
 def propose(shapes: Shapes) -> Iterator[Proposal]:
-    """The ResNet with a 7x7 stem that these shapes suggest; bottlenecks also with the older place of their stride."""
+    """The ResNet with a 7x7 stem that these shapes suggest; bottlenecks also with the older place of their stride.
+
+    That is where Caffe's ResNets have it, also as Hugging Face's (`downsample_in_bottleneck`).
+    """
     read = layers(shapes)
     if read is None or len(read.blocks) != 4 or read.stem[2:] == (3, 3):
         return

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bdclean.architectures.arch import Proposal, Shapes
 from bdclean.architectures.counting import layers
-from bdclean.architectures.dialects import residual
+from bdclean.architectures.dialects import torchvision_name
 
 DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
@@ -113,11 +113,14 @@ class ResidualNetwork(nn.Module):
 
 def rename(name: str) -> str:
     """torchvision's name for a tensor."""
-    return residual(name)
+    return torchvision_name(name)
 
 
 def propose(shapes: Shapes) -> Iterator[Proposal]:
-    """The small-image ResNet that these shapes suggest; for shortcut A, also with all zero channels at the end."""
+    """The small-image ResNet that these shapes suggest; for shortcut A, also with all zero channels at the end.
+
+    akamaster's has half of them on each side, the Lua original and forks of akamaster's all at the end.
+    """
     read = layers(shapes)
     if read is None:
         return
