@@ -14,7 +14,7 @@ from bdclean.errors import Refused
 from bdclean.inputs import Inputs, at_own_size, understand
 from bdclean.normalisation import parse_preprocess
 from bdclean.preprocessing import Choice, Classifier
-from bdclean.readings import Fit, better, decide, fit, more_accurate, own_size, read_off
+from bdclean.readings import Fit, better, fit, more_accurate, most_fitting, own_size, read_off
 from bdclean.record import RunRecord
 from bdclean.training import set_batch_statistics
 
@@ -80,11 +80,11 @@ def test_images_of_another_kind_are_not_believed_against_the_usual_reading():
         [of("u", 0.06, False), of("u+x", 0.02, True)],
         [of("u", 0.16, False), of("u+x", 0.08, True)],
     )
-    assert (decide(kin, True).arch.name, decide(kin, True).doubt) == ("u+x", None)
-    assert "u+x and u fit" in decide(foreign, True).doubt
-    assert decide([of("u", 0.03, False), of("u+x", 0.025, True)], True).arch.name == "u"
-    assert "do not look like" in decide([of("u", 0.9, False), of("v", 2.0, False)], True).warning
-    assert decide([of("u", 0.9, False), of("v", 1.2, False)], True).doubt
+    assert (most_fitting(kin, True).arch.name, most_fitting(kin, True).doubt) == ("u+x", None)
+    assert "u+x and u fit" in most_fitting(foreign, True).doubt
+    assert most_fitting([of("u", 0.03, False), of("u+x", 0.025, True)], True).arch.name == "u"
+    assert "do not look like" in most_fitting([of("u", 0.9, False), of("v", 2.0, False)], True).warning
+    assert most_fitting([of("u", 0.9, False), of("v", 1.2, False)], True).doubt
 
 
 def test_labels_part_what_statistics_cannot():
