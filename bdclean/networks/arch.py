@@ -38,7 +38,7 @@ class Arch:
     taps: tuple[str, ...]
     # (name, reason) of others whose tensors have the same names and shapes: shapes do not show strides or activations.
     alternatives: tuple[tuple[str, str], ...] = ()
-    # A reading that nobody names: it counts only where it fits clearly better than the usual one.
+    # A variant that nobody names: it counts only where it fits clearly better than the usual network.
     unusual: bool = False
 
 
@@ -49,9 +49,10 @@ class Proposal:
     name: str
     build: Callable[[], nn.Module]
     input: tuple[int, int, int]
-    # Other readings of the same tensors; each is built only if asked for.
+    # Other networks with the same tensors; each is built only if asked for.
     others: tuple[tuple[Proposal, str], ...] = ()
-    # Auxiliary heads, by the beginnings of their names: they may be in a file, and never run on an image to be judged.
+    # Auxiliary heads (GoogLeNet's, Inception's), by the beginnings of their names: they may be in a file, and never run
+    # on an image to be judged.
     idle: tuple[str, ...] = ()
     # Builds the network with those heads, to check their shapes.
     whole: Callable[[], nn.Module] | None = None
@@ -71,5 +72,6 @@ class Family(Protocol):
         """The family's well-known members, for `--arch NAME` and to name the nearest."""
 
 
-# Running counts that old files lack; they change nothing in a prediction.
+# Running counts, which files of PyTorch before 0.4.1 lack (akamaster's, torchvision's older weights); no prediction
+# needs them.
 COUNTER = "num_batches_tracked"

@@ -21,12 +21,13 @@ from bdclean.networks.arch import Arch, Stage
 # A network whose resolution never changes (a transformer, a plain perceptron) is cut into this many equal parts, as
 # many as a ResNet has between stem and head.
 PARTS = 4
-# Convolutions without padding trim a map (149 to 147 pixels a side): only a clearly smaller one opens a stage.
+# Convolutions without padding trim a map (Inception's, 149 to 147 pixels a side): only a clearly smaller one opens a
+# stage.
 TRIMMED = 0.75
-# Several images pass at once: what a module gives for each of them can then be told from its tables and windows.
+# Several images pass at once: what a module gives for each of them can then be told from its tables (Swin v2's) and
+# windows.
 IMAGES = 2
-UNKNOWN = -1
-# Parameters with two or more dimensions that are no layer's weights: tables, tokens and scales.
+# Parameters with two or more dimensions that are no layer's weights: Swin's tables, ViT's tokens, ConvNeXt's scales.
 NO_WEIGHTS = re.compile(r"bias|scale|gamma|token|embed|(?:^|_)pos(?:_|ition|$)")
 
 
@@ -115,16 +116,12 @@ def _watch(
         def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             nonlocal clock, previous
             clock += 1
-            if not isinstance(output, torch.Tensor):
-                pixels = 0
-            elif output is previous[0] and previous[1] != UNKNOWN:
-                # What a container hands on is what its last layer gave.
-                pixels = previous[1]
-            else:
+            pixels = 0
+            if isinstance(output, torch.Tensor):
                 pixels = pixels_of(module, inputs[0] if inputs else None, output, previous)
             previous = (output, pixels)
             if events[name].end < 0:
-                events[name].end, events[name].pixels = clock, max(0, pixels)
+                events[name].end, events[name].pixels = clock, pixels
                 if isinstance(output, torch.Tensor):
                     events[name].shape = tuple(output.shape)
 
@@ -149,22 +146,21 @@ def _watch(
 
 
 def pixels_of(module: nn.Module, given: object, output: torch.Tensor, previous: tuple[object, int]) -> int:
-    """Height times width of the maps that `module` gives; 0 for other outputs, UNKNOWN where a container must tell.
+    """Height times width of the maps that `module` gives; 0 for other outputs.
 
-    Windows of tokens [n windows tokens c] can look like maps: so layers say where their channels are, and what only
-    moves things about says nothing. `previous`: the output before this one, and its pixels.
+    Windows of tokens [n windows tokens c] can look like maps (MaxViT's): so linear layers and their norms say that
+    their channels are last, and what only moves things about says nothing. `previous`: the output before this one, and
+    its pixels.
     """
     if output.ndim != 4 or output.shape[0] != IMAGES:
         return 0
     _, a, b, c = output.shape
     first, last = b * c if b == c else 0, a * b if a == b else 0
-    if isinstance(module, (nn.Conv2d, nn.modules.batchnorm._BatchNorm)):
-        return first
     if type(module) in (nn.Linear, nn.LayerNorm):
         return last
     if next(module.children(), None) is None and next(module.parameters(), None) is None:
         if not isinstance(given, torch.Tensor) or given.shape != output.shape:
-            return UNKNOWN
+            return 0
         if given is previous[0]:
             return previous[1]
     return first or last
@@ -173,8 +169,8 @@ def pixels_of(module: nn.Module, given: object, output: torch.Tensor, previous: 
 def _weighted(network: nn.Module, events: dict[str, Event]) -> list[str]:
     """Names of the modules that own weights, in the order in which they run.
 
-    One that is never called itself (attention reads its output projection's weight directly) follows the module
-    registered before it.
+    One that is never called itself (ViT's and Swin's attention read the weight of their output projection directly)
+    follows the module registered before it.
     """
     order: list[str] = []
     late: list[tuple[str, str | None]] = []
@@ -209,24 +205,22 @@ def cut(weighted: list[str], events: dict[str, Event]) -> tuple[Stage, ...]:
     stages = [Stage("stem", (weighted[0],))]
     for k, group in enumerate(groups):
         name = _stage_name(group, weighted, k + 1)
-        # A module of the network may be called like the number of another stage.
+        # A module of the network may be called like the number of another stage (ShuffleNet's `stage2`).
         taken = any(stage.name == name for stage in stages)
         stages.append(Stage(f"{name}-{k + 1}" if taken else name, tuple(group)))
     return (*stages, Stage("head", (weighted[-1],)))
 
 
 def _by_blocks(names: list[str]) -> list[list[str]]:
-    """PARTS groups of about as many modules each, cut between a transformer's blocks."""
-    units, prefix = _units(names, ""), ""
+    """PARTS groups of about as many modules each, cut between a transformer's blocks (ViT, MLP-Mixer, ConvMixer)."""
+    units = _units(names, "")
+    # Blocks may lie in a module of their own beside others (a DeiT with two heads).
     while (largest := max(units, key=len)) != names and len(largest) * 2 > len(names):
-        prefix = _ancestor(largest)
-        finer = _units(names, prefix)
+        finer = _units(names, _ancestor(largest))
         if len(finer) == len(units):
             break
         units = finer
-    if len(units) == 1:
-        prefix = _ancestor(names)
-        units = _units(names, prefix)
+    # A ViT of three blocks.
     if len(units) < PARTS:
         units = [[name] for name in names]
     groups: list[list[str]] = [[] for _ in range(PARTS)]
@@ -276,13 +270,14 @@ def _by_resolution(names: list[str], events: dict[str, Event]) -> list[list[str]
 def _whole_blocks(groups: list[list[str]], pixels: dict[str, int]) -> list[list[str]]:
     """Move the layers of a block that lowers the resolution in its middle into the stage that it opens.
 
-    A bottleneck's first 1x1 convolution still has the old resolution, and its shortcut may run before it; without this
-    they would count one stage too early.
+    A bottleneck's first 1x1 convolution still has the old resolution, and its shortcut may run before it (RegNet's,
+    ShuffleNet's); without this they would count one stage too early. A block that goes on in later stages is none
+    (HRNet's, FastViT's).
     """
     for k in range(len(groups) - 1):
         early, later = groups[k], groups[k + 1]
         block = _ancestor([early[-1], later[0]])
-        if not block or len(early) == 1:
+        if not block:
             continue
         inside = [n for n in early if n.startswith(block + ".")]
         grown = False
@@ -329,28 +324,17 @@ def find_taps(stages: tuple[Stage, ...], events: dict[str, Event]) -> tuple[str,
         called = [e for e in ran if e.places > 1]
         if not called:
             continue
-        # The stage's own resolution is the most frequent: a bottleneck's first layer has the one before, a side branch
-        # on pooled features a smaller one.
+        # The stage's own resolution is the most frequent: a first layer may have the one before (Inception v4's), a
+        # side branch on pooled features a smaller one.
         counts = Counter(e.places for e in called)
         last = max(called, key=lambda e: (counts[e.places], e.end))
         begin = max(e.end for e in ran)
         end = min((events[n].begin for n in following.modules if n in events), default=begin)
+        # A module that is called again would be seen as it was last.
         ended = [
-            e
-            for e in events.values()
-            if e.calls == 1
-            and begin <= e.end < end
-            and e.places == last.places
-            and not _opens_next(e, events, begin, end)
+            e for e in events.values() if e.calls == 1 and begin <= e.end < end and e.places == last.places
         ]
-        # A block that holds some of the stage comes before a norm or activation that follows it.
+        # A block that holds some of the stage (WideResNet's, Swin's) comes before a norm or activation that follows it.
         holding = [e for e in ended if any(n.startswith(e.name + ".") for n in stage.modules)]
         taps.append(max(holding or ended, key=lambda e: e.end, default=last).name)
     return tuple(taps)
-
-
-def _opens_next(event: Event, events: dict[str, Event], begin: int, end: int) -> bool:
-    """Whether this module is in a block that began after the stage and goes on in the next: a pre-activation norm."""
-    parts = event.name.split(".")
-    around = (events.get(".".join(parts[:k])) for k in range(1, len(parts)))
-    return any(e is not None and e.begin > begin and e.end > end for e in around)

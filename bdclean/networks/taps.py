@@ -48,8 +48,8 @@ def seeing(network: nn.Module, arch: Arch) -> Iterator[Seen]:
 def as_map(output: Tensor) -> Tensor:
     """A tap's output as [n c h w].
 
-    Tokens [n t c] lie row by row and may follow one or more others (a class token), which are left out; if they fill no
-    square, they become one row. Maps with channels last are turned.
+    Tokens [n t c] lie row by row and may follow one or two others (a class token, DeiT's distillation token), which are
+    left out; if they fill no square, they become one row. Maps with channels last (Swin's) are turned.
     """
     if output.ndim == 3:
         n, t, c = output.shape

@@ -11,8 +11,8 @@ from torch import Tensor
 from bdclean.data.duplicates import repeated
 from bdclean.data.imageset import ImageSet
 from bdclean.data.labels.classfile import FileLabels, read_class_file
+from bdclean.data.labels.folders import labels_plausible
 from bdclean.data.labels.labelling import claimed_names
-from bdclean.data.labels.labels import labels_plausible
 from bdclean.data.loading import load_images
 from bdclean.errors import Refused
 from bdclean.measuring.predictor import Predictor

@@ -28,8 +28,9 @@ class Roomy:
 
     Smaller batches, with gradients added up, would change what batch norm sees, and with it the result: measured on two
     strangers' networks, half of a batch of 128 at a time gives a gradient 29 and 67 % away from the whole batch's.
-    Where activations wait for the backward pass changes no bit of it. `changing` are the tensors that a pass may change in place (running statistics, masks):
-    they are put back before it is repeated. Once the memory did not do, all later calls keep activations on the host.
+    Where activations wait for the backward pass changes no bit of it. `changing` are the tensors that a pass may change
+    in place (running statistics, masks): they are put back before it is repeated. Once the memory did not do, all later
+    calls keep activations on the host.
     On the host itself, whose kernel ends a process that takes too much without a word, what waits for the backward
     pass is counted and goes to disk beyond SHARE of `host`, the bytes that are free there (None on other devices).
     `disk` gives room for so many bytes, uint8 [n].

@@ -52,6 +52,33 @@ def test_usage_is_checked_before_torch_is_imported():
     assert "did you mean badnets?" in done.stderr
 
 
+LIGHT = (
+    "cli",
+    "record",
+    "report",
+    "registry",
+    "errors",
+    "progress",
+    "files.text",
+    "runs.options",
+    "runs.places",
+)
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_light_rooms_import_nothing_heavy(room):
+    code = f"""
+import importlib, pkgutil, sys
+room = importlib.import_module("bdclean.{room}")
+for found in pkgutil.walk_packages(getattr(room, "__path__", ()), "bdclean.{room}."):
+    importlib.import_module(found.name)
+assert "importlib.metadata" not in sys.modules
+{HEAVY}
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_there_is_no_room_for_leftovers():
     words = ("util", "helper", "common", "core", "base", "misc")
     stems = [p.relative_to(ROOT) for p in ROOT.rglob("*.py")]

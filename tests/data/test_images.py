@@ -16,8 +16,8 @@ from PIL import Image
 
 from bdclean.data.duplicates import repeated, shows_same, without_duplicates
 from bdclean.data.imageset import ImageSet
+from bdclean.data.labels.folders import imagenet_folders, labels_plausible
 from bdclean.data.labels.labelling import claimed_names
-from bdclean.data.labels.labels import imagenet_folders, labels_plausible
 from bdclean.data.loading import _rise, load_images
 from bdclean.data.scratch import allocate
 from bdclean.data.splitting import split

@@ -46,7 +46,6 @@ DIALECTS = {
     "mmpretrain": [("^(?!fc)", "backbone."), ("^fc", "head.fc")],
     "mmpretrain in lightning": [("^(?!fc)", "model.backbone."), ("^fc", "model.head.fc")],
     "encoder and head": [("^(?!fc)", "encoder."), ("^fc", "classifier")],
-    "extractor and head": [("^(?!fc)", "model.feature_extractor."), ("^fc", "model.head")],
     "timm wrapper": [("^", "timm_model.")],
 }  # fmt: skip
 

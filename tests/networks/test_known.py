@@ -107,18 +107,12 @@ def test_old_names_of_densenet_and_vit():
     assert (match.arch.name, match.arch.input, match.names) == ("vit_b_32", (3, 96, 96), old)
 
 
-def test_a_builder_that_is_missing_or_new_breaks_nothing(monkeypatch):
+def test_a_builder_that_is_missing_breaks_nothing(monkeypatch):
     shapes = shapes_of(lambda: models.squeezenet1_1(num_classes=4))
     names = [n for n in builders.names() if n != "squeezenet1_1"]
     monkeypatch.setattr(builders, "names", lambda: names)
     with pytest.raises(Refused, match="no known architecture"):
         recognise(shapes)
-    monkeypatch.undo()
-    without = tuple(row for row in known.table() if row.name != "squeezenet1_1")
-    monkeypatch.setattr(known, "table", lambda: without)
-    assert (
-        recognise(shapes_of(lambda: models.squeezenet1_1(num_classes=1000)))[0].arch.name == "squeezenet1_1"
-    )
 
 
 @pytest.mark.parametrize("lost", ["conv1.weight", "layer3.0.conv1.weight", "fc.weight"])

@@ -179,10 +179,10 @@ def conv(x, w, name, stride=1):
     return F.conv2d(x, kernel, w.get(f"{name}.bias"), stride, kernel.shape[-1] // 2)
 
 
-@pytest.mark.parametrize("reading", [0, 1])
-def test_shortcut_a_slices_and_pads(reading):
-    """akamaster: x[:, :, ::2, ::2] with planes // 4 zero channels on each side; the other reading: all at the end."""
-    match = recognise(shapes_of(on_meta(NAMED["resnet20-cifar-a"].build)))[reading]
+@pytest.mark.parametrize("candidate", [0, 1])
+def test_shortcut_a_slices_and_pads(candidate):
+    """akamaster: x[:, :, ::2, ::2] with planes // 4 zero channels on each side; the other candidate: all at the end."""
+    match = recognise(shapes_of(on_meta(NAMED["resnet20-cifar-a"].build)))[candidate]
     network, w, x = run_with(match.arch)
     y = F.relu(norm(conv(x, w, "conv1"), w, "bn1"))
     for stage in (1, 2, 3):
@@ -195,28 +195,28 @@ def test_shortcut_a_slices_and_pads(reading):
             )
             if stride == 2:
                 more = out.shape[1] - y.shape[1]
-                side = (more // 2, more // 2) if reading == 0 else (0, more)
+                side = (more // 2, more // 2) if candidate == 0 else (0, more)
                 y = F.pad(y[:, :, ::2, ::2], (0, 0, 0, 0, *side))
             y = F.relu(out + y)
     logits = F.linear(y.mean((2, 3)), w["fc.weight"], w["fc.bias"])
     assert torch.allclose(network(x), logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("reading", [0, 1])
-def test_wide_resnet_shortcuts_take_the_normed_input_or_the_raw_one(reading):
-    match = recognise(shapes_of(on_meta(NAMED["wrn-16-2"].build)))[reading]
-    assert match.arch.name == ("wrn-16-2", "wrn-16-2-raw")[reading]
+@pytest.mark.parametrize("candidate", [0, 1])
+def test_wide_resnet_shortcuts_take_the_normed_input_or_the_raw_one(candidate):
+    match = recognise(shapes_of(on_meta(NAMED["wrn-16-2"].build)))[candidate]
+    assert match.arch.name == ("wrn-16-2", "wrn-16-2-raw")[candidate]
     network, w, x = run_with(match.arch)
     y = conv(x, w, "conv1")
     for stage in (1, 2, 3):
         for j in range(2):
             p, stride = f"layer{stage}.{j}", 2 if stage > 1 and j == 0 else 1
             active = F.relu(norm(y, w, f"{p}.bn1"))
-            out = conv(active, w, f"{p}.conv1", stride if reading == 0 else 1)
-            out = conv(F.relu(norm(out, w, f"{p}.bn2")), w, f"{p}.conv2", 1 if reading == 0 else stride)
+            out = conv(active, w, f"{p}.conv1", stride if candidate == 0 else 1)
+            out = conv(F.relu(norm(out, w, f"{p}.bn2")), w, f"{p}.conv2", 1 if candidate == 0 else stride)
             if j == 0:
                 kernel = w[f"{p}.downsample.0.weight"]
-                y = F.conv2d(active if reading == 0 else y, kernel, stride=stride)
+                y = F.conv2d(active if candidate == 0 else y, kernel, stride=stride)
             y = out + y
     logits = F.linear(F.relu(norm(y, w, "bn1")).mean((2, 3)), w["fc.weight"], w["fc.bias"])
     assert torch.allclose(network(x), logits, atol=1e-4)
@@ -322,7 +322,7 @@ def test_a_near_miss_names_the_nearest_and_what_differs():
             {"fc.bias": None, "fc.weight": None},
             "nearest is resnet18 (2 differ: fc.bias is missing; fc.weight",
         ),
-        ({"layer5.x\x1b[31m": (3,)}, "nearest is resnet18 (1 differs: layer5.x?[31m is not part of it)"),
+        ({"layer5.x\x1b[31m": (3,)}, "nearest is resnet18 (1 differs: layer5.x\\x1b[31m is not part of it)"),
         (
             {"conv1.weight": (64, 1, 7, 7)},
             "(1 differs: conv1.weight is [64, 1, 7, 7], expected [64, 3, 7, 7])",
@@ -354,17 +354,13 @@ def test_senseless_shapes_are_refused(shapes):
         recognise(shapes)
 
 
-def test_a_name_settles_the_reading_or_is_refused():
+def test_a_name_settles_which_it_is_or_is_refused():
     shapes = shapes_of(on_meta(NAMED["resnet20-cifar-a"].build))
     assert [m.arch.name for m in identify(shapes, "resnet20-cifar-a-end")] == ["resnet20-cifar-a-end"]
     with pytest.raises(Refused, match="resnet18 does not have these .* they fit resnet20-cifar-a"):
         identify(shapes, "resnet18")
     with pytest.raises(UsageError, match="did you mean .*resnet20-cifar"):
         identify(shapes, "resnet20-cifer-a")
-    assert (
-        identify(shapes_of(on_meta(NAMED["resnet18"].build)), "torchvision:resnet18")[0].arch.name
-        == "resnet18"
-    )
 
 
 def test_recognition_draws_no_random_numbers():
@@ -373,7 +369,7 @@ def test_recognition_draws_no_random_numbers():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_readings_that_nobody_names_keep_names_and_shapes():
+def test_variants_that_nobody_names_keep_names_and_shapes():
     found = recognise(shapes_of(on_meta(NAMED["resnet18"].build)))
     expected = shapes_of(on_meta(found[0].arch.build))
     names = [m.arch.name for m in found]

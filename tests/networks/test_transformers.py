@@ -26,11 +26,6 @@ from bdclean.training.students import set_batch_statistics
 SECOND = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
 TINY = {
     "vit": (partial(VisionTransformer, 32, 8, 4, 2, 16, 24, num_classes=5), "vit-4x16-h1-p8-mlp24", 32),
-    "vit-representation": (
-        partial(VisionTransformer, 24, 8, 2, 1, 16, 64, num_classes=5, representation_size=6),
-        "vit-2x16-h1-p8",
-        24,
-    ),
     "swin": (
         partial(SwinTransformer, [2, 2], 8, [1, 2], [2, 4], [4, 4], 2.0, num_classes=5),
         "swin-1-2-w8-window4",
@@ -71,7 +66,7 @@ def test_any_depth_and_width_is_recognised_and_built(name, tmp_path):
         (3, side, side),
         5,
     )
-    # Heads are not in the shapes of a ViT: the reading that is right is among the candidates.
+    # Heads are not in the shapes of a ViT: the right one is among the candidates.
     x, answers = torch.randn(2, 3, side, side), []
     for arch in [a for a in checkpoint.candidates if not a.unusual]:
         answers.append(checkpoint.build("cpu", arch)(x))

@@ -10,7 +10,7 @@ from torch import nn
 
 from bdclean.networks.ambiguity.choosing import Choice
 from bdclean.networks.ambiguity.size import own_size
-from bdclean.networks.ambiguity.variant import Fit, better, decide, fit, more_accurate, read_off
+from bdclean.networks.ambiguity.variant import Fit, better, fit, more_accurate, most_fitting, read_off
 from bdclean.networks.arch import Arch
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.classifier import Classifier
@@ -83,11 +83,11 @@ def test_images_of_another_kind_are_not_believed_against_the_usual_reading():
         [of("u", 0.06, False), of("u+x", 0.02, True)],
         [of("u", 0.16, False), of("u+x", 0.08, True)],
     )
-    assert (decide(kin, True).arch.name, decide(kin, True).doubt) == ("u+x", None)
-    assert "u+x and u fit" in decide(foreign, True).doubt
-    assert decide([of("u", 0.03, False), of("u+x", 0.025, True)], True).arch.name == "u"
-    assert "do not look like" in decide([of("u", 0.9, False), of("v", 2.0, False)], True).warning
-    assert decide([of("u", 0.9, False), of("v", 1.2, False)], True).doubt
+    assert (most_fitting(kin, True).arch.name, most_fitting(kin, True).doubt) == ("u+x", None)
+    assert "u+x and u fit" in most_fitting(foreign, True).doubt
+    assert most_fitting([of("u", 0.03, False), of("u+x", 0.025, True)], True).arch.name == "u"
+    assert "do not look like" in most_fitting([of("u", 0.9, False), of("v", 2.0, False)], True).warning
+    assert most_fitting([of("u", 0.9, False), of("v", 1.2, False)], True).doubt
 
 
 def test_labels_part_what_statistics_cannot():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bdclean.data.labels.classfile import FileLabels, read_class_file
-from bdclean.data.labels.labels import Labelling, label_folders, match_names
+from bdclean.data.labels.folders import Labelling, label_folders, match_names
 from bdclean.data.sources.listing import SPLITS, Listing, held
 from bdclean.errors import Refused
 from bdclean.files import strictjson

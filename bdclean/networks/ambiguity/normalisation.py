@@ -23,7 +23,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from bdclean.data.labels.labels import labels_plausible
+from bdclean.data.labels.folders import labels_plausible
 from bdclean.errors import Refused
 from bdclean.networks.ambiguity.statistics import SMALL, answers, clearly_more, confidence, distances, spread
 from bdclean.networks.normalisation import CANDIDATES, Preprocess

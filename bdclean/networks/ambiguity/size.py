@@ -19,15 +19,14 @@ from bdclean.networks.checkpoint.claims import claim
 from bdclean.networks.normalisation import NAMED, parse_preprocess
 from bdclean.networks.recognition.variants import at_size
 
+# Image sides, beside the usual one, that people train convolutional networks at: CIFAR and GTSRB, GTSRB at its other
+# usual size, Tiny ImageNet, STL-10, Imagenette (128 to 256), ImageNet.
 SIDES = (32, 48, 64, 96, 128, 160, 192, 224, 256)
-"""Image sides, beside the usual one, that people train convolutional networks at."""
+# So many times the usual side are tried: a stem for small images makes large ones costly, and people take another.
 LARGER = 2
-"""So many times the usual side are tried: a stem for small images makes large ones costly, and people take another."""
-
-
+# Images that tell the size of a network without batch norm of so many classes or more, the largest size beside the
+# usual one that is tried, and the share of what they can tell that is enough.
 FEW, FEW_SIDES, TELLS, LEAST_CLASSES = 32, 128, 0.5, 4
-"""Images that tell the size of a network without batch norm of so many classes or more, the largest size beside the
-usual one that is tried, and the share of what they can tell that is enough."""
 
 
 def own_size(checkpoint: Checkpoint, load: Callable[[Arch], Tensor], given: str = "auto") -> Checkpoint:
@@ -84,8 +83,8 @@ def misfit_of_answers(checkpoint: Checkpoint, images: Tensor, given: str) -> flo
 
     A small ConvNeXt trained at 32 pixels gave answers that told 3.2 nats (of 3.8) there, 0.6 at 48 and 0.1 at 224.
     """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:FEW]
-    few, network = images[order], checkpoint.build()
+    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:FEW]
+    few, network = images[drawn], checkpoint.build()
     said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
     ways = [said[0]] if said is not None else [NAMED[name] for name in ("none", "half", "imagenet")]
     if given != "auto":

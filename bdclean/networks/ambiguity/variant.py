@@ -1,12 +1,12 @@
-"""Which of several architectures that fit the same tensors a network is: shapes show no stride, activation or size.
+"""How a file is read where several networks have its tensors: shapes show no stride, activation or size.
 
 A wrong stride, shortcut, pooling or activation shifts what reaches the layers behind it. So candidates are compared by
 the statistics that batch norm kept from training, and, with labels, by accuracy. Where neither tells, nothing is
-guessed: candidates that people really use side by side (peers) must be clearly apart, while readings that nobody names
+guessed: candidates that people really use side by side (peers) must be clearly apart, while variants that nobody names
 (`Arch.unusual`: another activation, no pool behind the stem) speak up only where they fit clearly better, and are only
 believed on images of the training kind.
 
-The rule was set on small networks trained on road signs with each of the readings, and given images that they were not
+The rule was set on small networks of each kind trained on road signs, and given images that they were not
 trained on, with and without labels, and CIFAR-10's: `python -m bdclean.bench readings` counts right, refused and wrong.
 """
 
@@ -28,23 +28,19 @@ from bdclean.networks.classifier import Classifier
 from bdclean.networks.families import known
 from bdclean.networks.recognition.variants import SIZED, keeps_resolution
 
+# One candidate suits its weights better than another where that one's distance is this many times as large.
 RATIO = 1.5
-"""One candidate suits its weights better than another where that one's distance is this many times as large."""
+# Above this distance not even the best candidate looks like what the network was trained on.
 SURPRISE = 0.5
-"""Above this distance even the best reading does not look like what the network was trained on."""
+# Up to this distance images are of the training kind (0.006 to 0.04 was seen on held-out images, 0.06 and more on
+# others).
 GOOD = 0.05
-"""Up to this distance images are of the training kind (0.006 to 0.04 was seen on held-out images, 0.06 and more on
-others)."""
-
-
+# Up to this side images are small: cheap, and networks for them have stems of their own.
 SMALL = 64
-"""Up to this side images are small: cheap, and networks for them have stems of their own."""
+# Labeled images that candidates which the first ones do not part are held against: 2,048 of 32 x 32.
 MORE_IMAGES, MORE_PIXELS = 128, 1 << 21
-"""Labeled images that are looked at by readings which the first ones do not part: 2,048 of 32 x 32."""
-
-
+# Other candidates in a record.
 SHOWN = 4
-"""Other readings in a record."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Reading:
-    """The architecture that was chosen, the others with their reasons, and how much worse the next one is.
+    """How a file is read: the architecture that was chosen, the others with reasons, and how much worse the next is.
 
     `margin`: the next one's distance over the chosen one's; below 1 where it fits better but was not believed. `doubt`:
     a sentence where nothing parts the likeliest.
@@ -73,8 +69,8 @@ class Reading:
     margin: float | None
     doubt: str | None = None
     warning: str | None = None
+    # Those that the images do not part from the chosen one.
     rivals: tuple[Arch, ...] = ()
-    """Those that the images do not part from the chosen one."""
 
 
 def fit(checkpoint: Checkpoint, arch: Arch, choice: Choice, images: Tensor, labels: Tensor | None) -> Fit:
@@ -117,8 +113,8 @@ def sample(images: Tensor, labels: Tensor | None, more: bool = False) -> tuple[T
     count = 256 if images.shape[2] <= SMALL else 16
     if more:
         count = max(MORE_IMAGES, MORE_PIXELS // images[0, 0].numel())
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
-    return images[order], None if labels is None else labels[order]
+    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+    return images[drawn], None if labels is None else labels[drawn]
 
 
 def read_off(
@@ -130,7 +126,7 @@ def read_off(
         return Reading(checkpoint.arch, [], None)
     few, few_labels = sample(images, labels)
     first = fit(checkpoint, candidates[0], choice, few, few_labels)
-    # Without batch norm or labels nothing tells an activation: such readings cannot contradict the usual one.
+    # Without batch norm or labels nothing tells an activation: such variants cannot contradict the usual network.
     told = first.distance is not None or labels is not None
     tried = [first]
     for arch in candidates[1:]:
@@ -139,7 +135,7 @@ def read_off(
         # With another stem some networks cannot be run at all: their windows do not fit.
         with contextlib.suppress(RuntimeError, ValueError, AssertionError):
             tried.append(fit(checkpoint, arch, choice, few, few_labels))
-    reading = decide(tried, told)
+    reading = most_fitting(tried, told)
     if reading.rivals and labels is not None and len(images) > len(few):
         reading = with_more(checkpoint, choice, sample(images, labels, more=True), tried, reading, told)
     names = {row.name for row in known.table()}
@@ -179,29 +175,29 @@ def with_more(
     for one in tried:
         if one.arch in (reading.arch, *reading.rivals):
             left.append(replace(one, right=right_on(checkpoint, one.arch, choice, images, labels)))
-    again = decide(left, told)
+    again = most_fitting(left, told)
     first = next(one for one in tried if one.arch == again.arch)
-    rest = sorted((f for f in tried if f.arch not in [one.arch for one in left]), key=order)
+    rest = sorted((f for f in tried if f.arch not in [one.arch for one in left]), key=unlikeliness)
     others = [*again.others, *({"name": f.arch.name, "reason": why(f, first)} for f in rest)]
     return replace(again, others=others[:SHOWN])
 
 
-def decide(tried: Sequence[Fit], told: bool) -> Reading:
+def most_fitting(tried: Sequence[Fit], told: bool) -> Reading:
     """The best of `tried`, the usual one first, or a doubt. `told`: whether anything could part them."""
-    # Readings that nobody names stand back unless they are clearly better than all that people use.
+    # Variants that nobody names stand back unless they are clearly better than all that people use.
     peers = [f for f in tried if not f.arch.unusual] or list(tried)
     unbeaten = [p for p in peers if not any(better(o, p) for o in peers)] or peers
-    usual = best = min(unbeaten, key=order)
+    usual = best = min(unbeaten, key=unlikeliness)
     against = [f for f in tried if f not in peers and better(f, usual)]
     if against:
-        best = min(against, key=order)
+        best = min(against, key=unlikeliness)
         rivals = [f for f in tried if f is not best and not better(best, f)]
-        # Images of another kind shift all statistics, and can favour a reading that is wrong.
+        # Images of another kind shift all statistics, and can favour a candidate that is wrong.
         if best.distance is not None and best.distance > GOOD and usual not in rivals:
             rivals.insert(0, usual)
     else:
         rivals = [f for f in peers if f is not best and not better(best, f)]
-    others = sorted((f for f in tried if f is not best), key=lambda f: (f not in rivals, order(f)))
+    others = sorted((f for f in tried if f is not best), key=lambda f: (f not in rivals, unlikeliness(f)))
     listed = [{"name": f.arch.name, "reason": why(f, best)} for f in others[:SHOWN]]
     margin = None
     if best.distance is not None and others:
@@ -227,13 +223,13 @@ def accuracy(fit: Fit) -> float:
     return float(fit.right.float().mean()) if fit.right is not None else 0.0
 
 
-def order(fit: Fit) -> float:
-    """Sorts the likeliest first."""
+def unlikeliness(fit: Fit) -> float:
+    """Least for the likeliest: the distance, else accuracy as a negative number."""
     return fit.distance if fit.distance is not None else -accuracy(fit)
 
 
 def why(fit: Fit, best: Fit) -> str:
-    """What a record says of another reading."""
+    """What a record says of another candidate."""
     parts = []
     if fit.distance is not None and best.distance is not None:
         parts.append(f"its statistics are off by {fit.distance:.3g}, the chosen one's by {best.distance:.3g}")

@@ -1,12 +1,10 @@
 """torchvision's other builders, found by the shipped fingerprint: their depths and widths are in their own code.
 
-AlexNet, EfficientNets, GoogLeNet, Inception, MNASNets, MobileNets, ShuffleNets, SqueezeNets, and whatever a later
-torchvision adds. A fingerprinted builder that the installed torchvision lacks is passed over.
+AlexNet, EfficientNets, GoogLeNet, Inception, MNASNets, MobileNets, ShuffleNets, SqueezeNets.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from functools import partial
 
@@ -38,17 +36,11 @@ def rename(name: str) -> str:
 
 
 def propose(shapes: Shapes) -> Iterator[Proposal]:
-    """The builders with exactly these tensors by the fingerprint, then those that it does not know yet."""
+    """The builders with exactly these tensors by the fingerprint."""
     listed = set(names())
-    rows = known.find(shapes)
-    for row in rows:
+    for row in known.find(shapes):
         if row.name in listed:
             yield proposal(row.name, shapes[row.head[0]][0], row.input)
-    unlisted = listed - {row.name for row in known.table()}
-    if not rows and unlisted:
-        sizes = [s[0] for s in shapes.values() if len(s) == 2 and s[0]]
-        for name in sorted(unlisted):
-            yield proposal(name, sizes[-1] if sizes else 1000, side(name))
 
 
 def proposal(name: str, classes: int, size: int) -> Proposal:
@@ -56,7 +48,7 @@ def proposal(name: str, classes: int, size: int) -> Proposal:
     builder = models.get_model_builder(name)
     options: dict[str, object] = {"weights": None, "num_classes": classes}
     if name in IDLE:
-        # Their own initial weights take seconds to draw and are replaced anyway.
+        # Their own initial weights take seconds to draw and are replaced anyway; left open, torchvision warns.
         options["init_weights"] = False
     build = partial(builder, **options, **({"aux_logits": False} if name in IDLE else {}))
     whole = partial(builder, **options, aux_logits=True) if name in IDLE else None
@@ -64,24 +56,13 @@ def proposal(name: str, classes: int, size: int) -> Proposal:
 
 
 def side(name: str) -> int:
-    """The least image side that torchvision's weights of this builder were trained for; 224 where it does not say."""
-    try:
-        weights = models.get_model_weights(name)
-        transforms = [w.transforms for w in weights]
-    except (ValueError, AttributeError):
-        return 224
-    sizes = [t.keywords["crop_size"] for t in transforms if "crop_size" in getattr(t, "keywords", {})]
-    return min((s for s in sizes if isinstance(s, int)), default=224)
+    """The least image side that torchvision's weights of this builder were trained for."""
+    return min(weights.transforms.keywords["crop_size"] for weights in models.get_model_weights(name))
 
 
 def names() -> list[str]:
-    """The builders that take any class count and that no other module here covers."""
-    found = []
-    for name in models.list_models(module=models):
-        takes = inspect.signature(inspect.unwrap(models.get_model_builder(name))).parameters
-        if not name.startswith(ELSEWHERE) and ("kwargs" in takes or "num_classes" in takes):
-            found.append(name)
-    return found
+    """The builders that no other module here covers."""
+    return [name for name in models.list_models(module=models) if not name.startswith(ELSEWHERE)]
 
 
 def named_proposals(classes: int) -> Iterator[Proposal]:

@@ -38,11 +38,13 @@ def numbered(names: Iterable[str], pattern: str, start: int = 0) -> int:
     return len(found) if found == set(range(start, start + len(found))) else 0
 
 
+# Names of residual networks by torchvision's.
 RESIDUAL = [
     (re.compile(p), to)
     for p, to in (
-        (r"^block(\d+)\.layer\.(\d+)\.", r"layer\1.\2."),  # xternalz/WideResNet-pytorch
-        (r"^conv2_x\.", "layer1."),  # weiaicunzai/pytorch-cifar100
+        (r"^block(\d+)\.layer\.(\d+)\.", r"layer\1.\2."),  # xternalz/WideResNet-pytorch, ABL, TRADES
+        (r"\.convShortcut\.", ".downsample.0."),
+        (r"^conv2_x\.", "layer1."),  # weiaicunzai/pytorch-cifar100, to residual_function
         (r"^conv3_x\.", "layer2."),
         (r"^conv4_x\.", "layer3."),
         (r"^conv5_x\.", "layer4."),
@@ -54,16 +56,18 @@ RESIDUAL = [
         (r"\.residual_function\.4\.", ".bn2."),
         (r"\.residual_function\.6\.", ".conv3."),
         (r"\.residual_function\.7\.", ".bn3."),
-        (r"\.convShortcut\.", ".downsample.0."),
-        (r"\.(?:shortcut|skip)\.", ".downsample."),
+        (r"\.shortcut\.", ".downsample."),  # kuangliu/pytorch-cifar, akamaster, BackdoorBench
+        # meliketoy's WideResNet, rewritten with a single convolution.
         (r"\.downsample\.(?=weight$|bias$)", ".downsample.0."),
-        (r"^bn\.", "bn1."),
-        (r"^(?:linear|classifier|head|output|logits|last_linear|head\.fc|fc\.0)\.(?=weight$|bias$)", "fc."),
+        (r"^bn\.", "bn1."),  # the last norm of locuslab/fast_adversarial's and RobustBench's PreActResNet
+        # kuangliu (linear), solo-learn (classifier), mmpretrain (head.fc), Cadene's pretrained-models (last_linear);
+        # head of a Lightning module beside its backbone.
+        (r"^(?:linear|classifier|head|head\.fc|last_linear)\.(?=weight$|bias$)", "fc."),
     )
 ]
 
 
-def residual(name: str) -> str:
+def torchvision_name(name: str) -> str:
     """A residual network's tensor by torchvision's name for it."""
     for pattern, to in RESIDUAL:
         name = pattern.sub(to, name)

@@ -22,7 +22,7 @@ SIZE = (3, 224, 224)
 
 
 def rename(name: str) -> str:
-    """torchvision's name for a tensor; `norm.1` is that of its first releases."""
+    """torchvision's name for a tensor; `norm.1` is that of its first releases, which its own weights still have."""
     return re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
 
 
@@ -30,9 +30,8 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
     """The DenseNet that these shapes suggest."""
     stem = shapes.get("features.conv0.weight", ())
     head = shapes.get("classifier.weight", ())
-    inside = shapes.get("features.denseblock1.denselayer1.conv1.weight", ())
     grown = shapes.get("features.denseblock1.denselayer1.conv2.weight", ())
-    if any(len(s) != 4 for s in (stem, inside, grown)) or len(head) != 2 or not grown[0]:
+    if any(len(s) != 4 for s in (stem, grown)) or len(head) != 2:
         return
     blocks: list[int] = []
     while depth := numbered(
@@ -42,10 +41,7 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
     growth, stem_width = grown[0], stem[0]
     name = KNOWN.get((growth, tuple(blocks), stem_width))
     name = name or f"densenet-{'-'.join(map(str, blocks))}-growth{growth}-w{stem_width}"
-    make = partial(
-        DenseNet, growth, tuple(blocks), stem_width, bn_size=inside[0] // growth, num_classes=head[0]
-    )
-    yield Proposal(name, make, SIZE)
+    yield Proposal(name, partial(DenseNet, growth, tuple(blocks), stem_width, num_classes=head[0]), SIZE)
 
 
 def named_proposals(classes: int) -> Iterator[Proposal]:

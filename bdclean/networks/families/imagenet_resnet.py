@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models import resnet
 
 from bdclean.networks.arch import Proposal, Shapes
-from bdclean.networks.families.counting import layers, residual
+from bdclean.networks.families.counting import layers, torchvision_name
 
 # (bottleneck, blocks, groups, width per group) -> torchvision's name.
 KNOWN = {
@@ -29,11 +29,14 @@ SIZE = (3, 224, 224)
 
 def rename(name: str) -> str:
     """torchvision's name for a tensor."""
-    return residual(name)
+    return torchvision_name(name)
 
 
 def propose(shapes: Shapes) -> Iterator[Proposal]:
-    """The ResNet with a 7x7 stem that these shapes suggest; bottlenecks also with the older place of their stride."""
+    """The ResNet with a 7x7 stem that these shapes suggest; bottlenecks also with the older place of their stride.
+
+    That is where Caffe's ResNets have it, also as Hugging Face's (`downsample_in_bottleneck`).
+    """
     read = layers(shapes)
     if read is None or len(read.blocks) != 4 or read.stem[2:] == (3, 3):
         return

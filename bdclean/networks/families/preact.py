@@ -1,7 +1,8 @@
 """Pre-activation ResNets (He et al. 2016) and WideResNets (Zagoruyko and Komodakis 2016) for small images.
 
-Names of tensors are kuangliu's with torchvision's `downsample` and `fc`; xternalz's `block1.layer.0.convShortcut` and
-the biased variant of meliketoy are read, too.
+Names of tensors are kuangliu's with torchvision's `downsample` and `fc`; xternalz's `block1.layer.0.convShortcut`, as
+ABL's networks have it, is read, too. meliketoy's WideResNets have biases, shortcuts of the block's input and the stride
+on the second convolution; forks of his have the latter two without biases, which nothing in the shapes shows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bdclean.networks.arch import Proposal, Shapes
-from bdclean.networks.families.counting import layers, residual
+from bdclean.networks.families.counting import layers, torchvision_name
 from bdclean.networks.families.residual import DEPTHS
 
 
@@ -97,11 +98,11 @@ class PreActNetwork(nn.Module):
 
 def rename(name: str) -> str:
     """The family's own name for a tensor."""
-    return residual(name)
+    return torchvision_name(name)
 
 
 def propose(shapes: Shapes) -> Iterator[Proposal]:
-    """The pre-activation network that these shapes suggest, with both readings of its shortcut where both occur."""
+    """The pre-activation network that these shapes suggest, with both kinds of shortcut where both occur."""
     read = layers(shapes)
     if read is None:
         return

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bdclean.networks.arch import Proposal, Shapes
-from bdclean.networks.families.counting import layers, residual
+from bdclean.networks.families.counting import layers, torchvision_name
 
 DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
@@ -112,11 +112,14 @@ class ResidualNetwork(nn.Module):
 
 def rename(name: str) -> str:
     """torchvision's name for a tensor."""
-    return residual(name)
+    return torchvision_name(name)
 
 
 def propose(shapes: Shapes) -> Iterator[Proposal]:
-    """The small-image ResNet that these shapes suggest; for shortcut A, also with all zero channels at the end."""
+    """The small-image ResNet that these shapes suggest; for shortcut A, also with all zero channels at the end.
+
+    akamaster's has half of them on each side, the Lua original and forks of akamaster's all at the end.
+    """
     read = layers(shapes)
     if read is None:
         return

@@ -20,13 +20,14 @@ from bdclean.networks.arch import Proposal, Shapes
 
 Plan = tuple[int | str, ...]
 
-# torchvision's table of plans is private; the letters are the paper's.
+# Plans of torchvision, whose table has the paper's letters.
 KNOWN: dict[Plan, str] = {
     tuple(plan): {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}[letter]
     for letter, plan in vgg.cfgs.items()
 }
-# Where the plan leaves the input's side open, the first of these that fits is the likeliest.
-USUAL_SIDES = (32, 224, 64, 28, 96, 48, 128)
+# Where the plan leaves the input's side open, the first of these that fits is the likeliest: CIFAR and GTSRB, ImageNet,
+# Tiny ImageNet.
+USUAL_SIDES = (32, 224, 64)
 
 
 class SmallVGG(nn.Module):
@@ -77,8 +78,8 @@ def perceptron(places: list[tuple[int, int, int]]) -> nn.Sequential:
 
 
 def rename(name: str) -> str:
-    """`fc`, `linear` and `head` are the `classifier`."""
-    return re.sub(r"^(?:fc|linear|head|output)\.(?=weight$|bias$|\d+\.(?:weight|bias)$)", "classifier.", name)
+    """kuangliu's name for a tensor: the `classifier` is `fc` or `linear` in networks after his."""
+    return re.sub(r"^(?:fc|linear)\.(?=weight$|bias$|\d+\.(?:weight|bias)$)", "classifier.", name)
 
 
 def propose(shapes: Shapes) -> Iterator[Proposal]:

@@ -9,28 +9,31 @@ from collections.abc import Callable, Iterable, Iterator
 ANYWHERE = re.compile(
     r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
-# Names under which training code holds its network: Lightning, saved tables written flat, averages, feature wrappers.
-AVERAGES = (
-    r"(?:ema|model_ema|ema_model|ema_net|net_ema|averaged_model|swa_model|state_dict_ema|ema_state_dict"
-    r"|module_ema)"
-)
+# Averages of weights: Lightning modules (ema), ConvNeXt (model_ema), ema-pytorch (ema_model), PyTorch (swa_model), timm
+# (state_dict_ema), FixMatch in PyTorch (ema_state_dict).
+AVERAGES = r"(?:ema|model_ema|ema_model|swa_model|state_dict_ema|ema_state_dict)"
+# Under which training code holds its network: PyTorch's ImageNet example (state_dict) and tutorial (model_state_dict),
+# pycls (model_state), BackdoorBench, DeiT and Lightning (model), kuangliu (net), bdclean's own Classifier (network),
+# mmpretrain and solo-learn (backbone), VISSL (base_model), transformers (timm_model), ema-pytorch (online_model), DINO
+# (student).
 HOLDERS = re.compile(
-    rf"^(?:(?:{AVERAGES}|state_dict|model_state_dict|model_state|model|net|network|classifier_model|backbone"
-    r"|base_model|timm_model|shadow|online|online_model|student|student_model)\.)+"
+    rf"^(?:(?:{AVERAGES}|state_dict|model_state_dict|model_state|model|net|network|backbone|base_model|timm_model"
+    r"|online_model|student)\.)+"
 )
-# Words that are also parts of networks proper: tried last.
-PARTS = re.compile(
-    r"^(?:(?:encoder|feature_extractor|extractor|trunk|cnn|visual|image_encoder|online_encoder|teacher|resnet|vit"
-    r"|convnext|vgg|body)\.)+"
-)
+# Words that are also parts of networks proper, tried last: SupContrast (encoder), open_clip (visual.trunk),
+# byol-pytorch (online_encoder), DINO (teacher), SimCLRv2 in PyTorch (resnet), lightly (backbone.vit).
+PARTS = re.compile(r"^(?:(?:encoder|trunk|visual|online_encoder|teacher|resnet|vit)\.)+")
 AVERAGE = re.compile(rf"^(?:[\w]+\.)*?{AVERAGES}\.")
-# A hostile name may be megabytes long, and a file may have a wrapper a tensor.
+# A hostile name may be megabytes long, and a file may have a wrapper a tensor: the tests have both.
 LONGEST, MOST_WRAPPERS = 200, 8
-# What lies beside a network in a file and is never part of what it computes.
+# What lies beside a network and is never part of what it computes: optimizer, counters and scaler (PyTorch's ImageNet
+# example, MoCo v3, kuangliu's acc, akamaster's best_prec1), losses and metrics (Lightning with torchmetrics), heads of
+# self-supervision (solo-learn, SwAV, CTRL, MoCo, SimSiam), n_averaged (PyTorch), decay (latent diffusion's LitEma),
+# data_preprocessor (mmpretrain), callbacks and loops (Lightning), normalizer (MadryLab's robustness).
 BESIDE = re.compile(
     r"^(?:[\w]*optim(?:izer)?[\w]*|[\w]*scheduler[\w]*|scaler|epochs?|[\w]*_step|steps?|iter(?:ation)?s?|n_averaged"
     r"|criterion[\w]*|loss|losses|loss_fn|[\w]*_loss|[\w]*metrics?|(?:train|val|test)_acc\w*|acc|accuracy|best_\w+"
-    r"|[\w]*projector|projection|[\w]*projection_head|proj_head|predictor|prototypes|queue|queue_ptr|decay|num_updates"
+    r"|[\w]*projector|[\w]*projection_head|proj_head|predictor|prototypes|queue|queue_ptr|decay|num_updates"
     r"|data_preprocessor|rng_state|[\w]*_rng_state|callbacks|hyper_parameters|loops|normalizer)(?:\.|$)"
 )
 
@@ -38,11 +41,11 @@ BESIDE = re.compile(
 def views(
     names: Iterable[str], expected: Iterable[str] = ()
 ) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
-    """Ways to read a file's names without their wrappers: name -> short name, and the names left unread.
+    """A file's names without their wrappers, in each way that may be meant: name -> short name, and the names unread.
 
     With more and more wrappers taken off: first all tensors together (`backbone.conv1.weight` beside `fc.weight`),
     then without what is known to lie beside a network (`optimizer.`, `projector.`), then each wrapper's own, weights
-    before their averages and most first, with whatever lies outside it (a text tower) unread. No reading comes twice.
+    before their averages and most first, with whatever lies outside it (a text tower) unread. No view comes twice.
     `expected`: names that need no stripping.
     """
     names = list(names)

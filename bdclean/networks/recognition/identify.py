@@ -24,9 +24,10 @@ from bdclean.networks.recognition.transformers_names import TABLES, Translation,
 from bdclean.networks.stages import describe, watch
 
 CODE = "give the network's own code with --arch FILE.py:NAME"
-# The only activation that the networks read from transformers' names have here.
+# The only activation that the networks read from transformers' names have here; gelu for the other kinds.
 ACTIVATIONS = {"resnet": "relu", "regnet": "relu"}
-# transformers' epsilon of layer norms, of all of them or of the last alone, where a config does not say.
+# transformers' epsilon of layer norms, of all of them or of the last alone, where a config does not say: that of
+# google/vit-base-patch16-224 and facebook/convnext-tiny-224.
 EPSILON = {"vit": (1e-12, ""), "convnext": (1e-12, "classifier.0"), "convnextv2": (1e-12, "head.norm")}
 
 
@@ -36,8 +37,8 @@ def identify(
     """The networks that fit, the likeliest first, and what to warn of. `arch`: the user's word, above any claim."""
     claim = config or {}
     if arch is not None and arch.startswith("timm:"):
-        return [timm_models.fit(arch.removeprefix("timm:"), shapes, claim)], []
-    if arch is not None and ":" in arch and not arch.startswith("torchvision:"):
+        return [timm_models.fit_timm(arch.removeprefix("timm:"), shapes, claim)], []
+    if arch is not None and ":" in arch:
         return recognition.identify(shapes, arch), []
     found = translated(shapes, arch, claim)
     if found is not None:
@@ -76,7 +77,7 @@ def claimed_by_timm(
     first: Match | None = None
     if timm_models.registered(name):
         try:
-            first = timm_models.fit(name, shapes, claim)
+            first = timm_models.fit_timm(name, shapes, claim)
         except Refused as error:
             refusal = error
     try:
@@ -84,7 +85,7 @@ def claimed_by_timm(
     except Refused as error:
         if first is not None:
             return [first], []
-        if timm_models.load() is None:
+        if timm_models.timm_module() is None:
             raise Refused(
                 f"config.json says that this is timm's {name}: {timm_models.INSTALL}, then run again."
             ) from None
@@ -92,13 +93,14 @@ def claimed_by_timm(
     if first is None:
         if others[0].arch.name == name:
             return others[:1], []
-        if timm_models.load() is None:
+        if timm_models.timm_module() is None:
             raise Refused(
                 f"config.json says that this is timm's {name}, and the tensors also fit {others[0].arch.name}: "
                 f"{timm_models.INSTALL}, or pass --arch."
             )
         return others, [f"config.json says {name}, which does not have these tensors: it was not believed."]
-    # The other readings of what is known here differ in ways that a config which names its builder does not leave open.
+    # The other networks with these tensors that are known here differ in ways that a config which names its builder
+    # does not leave open.
     kin = [m for m in others[:1] if m.names == first.names and not same_function(m.arch, first.arch)]
     if kin:
         rest = tuple((m.arch.name, "fits the same tensors; config.json says another") for m in kin)

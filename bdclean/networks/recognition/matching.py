@@ -57,7 +57,7 @@ def twins(network: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def needed(expected: Mapping[str, Shape], own: Mapping[str, Shape], network: nn.Module) -> dict[str, Shape]:
-    """What a file must hold of `expected`: of tied weights one is enough, as safetensors' save_model leaves them."""
+    """What a file must hold of `expected`: of tied weights one is enough, as safetensors' save_model leaves CoaT's."""
     twin = twins(network)
     return {n: s for n, s in expected.items() if n in own or not any(t in own for t in twin.get(n, ()))}
 

@@ -54,7 +54,7 @@ def recognise(shapes: Mapping[str, Shape]) -> list[Match]:
     Raises Refused, naming the nearest network and what differs.
     """
     near: list[Near] = []
-    for family, renamed, unread in readings(shapes):
+    for family, renamed, unread in renamings(shapes):
         own = {new: tuple(shapes[name]) for name, new in renamed.items()}
         for proposal in family.propose(own):
             found = build_shapes(proposal)
@@ -68,7 +68,7 @@ def recognise(shapes: Mapping[str, Shape]) -> list[Match]:
                 aside = tuple(name for name, new in renamed.items() if new in idle)
                 return matches(proposal, network, read, unread + aside)
             near.append(Near(proposal.name, differing))
-    near += compare(shapes)
+    near += near_misses(shapes)
     raise Refused(refusal(len(shapes), min(near, key=lambda n: len(n.differing), default=None)))
 
 
@@ -80,7 +80,7 @@ class Near:
     differing: list[str]
 
 
-def readings(shapes: Mapping[str, Shape]) -> Iterator[tuple[Family, dict[str, str], tuple[str, ...]]]:
+def renamings(shapes: Mapping[str, Shape]) -> Iterator[tuple[Family, dict[str, str], tuple[str, ...]]]:
     """Each family's names for a file's tensors, without wrappers, and what is left unread."""
     for names, unread in views(shapes):
         for family in FAMILIES:
@@ -89,10 +89,10 @@ def readings(shapes: Mapping[str, Shape]) -> Iterator[tuple[Family, dict[str, st
                 yield family, renamed, unread
 
 
-def compare(shapes: Mapping[str, Shape], only: str | None = None) -> Iterator[Near]:
+def near_misses(shapes: Mapping[str, Shape], only: str | None = None) -> Iterator[Near]:
     """How a file's tensors differ from the nearest known networks (or from `only`), by the shipped fingerprint."""
     tried = set()
-    for family, renamed, _ in readings(shapes):
+    for family, renamed, _ in renamings(shapes):
         own = {new: tuple(shapes[name]) for name, new in renamed.items()}
         for name in [only] if only else [row.name for row in known.nearest(own)]:
             proposal = named(family, name, classes_of(own))
@@ -126,12 +126,12 @@ def well_known(classes: int) -> Iterator[Proposal]:
 
 
 def identify(shapes: Mapping[str, Shape], arch: str | None = None) -> list[Match]:
-    """The networks that fit, `arch` first where one is named; user code only where `arch` says FILE.py:NAME."""
-    if arch is not None and ":" in arch and not arch.startswith("torchvision:"):
+    """The networks that fit; only the one that `arch` names, and user code only where it says FILE.py:NAME."""
+    if arch is not None and ":" in arch:
         return [fit_user_code(arch, shapes)]
     if arch is None:
         return recognise(shapes)
-    wanted = arch.removeprefix("torchvision:").lower()
+    wanted = arch.lower()
     if sized := re.fullmatch(r"(.+)\+(\d{1,4})px", wanted):
         return [replace(m, arch=at_size(m.arch, int(sized[2]))) for m in identify(shapes, sized[1])]
     names = [row.name for row in known.table()]
@@ -140,7 +140,7 @@ def identify(shapes: Mapping[str, Shape], arch: str | None = None) -> list[Match
     except Refused:
         if wanted not in names:
             raise UsageError(unknown(arch, names)) from None
-        differing = [n.differing for n in compare(shapes, wanted)]
+        differing = [n.differing for n in near_misses(shapes, wanted)]
         what = f" ({listed(min(differing, key=len))})" if differing else ""
         raise Refused(f"{wanted} does not have these {len(shapes)} tensors{what}.") from None
     chosen = [m for m in found if m.arch.name == wanted]
@@ -149,7 +149,7 @@ def identify(shapes: Mapping[str, Shape], arch: str | None = None) -> list[Match
         if wanted not in names:
             raise UsageError(unknown(arch, fitting + names))
         raise Refused(f"{wanted} does not have these {len(shapes)} tensors: they fit {', '.join(fitting)}.")
-    # The user has said which reading it is: the others are no candidates any more.
+    # The user has said which it is: the others are no candidates any more.
     return chosen
 
 
@@ -185,15 +185,15 @@ def idle_shapes(proposal: Proposal) -> Shapes:
 def matches(
     proposal: Proposal, network: torch.nn.Module, names: dict[str, str], unread: tuple[str, ...]
 ) -> list[Match]:
-    """The proposal and the other readings of the same tensors, which differ in no module that holds weights."""
-    readings = (*proposal.others, *variants(proposal, network))
-    others = tuple((p.name, reason) for p, reason in readings if not p.unusual)
+    """The proposal and the other networks with its tensors, which differ in no module that holds weights."""
+    same_tensors = (*proposal.others, *variants(proposal, network))
+    others = tuple((p.name, reason) for p, reason in same_tensors if not p.unusual)
     first = describe(proposal.name, proposal.build, proposal.input, others, network)
     found = [Match(first, names, unread)]
     kin = (proposal.name, f"the usual reading of the same tensors ({proposal.name})")
-    for other, _ in readings:
-        rest = tuple((p.name, r) for p, r in readings if p is not other and not p.unusual)
-        reading = replace(
+    for other, _ in same_tensors:
+        rest = tuple((p.name, r) for p, r in same_tensors if p is not other and not p.unusual)
+        arch = replace(
             first,
             name=other.name,
             build=other.build,
@@ -201,7 +201,7 @@ def matches(
             alternatives=(kin, *rest),
             unusual=other.unusual,
         )
-        found.append(Match(reading, names, unread))
+        found.append(Match(arch, names, unread))
     return found
 
 

@@ -26,7 +26,8 @@ from bdclean.networks.stages import describe
 
 INSTALL = "pip install 'bdclean[timm]'"
 NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,99}(?:\.[a-z0-9][a-z0-9_]{0,99})?")
-# Settings of `model_args` that change which network is built: (name, kind, the largest number).
+# Settings of `model_args` that change which network is built, with their largest numbers or known words: what builders
+# of timm take, because timm 1.0.31 and later write down all that `create_model` was given.
 WHOLE = {
     "img_size": 2048, "patch_size": 256, "embed_dim": 65_536, "depth": 1000, "num_heads": 1024, "window_size": 128,
     "reg_tokens": 256, "num_registers": 256, "stem_width": 4096, "base_width": 4096, "cardinality": 1024,
@@ -47,7 +48,7 @@ WORDS = {
 }  # fmt: skip
 
 
-def load() -> ModuleType | None:
+def timm_module() -> ModuleType | None:
     """timm, or None where it is not installed."""
     try:
         with warnings.catch_warnings():
@@ -59,7 +60,7 @@ def load() -> ModuleType | None:
 
 def registered(name: str) -> bool:
     """Whether timm builds a network of this name (a tag after a point says only which weights)."""
-    timm = load()
+    timm = timm_module()
     return timm is not None and bool(NAME.fullmatch(name)) and bool(timm.models.is_model(name.split(".")[0]))
 
 
@@ -94,7 +95,7 @@ def _whole(value: object, most: int) -> bool:
 
 def create(name: str, given: Mapping[str, Any]) -> nn.Module:
     """timm's network with random weights."""
-    timm = load()
+    timm = timm_module()
     assert timm is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -108,35 +109,31 @@ def on_meta(build: Callable[[], nn.Module]) -> tuple[nn.Module, Shapes]:
         with torch.device("meta"):
             network = build()
     except (NotImplementedError, RuntimeError):
-        # Builders that look at values while they build.
+        # Builders that look at values while they build: transformers of older timm, at rates of stochastic depth.
         with torch.random.fork_rng(devices=[]):
             network = build()
     return network, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def fit(name: str, shapes: Mapping[str, Shape], config: Mapping[str, Any] | None = None) -> Match:
+def fit_timm(name: str, shapes: Mapping[str, Shape], config: Mapping[str, Any] | None = None) -> Match:
     """timm's network `name` if its tensors are exactly these, under any wrappers.
 
     `config` may give the class count, settings and input size. Raises UsageError for a name that timm does not have,
     Refused where the tensors are others or timm is not installed.
     """
-    if load() is None:
+    if timm_module() is None:
         raise Refused(f"timm:{shown(name)} needs timm, which is not installed: {INSTALL}.")
     if not registered(name):
         raise UsageError(f"timm has no network {shown(name)}: see timm.list_models().")
     config = config or {}
-    tried: dict[str, Any] = {}
     nearest: list[str] = []
-    for given in variants(config, shapes):
-        if given == tried:
-            continue
-        tried = given
-        match, differing = compare(name, given, shapes, config)
+    for given in ways_to_build(config, shapes):
+        match, differing = held_against(name, given, shapes, config)
         if match is not None:
             return match
         other = head_rows(differing, given["num_classes"])
         if other is not None:
-            match, differing = compare(name, given | {"num_classes": other}, shapes, config)
+            match, differing = held_against(name, given | {"num_classes": other}, shapes, config)
             if match is not None:
                 return match
         if not nearest or len(differing) < len(nearest):
@@ -144,33 +141,29 @@ def fit(name: str, shapes: Mapping[str, Shape], config: Mapping[str, Any] | None
     raise Refused(f"timm:{name} does not have these {len(shapes)} tensors ({listed(nearest)}).")
 
 
-def variants(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Iterator[dict[str, Any]]:
-    """Settings to build with: as the config says; with its input size, which older configs say only there; plainly."""
+def ways_to_build(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Iterator[dict[str, Any]]:
+    """Settings to build with: as the config says, then with its input size, where older ones say no other."""
     given = {"num_classes": claimed_classes(config) or last_rows(shapes)} | settings(config)
     yield given
     size = input_size(config)
     if size is not None and "img_size" not in given:
         yield given | {"img_size": size[0] if size[0] == size[1] else size}
-    yield {"num_classes": given["num_classes"]}
 
 
 def claimed_classes(config: Mapping[str, Any]) -> int | None:
     """The class count that the config says."""
-    inner = config.get("pretrained_cfg")
-    for table in (config, inner if isinstance(inner, Mapping) else {}):
-        if _whole(table.get("num_classes"), 1_000_000):
-            return int(table["num_classes"])
-    return None
+    count = config.get("num_classes")
+    return count if _whole(count, 1_000_000) else None
 
 
 def last_rows(shapes: Mapping[str, Shape]) -> int:
-    """Rows of the last matrix, mostly the head."""
+    """Rows of the last matrix: the head, where no config says its rows and names are in the network's order."""
     rows = [shape[0] for shape in shapes.values() if len(shape) == 2 and shape[0] > 0]
     return min(rows[-1], 1_000_000) if rows else 1000
 
 
 def input_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width that the config says."""
+    """Height and width that the config says: in `pretrained_cfg`, or beside the name as timm 0.4 wrote it."""
     inner = config.get("pretrained_cfg")
     for table in (inner if isinstance(inner, Mapping) else {}, config):
         size = table.get("input_size")
@@ -180,7 +173,10 @@ def input_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def head_rows(differing: list[str], classes: int) -> int | None:
-    """The class count that the file has, where a difference shows it."""
+    """The class count that the file has, where a difference shows it.
+
+    In a sorted file (`head.fc` before `stages`) the last matrix is no head, and a config may be that of another head.
+    """
     for phrase in differing:
         found = re.search(rf" is \[(\d{{1,7}})[^\]]*\], expected \[{classes}[,\]]", phrase)
         if found:
@@ -188,10 +184,10 @@ def head_rows(differing: list[str], classes: int) -> int | None:
     return None
 
 
-def compare(
+def held_against(
     name: str, given: Mapping[str, Any], shapes: Mapping[str, Shape], config: Mapping[str, Any]
 ) -> tuple[Match | None, list[str]]:
-    """The network with these settings if it fits, else what differs under the best reading of the names."""
+    """The network with these settings if it fits, else what differs under the nearest view of the names."""
     build = partial(create, name, dict(given))
     try:
         network, expected = on_meta(build)
@@ -202,13 +198,13 @@ def compare(
         own = {new: tuple(shapes[old]) for old, new in names.items()}
         differing = differences(own, needed(expected, own, network))
         if not differing:
-            return described(f"timm:{name}", build, network, names, unread, config), []
+            return match_at_size(f"timm:{name}", build, network, names, unread, config), []
         if not best or len(differing) < len(best):
             best = differing
     return None, best
 
 
-def described(
+def match_at_size(
     name: str,
     build: Callable[[], nn.Module],
     network: nn.Module,
@@ -220,7 +216,8 @@ def described(
     own = getattr(network, "pretrained_cfg", None) or {}
     usual = own.get("input_size") if isinstance(own, Mapping) else None
     patches = getattr(getattr(network, "patch_embed", None), "img_size", None)
-    sizes = [input_size(config), patches, usual[1:] if usual else None, (224, 224), (32, 32)]
+    # Older configs say an input size that the network was not built for: its patches tell.
+    sizes = [input_size(config), patches, usual[1:] if usual else None]
     failure = ""
     for size in dict.fromkeys(tuple(s) for s in sizes if s):
         try:
@@ -241,7 +238,7 @@ def convnextv2(shapes: Shapes) -> Proposal | None:
     head = shapes.get("head.fc.weight", ())
     if not depths or len(head) != 2:
         return None
-    if load() is None:
+    if timm_module() is None:
         raise Refused(f"this is a ConvNeXt V2, which needs timm: {INSTALL}.")
 
     def build() -> nn.Module:

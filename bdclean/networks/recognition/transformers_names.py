@@ -85,6 +85,8 @@ def regnet_block(rest: str) -> Callable[[re.Match[str]], str]:
     return lambda m: f"trunk_output.block{more(m, 1)}.block{more(m, 1)}-{m[2]}.{m.expand(rest)}"
 
 
+# By `model_type`, the names of google/vit-base-patch16-224, microsoft/resnet-50, facebook/regnet-y-040,
+# facebook/convnext-tiny-224, facebook/convnextv2-tiny-1k-224 and microsoft/swin-tiny-patch4-window7-224.
 TABLES: dict[str, list[Rule]] = {
     "vit": [
         rule(r"^vit\.embeddings\.cls_token$", "class_token"),

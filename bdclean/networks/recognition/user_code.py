@@ -24,6 +24,8 @@ from bdclean.networks.recognition.matching import Match, differences, listed, ne
 from bdclean.networks.stages import describe
 
 # Shapes seldom show the input's size: the first of these that the code accepts is taken; --preprocess size=h/w wins.
+# They are those of CIFAR and GTSRB (32, 48), ImageNet (224, 384), Tiny ImageNet, MNIST in colours, STL-10, Imagenette
+# (128, 256) and Inception.
 SMALL_FIRST = (32, 224, 64, 28, 96, 48, 128, 256, 299, 384)
 
 
@@ -36,7 +38,7 @@ def fit_user_code(spec: str, shapes: Mapping[str, Shape]) -> Match:
     made = load(spec)
     nearest: tuple[int, list[str]] | None = None
     failure = ""
-    for build in builders(made, shapes):
+    for build in ways_to_call(made, shapes):
         try:
             with torch.random.fork_rng(devices=[]):
                 network = build()
@@ -53,7 +55,7 @@ def fit_user_code(spec: str, shapes: Mapping[str, Shape]) -> Match:
             own = {names[n]: tuple(shapes[n]) for n in names}
             differing = differences(own, needed(expected, own, network))
             if not differing:
-                return Match(described(spec, build, network), names, unread)
+                return Match(arch_of(spec, build, network), names, unread)
             if nearest is None or len(differing) < nearest[0]:
                 nearest = (len(differing), differing)
     if nearest is None:
@@ -123,7 +125,7 @@ def _importable(folder: Path) -> Iterator[None]:
             sys.path.remove(str(folder))
 
 
-def builders(made: object, shapes: Mapping[str, Shape]) -> Iterator[Callable[[], nn.Module]]:
+def ways_to_call(made: object, shapes: Mapping[str, Shape]) -> Iterator[Callable[[], nn.Module]]:
     """Ways to call NAME: as it is, then with each class count that the file's matrices allow."""
     if isinstance(made, nn.Module):
         yield partial(copy.deepcopy, made)
@@ -150,7 +152,7 @@ def builders(made: object, shapes: Mapping[str, Shape]) -> Iterator[Callable[[],
         yield made
 
 
-def described(spec: str, build: Callable[[], nn.Module], network: nn.Module) -> Arch:
+def arch_of(spec: str, build: Callable[[], nn.Module], network: nn.Module) -> Arch:
     """The Arch of the user's network, at the first usual input size that it accepts."""
     first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None and first.in_channels != 3:

@@ -1,4 +1,4 @@
-"""Other readings of the same tensors that any network allows: shapes show no activation, no pooling and no stride.
+"""Other networks with the same tensors that any network allows: shapes show no activation, no pooling and no stride.
 
 Each is the usual network with modules exchanged, so that names and shapes stay.
 """
@@ -15,8 +15,10 @@ from torch import nn
 
 from bdclean.networks.arch import Arch, Proposal
 
-# What networks of the same shapes are trained with. ReLU6 and a leak of 0.01 answer like ReLU, GELU's approximations
-# like GELU: no reading of their own.
+# What networks of the same shapes are trained with: ReLU of most, SiLU and GELU of EfficientNets and ConvNeXts, a leak
+# of 0.1 of FixMatch's WideResNets, ELU of I-BAU's networks, hardswish of MobileNetV3. Those of ResNets and VGGs are
+# told apart by `python -m bdclean.bench readings`. ReLU6 and a leak of 0.01 answer like ReLU, GELU's approximations
+# like GELU: no variant of their own.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
@@ -25,8 +27,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "hardswish": nn.Hardswish,
 }
+# The end of the name of a network for images of another side.
 SIZED = re.compile(r"\+\d+px$")
-"""The end of the name of a network for images of another side."""
+# Which of ACTIVATIONS a module is; ReLU6 is MobileNetV2's.
 KINDS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu",
@@ -39,33 +42,37 @@ KINDS: dict[type[nn.Module], str] = {
 
 
 def variants(proposal: Proposal, network: nn.Module) -> tuple[tuple[Proposal, str], ...]:
-    """Readings with another activation, without the pool behind the stem, and with a stem that keeps the resolution."""
+    """The network with another activation, without the pool behind its stem, and with a stem that keeps the resolution.
+
+    No pool: Lightning Bolts' ResNets for STL-10. A stem of stride 1: torchvision's MobileNets and EfficientNets, set so
+    for CIFAR. Both: chenyaofo/pytorch-cifar-models' ShuffleNetV2.
+    """
     found = []
     usual = activation(network)
     for name in ACTIVATIONS if usual else ():
         if name != usual:
             found.append(
-                reading(proposal, name, partial(exchange, usual, name), f"{name} instead of {usual}")
+                variant(proposal, name, partial(exchange, usual, name), f"{name} instead of {usual}")
             )
     stem = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     pool = pool_behind_stem(network)
     if pool:
-        found.append(reading(proposal, "no-pool", drop_pool, "no pool behind the stem"))
+        found.append(variant(proposal, "no-pool", drop_pool, "no pool behind the stem"))
     # A kernel no larger than its stride cuts patches: those cannot overlap.
     if stem is not None and stem.stride == (2, 2) and stem.kernel_size[0] > 2:
-        found.append(reading(proposal, "stride1", keep_stem, "a stem that keeps the resolution"))
+        found.append(variant(proposal, "stride1", keep_stem, "a stem that keeps the resolution"))
         if pool:
             both = "a stem that keeps the resolution, and no pool behind it"
-            found.append(reading(proposal, "stride1-no-pool", keep_stem_and_drop_pool, both))
+            found.append(variant(proposal, "stride1-no-pool", keep_stem_and_drop_pool, both))
     return tuple(found)
 
 
 def keeps_resolution(arch: Arch) -> bool:
-    """Whether it is a reading with another stem, which people use for small images alone: it costs up to 16 times."""
+    """Whether it is a variant with another stem, which people use for small images alone: it costs up to 16 times."""
     return SIZED.sub("", arch.name).endswith(("+no-pool", "+stride1", "+stride1-no-pool"))
 
 
-def reading(
+def variant(
     proposal: Proposal, suffix: str, change: Callable[[nn.Module], nn.Module], reason: str
 ) -> tuple[Proposal, str]:
     """`resnet18+silu`: the proposal's network after `change`."""
