@@ -15,17 +15,8 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.registry import FAMILIES
 from bdclean.training import adversaries
-from bdclean.training.inversion import (
-    ADDED,
-    Detected,
-    Inverted,
-    Outlier,
-    added,
-    invert,
-    mask,
-    outliers,
-    spread_out,
-)
+from bdclean.training.forms import ADDED, added, mask
+from bdclean.training.inversion import Detected, Inverted, Outlier, invert, outliers, spread_out
 from bdclean.training.run import Run
 
 MOST_INVERTED = 100

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
-from bdclean.training.inversion import GROWN, Detected, Outlier, sent_by, spread_out, striped
+from bdclean.training.forms import striped
+from bdclean.training.inversion import GROWN, Detected, Outlier, sent_by, spread_out
 from bdclean.training.run import Run
 
 MOST_SENT = 0.7

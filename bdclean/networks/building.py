@@ -1,7 +1,7 @@
 """Building a network whose weights are about to be replaced: nothing is drawn that would be thrown away.
 
 The meta device with `load_state_dict(assign=True)` in its place was measured (torch 2.14, timm 1.0.31). 109 of 111
-named networks (two are too large to draw) and small ones of every family come out bit for bit, because all that they
+named networks (two are too large to draw) and small ones of every family keep all their buffers, because all that they
 compute is in their files. Of 84 of timm's, 13 keep buffers without values: BEiT, ConViT, CoAtNet, CSATv2,
 EfficientFormer V2, EfficientViT-M, EVA02, LeViT (two), MaxViT (two), Swin and Swin v2; five of them then answer with
 other numbers and raise nothing. User code with a tensor of its own raises. Nor would anything computed be there for

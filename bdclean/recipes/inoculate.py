@@ -20,9 +20,10 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training import adversaries
-from bdclean.training.inversion import Detected, Outlier, Pursuit
+from bdclean.training.inversion import Detected, Outlier
 from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
 from bdclean.training.losses import distillation_kl, divergence
+from bdclean.training.pursuit import Pursuit
 from bdclean.training.run import Run
 from bdclean.training.students import (
     Augmentation,

@@ -10,8 +10,7 @@ steps, and classes that fall far behind stop early where there are many.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,35 +18,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bdclean.training.forms import Form
 from bdclean.training.loop import Batch, Measures, State, fit
 from bdclean.training.run import Run
 
 RAISE = 1.15
+GROWN = 2.0
+"""How many times its first size an inverted trigger may grow to while it is refitted."""
+
+
 ROUNDS = (0.3, 0.2, 0.5)
 """Shares of the steps. After the first the two best starts of each kind go on, after the second the best one.
 
 Where a start ends is chance: of twelve of a trigger's class (a 3x3 grid, its mask 4 pixels at last, those of other
 classes 20 and more) four were near it after 100 steps. Starts in a window around it are told from others after 30.
 """
+
+
 TOGETHER = 24
 """How many classes go on after the first round: those with the smallest changes.
 
 A trigger's class leads from early on; the rest of the steps shows by how much, for which several others must go on.
 """
-WINDOWS, FEW_WINDOWS, WHOLE = 3, 2, 3
-"""Masks start in so many windows along an axis, half the picture wide, in two where there are more than MANY classes,
-and so many cover the whole picture, for triggers that are spread over it."""
-MANY = 48
+
+
 SHOWN, FEWEST = 2, 8
 """Starts of a class share SHOWN times the images that one would see, and see so many each at least."""
+
+
 PIXELS = 1 << 20
 """Pixels that go forward and back at once, 1,024 images of 32 x 32: with more, gradients are added up."""
-SIDE = 8
-"""The side of what is enlarged to something smooth."""
-ADDED = {"pattern": "a pattern", "smooth": "something smooth"}
-"""Kinds of what is added to a picture, in words."""
-GROWN = 2.0
-"""How many times its first size an inverted trigger may grow to while it is refitted."""
+
+
 SMALL = 0.3
 """The share of the median size under which a change is unusually small.
 
@@ -55,117 +57,6 @@ Over the three forms of seven networks the smallest of a class without a trigger
 (blends of noise and of a picture, stripes, smooth, checker, white, quantised) were at 0.28 or less in one form at
 least, a warp was not.
 """
-
-
-@dataclass(frozen=True)
-class Form:
-    """A kind of change with parameters [k ...], one row a class, and what steers its fit."""
-
-    name: str
-    family: str
-    """The family of `corruptions` that it belongs to."""
-    shape: tuple[int, ...]
-    """Of one row of parameters."""
-    start: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
-    """Parameters [k s ...] that s starts of each of k classes begin with, and the kind of each start, int64 [s]."""
-    stamp: Callable[[Tensor, Tensor], Tensor]
-    """Parameters [k ...] and pixels [n 3 h w] in [0, 1] to changed pixels [k n 3 h w] in [0, 1]."""
-    sizes: Callable[[Tensor], Tensor]
-    """Parameters [k ...] to sizes [k]."""
-    picture: Callable[[Tensor], Tensor]
-    """One row of parameters to a picture, float [3 h w] in [0, 1]."""
-    said: str
-    """A size in words."""
-    steps: float
-    """How many it needs, as a share of a mask's."""
-    rate: float
-    last_rate: float
-    """Adam's learning rate in the first and the last step."""
-    push: float
-    """A sign step, when it is refitted."""
-    reach: float
-    """Parameters beyond it are brought back before that."""
-    weight: float
-    """The first weight on the size."""
-    goal: float
-    least: float
-    """The success rate under which a change is never unusually small."""
-
-
-def mask(height: int, width: int) -> Form:
-    """A soft mask and a pattern as logits [k 4 h w]; its size is the mask's L1 norm, in pixels."""
-
-    def halves(parameters: Tensor) -> tuple[Tensor, Tensor]:
-        both = torch.sigmoid(parameters)
-        return both[:, :1], both[:, 1:]
-
-    def stamp(parameters: Tensor, pixels: Tensor) -> Tensor:
-        masks, patterns = halves(parameters)
-        return (1 - masks[:, None]) * pixels + (masks * patterns)[:, None]
-
-    def start(classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Masks of about 0.73 in a window of half the sides and almost nothing beside it, or of about 0.5 everywhere;
-        patterns that are far from grey."""
-        along = WINDOWS if classes <= MANY else FEW_WINDOWS
-        rows = _noise((classes, along**2 + WHOLE, 4, height, width), generator)
-        rows[:, :, 1:] *= 3
-        tall, wide = max(1, height // 2), max(1, width // 2)
-        for k in range(along**2):
-            top, left = (
-                round(at * (whole - part) / (along - 1))
-                for at, whole, part in ((k // along, height, tall), (k % along, width, wide))
-            )
-            rows[:, k, 0] -= 5
-            rows[:, k, 0, top : top + tall, left : left + wide] += 6
-        return rows, torch.tensor([0] * along**2 + [1] * WHOLE)
-
-    return Form(
-        "mask", "patch", (4, height, width), start, stamp,
-        sizes=lambda parameters: halves(parameters)[0].sum(dim=(1, 2, 3)),
-        picture=lambda row: stamp(row[None], row.new_full((1, 3, height, width), 0.5))[0, 0],
-        said="a mask of {:.1f} pixels",
-        steps=1.0, rate=0.3, last_rate=0.2, push=0.2, reach=6.9,
-        weight=1e-2 * 1024 / (height * width),  # ten times Neural Cleanse's first weight: there are fewer steps
-        goal=0.95, least=0.8,
-    )  # fmt: skip
-
-
-def added(height: int, width: int, kind: str) -> Form:
-    """Something added to every picture; its size is its root mean square, in grey levels of 255.
-
-    Kinds: `pattern` [k 3 h w]; `smooth` [k 3 SIDE SIDE], enlarged. The fewer parameters, the more a class without a
-    trigger needs, and the clearer a trigger of that kind stands out. (A row and a column repeated, for stripes, did
-    not tell: 0.42 of the median for the stripes' class, and for one without a trigger.)
-    """
-    shapes = {"pattern": (3, height, width), "smooth": (3, SIDE, SIDE)}
-
-    def field(parameters: Tensor) -> Tensor:
-        if kind == "smooth":
-            return F.interpolate(parameters, size=(height, width), mode="bicubic", align_corners=False)
-        return parameters
-
-    def picture(row: Tensor) -> Tensor:
-        one = field(row[None])[0]
-        return 0.5 + 0.5 * one / one.abs().max().clamp_min(1e-6)
-
-    def start(classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return 0.035 * _noise((classes, 2, *shapes[kind]), generator), torch.zeros(2, dtype=torch.int64)
-
-    return Form(
-        kind, {"pattern": "noise", "smooth": "low"}[kind], shapes[kind], start,
-        stamp=lambda parameters, pixels: (pixels + field(parameters)[:, None]).clamp(0, 1),
-        # the floor keeps the root's gradient finite where nothing is added
-        sizes=lambda parameters: 255 * field(parameters).pow(2).mean(dim=(1, 2, 3)).clamp_min(1e-12).sqrt(),
-        picture=picture,
-        said=f"{ADDED[kind]} of {{:.1f}} grey levels added to the picture",
-        steps=0.6, rate=0.02, last_rate=0.002, push=0.006, reach=1.0, weight=0.02,
-        goal=0.85, least=0.6,
-    )  # fmt: skip
-
-
-def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform in [-1, 1]."""
-    return torch.rand(shape, generator=generator, device=generator.device) * 2 - 1
 
 
 @dataclass(frozen=True)
@@ -378,24 +269,6 @@ def spread_out(images: Tensor, count: int = FEW_IMAGES) -> Tensor:
     return images[:: max(1, len(images) // count)][:count]
 
 
-STRIPES = 20 / 255
-PERIODS = range(1, 13)
-
-
-def striped(height: int, width: int) -> tuple[Form, Tensor, list[str]]:
-    """Sinusoids of 20 grey levels along one axis, [m 3 h w], as parameters of their form, and each in words."""
-    fields, words = [], []
-    for periods in PERIODS:
-        for phase in range(4):
-            for axis, length in (("width", width), ("height", height)):
-                wave = torch.sin(2 * torch.pi * (periods * torch.linspace(0, 1, length) + phase / 4))
-                lines = wave[None, None, :] if axis == "width" else wave[None, :, None]
-                fields.append(STRIPES * lines.expand(3, height, width))
-                words.append(f"{periods} periods along the {axis}")
-    form = dataclasses.replace(added(height, width, "pattern"), name="stripes", family="wave")
-    return form, torch.stack(fields), words
-
-
 def sent_by(form: Form, changes: Tensor, model: nn.Module, images: Tensor, run: Run) -> Tensor:
     """The share of `images` uint8 [n 3 h w] of other classes that each of `changes` [m ...] sends to each class.
 
@@ -413,43 +286,3 @@ def sent_by(form: Form, changes: Tensor, model: nn.Module, images: Tensor, run: 
     usual = answers(pixels).mean(0)
     rows = [answers(form.stamp(one[None].to(run.device), pixels)[0]).mean(0) - usual for one in changes]
     return torch.stack(rows) / (1 - usual).clamp_min(0.2)
-
-
-class Pursuit:
-    """Inverted triggers that are refitted on a student at each use, and start anew when they have grown.
-
-    Of each class, the form that stands out most is taken. `tensors` is all the state, changed in place, for the resume
-    state.
-    """
-
-    def __init__(self, found: Sequence[Outlier], device: torch.device):
-        clearest: dict[int, Outlier] = {}
-        for outlier in sorted(found, key=lambda outlier: outlier.size / outlier.limit):
-            clearest.setdefault(outlier.target, outlier)
-        self.triggers = list(clearest.values())
-        self.tensors: dict[str, Tensor] = {}
-        for k, trigger in enumerate(self.triggers):
-            self.tensors[f"change.{k}"] = self._first(trigger).to(device).clone()
-            self.tensors[f"weight.{k}"] = torch.tensor(trigger.form.weight, device=device)
-
-    @staticmethod
-    def _first(trigger: Outlier) -> Tensor:
-        return trigger.parameters[None].clamp(-trigger.form.reach, trigger.form.reach)
-
-    def stamp(self, model: Callable[[Tensor], Tensor], pixels: Tensor, turn: int, steps: int = 2) -> Tensor:
-        """`pixels` [n 3 h w] in [0, 1] under the trigger whose turn it is, after `steps` sign steps on `model`."""
-        k = turn % len(self.triggers)
-        trigger, change, weight = self.triggers[k], self.tensors[f"change.{k}"], self.tensors[f"weight.{k}"]
-        form, targets = trigger.form, torch.full((len(pixels),), trigger.target, device=pixels.device)
-        if float(form.sizes(change)) > min(trigger.limit, GROWN * trigger.size):
-            change.copy_(self._first(trigger))
-            weight.fill_(form.weight)
-        for _ in range(steps):
-            leaf = change.clone().requires_grad_(True)
-            logits = model(form.stamp(leaf, pixels)[0])
-            loss = F.cross_entropy(logits, targets) + (weight * form.sizes(leaf)).sum()
-            (gradient,) = torch.autograd.grad(loss, [leaf])
-            change -= form.push * gradient.sign()
-            rising = float((logits.argmax(1) == targets).float().mean()) > form.goal
-            weight.mul_(RAISE if rising else 1 / RAISE).clamp_(1e-6, 1.0)
-        return form.stamp(change, pixels)[0]

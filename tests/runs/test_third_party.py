@@ -15,7 +15,8 @@ from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.progress import quiet
-from bdclean.training.inversion import invert, mask, outliers
+from bdclean.training.forms import mask
+from bdclean.training.inversion import invert, outliers
 from bdclean.training.run import Precision, Run
 from bdclean.training.students import recentre
 

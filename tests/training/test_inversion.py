@@ -4,24 +4,9 @@ from torch import nn
 
 from bdclean.detectors.stripes import MOST_SENT
 from bdclean.training import inversion
-from bdclean.training.inversion import (
-    ADDED,
-    FEW_WINDOWS,
-    GROWN,
-    TOGETHER,
-    WHOLE,
-    WINDOWS,
-    Inverted,
-    Outlier,
-    Pursuit,
-    added,
-    chunks,
-    invert,
-    mask,
-    outliers,
-    sent_by,
-    striped,
-)
+from bdclean.training.forms import ADDED, FEW_WINDOWS, WHOLE, WINDOWS, added, mask, striped
+from bdclean.training.inversion import GROWN, TOGETHER, Inverted, Outlier, chunks, invert, outliers, sent_by
+from bdclean.training.pursuit import Pursuit
 from bdclean.training.run import Precision, Run
 
 CPU = torch.device("cpu")

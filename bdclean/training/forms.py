@@ -1,0 +1,157 @@
+"""Forms of change that are fitted to a network: masks, what is added to a picture, and stripes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+WINDOWS, FEW_WINDOWS, WHOLE = 3, 2, 3
+"""Masks start in so many windows along an axis, half the picture wide, in two where there are more than MANY classes,
+and so many cover the whole picture, for triggers that are spread over it."""
+
+
+MANY = 48
+
+
+SIDE = 8
+"""The side of what is enlarged to something smooth."""
+
+
+ADDED = {"pattern": "a pattern", "smooth": "something smooth"}
+"""Kinds of what is added to a picture, in words."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of change with parameters [k ...], one row a class, and what steers its fit."""
+
+    name: str
+    family: str
+    """The family of `corruptions` that it belongs to."""
+    shape: tuple[int, ...]
+    """Of one row of parameters."""
+    start: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+    """Parameters [k s ...] that s starts of each of k classes begin with, and the kind of each start, int64 [s]."""
+    stamp: Callable[[Tensor, Tensor], Tensor]
+    """Parameters [k ...] and pixels [n 3 h w] in [0, 1] to changed pixels [k n 3 h w] in [0, 1]."""
+    sizes: Callable[[Tensor], Tensor]
+    """Parameters [k ...] to sizes [k]."""
+    picture: Callable[[Tensor], Tensor]
+    """One row of parameters to a picture, float [3 h w] in [0, 1]."""
+    said: str
+    """A size in words."""
+    steps: float
+    """How many it needs, as a share of a mask's."""
+    rate: float
+    last_rate: float
+    """Adam's learning rate in the first and the last step."""
+    push: float
+    """A sign step, when it is refitted."""
+    reach: float
+    """Parameters beyond it are brought back before that."""
+    weight: float
+    """The first weight on the size."""
+    goal: float
+    least: float
+    """The success rate under which a change is never unusually small."""
+
+
+def mask(height: int, width: int) -> Form:
+    """A soft mask and a pattern as logits [k 4 h w]; its size is the mask's L1 norm, in pixels."""
+
+    def halves(parameters: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.sigmoid(parameters)
+        return both[:, :1], both[:, 1:]
+
+    def stamp(parameters: Tensor, pixels: Tensor) -> Tensor:
+        masks, patterns = halves(parameters)
+        return (1 - masks[:, None]) * pixels + (masks * patterns)[:, None]
+
+    def start(classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Masks of about 0.73 in a window of half the sides and almost nothing beside it, or of about 0.5 everywhere;
+        patterns that are far from grey."""
+        along = WINDOWS if classes <= MANY else FEW_WINDOWS
+        rows = _noise((classes, along**2 + WHOLE, 4, height, width), generator)
+        rows[:, :, 1:] *= 3
+        tall, wide = max(1, height // 2), max(1, width // 2)
+        for k in range(along**2):
+            top, left = (
+                round(at * (whole - part) / (along - 1))
+                for at, whole, part in ((k // along, height, tall), (k % along, width, wide))
+            )
+            rows[:, k, 0] -= 5
+            rows[:, k, 0, top : top + tall, left : left + wide] += 6
+        return rows, torch.tensor([0] * along**2 + [1] * WHOLE)
+
+    return Form(
+        "mask", "patch", (4, height, width), start, stamp,
+        sizes=lambda parameters: halves(parameters)[0].sum(dim=(1, 2, 3)),
+        picture=lambda row: stamp(row[None], row.new_full((1, 3, height, width), 0.5))[0, 0],
+        said="a mask of {:.1f} pixels",
+        steps=1.0, rate=0.3, last_rate=0.2, push=0.2, reach=6.9,
+        weight=1e-2 * 1024 / (height * width),  # ten times Neural Cleanse's first weight: there are fewer steps
+        goal=0.95, least=0.8,
+    )  # fmt: skip
+
+
+def added(height: int, width: int, kind: str) -> Form:
+    """Something added to every picture; its size is its root mean square, in grey levels of 255.
+
+    Kinds: `pattern` [k 3 h w]; `smooth` [k 3 SIDE SIDE], enlarged. The fewer parameters, the more a class without a
+    trigger needs, and the clearer a trigger of that kind stands out. (A row and a column repeated, for stripes, did
+    not tell: 0.42 of the median for the stripes' class, and for one without a trigger.)
+    """
+    shapes = {"pattern": (3, height, width), "smooth": (3, SIDE, SIDE)}
+
+    def field(parameters: Tensor) -> Tensor:
+        if kind == "smooth":
+            return F.interpolate(parameters, size=(height, width), mode="bicubic", align_corners=False)
+        return parameters
+
+    def picture(row: Tensor) -> Tensor:
+        one = field(row[None])[0]
+        return 0.5 + 0.5 * one / one.abs().max().clamp_min(1e-6)
+
+    def start(classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return 0.035 * _noise((classes, 2, *shapes[kind]), generator), torch.zeros(2, dtype=torch.int64)
+
+    return Form(
+        kind, {"pattern": "noise", "smooth": "low"}[kind], shapes[kind], start,
+        stamp=lambda parameters, pixels: (pixels + field(parameters)[:, None]).clamp(0, 1),
+        # the floor keeps the root's gradient finite where nothing is added
+        sizes=lambda parameters: 255 * field(parameters).pow(2).mean(dim=(1, 2, 3)).clamp_min(1e-12).sqrt(),
+        picture=picture,
+        said=f"{ADDED[kind]} of {{:.1f}} grey levels added to the picture",
+        steps=0.6, rate=0.02, last_rate=0.002, push=0.006, reach=1.0, weight=0.02,
+        goal=0.85, least=0.6,
+    )  # fmt: skip
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform in [-1, 1]."""
+    return torch.rand(shape, generator=generator, device=generator.device) * 2 - 1
+
+
+STRIPES = 20 / 255
+
+
+PERIODS = range(1, 13)
+
+
+def striped(height: int, width: int) -> tuple[Form, Tensor, list[str]]:
+    """Sinusoids of 20 grey levels along one axis, [m 3 h w], as parameters of their form, and each in words."""
+    fields, words = [], []
+    for periods in PERIODS:
+        for phase in range(4):
+            for axis, length in (("width", width), ("height", height)):
+                wave = torch.sin(2 * torch.pi * (periods * torch.linspace(0, 1, length) + phase / 4))
+                lines = wave[None, None, :] if axis == "width" else wave[None, :, None]
+                fields.append(STRIPES * lines.expand(3, height, width))
+                words.append(f"{periods} periods along the {axis}")
+    form = dataclasses.replace(added(height, width, "pattern"), name="stripes", family="wave")
+    return form, torch.stack(fields), words
