@@ -130,7 +130,7 @@ def _decode_drawn(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    chosen = _rise(owner, pixels)
+    chosen = rise(owner, pixels)
     return chosen, [(plain(listing.names[i]), failed[i]) for i in sorted(failed)]
 
 
@@ -186,7 +186,7 @@ def _bytes(picture: Picture) -> int:
     return picture.size if isinstance(picture, Slice) else 0
 
 
-def _rise(owner: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+def rise(owner: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """Moves the rows that are filled to the front, in the order of their images; returns those images.
 
     In place, along the cycles of the permutation: the pixels may be larger than the memory.

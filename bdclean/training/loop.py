@@ -102,7 +102,7 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
     roomy = _roomy(state, run)
     saved_at = started = time.monotonic()
     first = course.position.done
-    with _deferred_signals() as caught:
+    with deferred_signals() as caught:
         while course.position.done < state.steps:
             batch, seed = course.batch(images, labels)
             course.take(*roomy(partial(_passes, step, state, batch, seed), state.stage))
@@ -305,7 +305,7 @@ def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _deferred_signals() -> Iterator[list[int]]:
+def deferred_signals() -> Iterator[list[int]]:
     """Collect SIGINT, SIGTERM and SIGHUP instead of acting on them: no step is cut in two. The second one acts.
 
     A signal that this process was told to ignore (by nohup, say) stays ignored.

@@ -313,7 +313,7 @@ def test_nohup_is_obeyed(tmp_path, capsys):
     """A run that was told to ignore SIGHUP goes on ignoring it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with loop._deferred_signals() as caught:
+        with loop.deferred_signals() as caught:
             os.kill(os.getpid(), signal.SIGHUP)
         assert caught == []
         run(["ls", "recipes"])

@@ -1,5 +1,6 @@
 """What must stay light and what must stay apart, asked of a fresh interpreter."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -77,6 +78,18 @@ assert "importlib.metadata" not in sys.modules
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_tests_take_no_private_name_of_ours():
+    """What can be seen from outside is tested from outside."""
+    taken = []
+    for file in sorted((SOURCE / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bdclean"):
+                taken += [
+                    f"{file.name}: {a.name}" for a in node.names if a.name[0] == "_" and a.name[1] != "_"
+                ]
+    assert not taken
 
 
 def test_there_is_no_room_for_leftovers():

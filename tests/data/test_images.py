@@ -18,7 +18,7 @@ from bdclean.data.duplicates import repeated, shows_same, without_duplicates
 from bdclean.data.imageset import ImageSet
 from bdclean.data.labels.folders import imagenet_folders, labels_plausible
 from bdclean.data.labels.labelling import claimed_names
-from bdclean.data.loading import _rise, load_images
+from bdclean.data.loading import load_images, rise
 from bdclean.data.scratch import allocate
 from bdclean.data.splitting import split
 from bdclean.errors import Refused
@@ -564,7 +564,7 @@ def test_rows_rise_in_place_whatever_is_missing(missing: list[int]) -> None:
     owner[missing] = -1
     pixels = np.repeat(owner[:, None, None, None], 3, axis=1)
     expected = sorted(owner[owner >= 0].tolist())
-    assert _rise(owner, pixels).tolist() == expected
+    assert rise(owner, pixels).tolist() == expected
     assert pixels[: len(expected), 0, 0, 0].tolist() == expected
 
 

@@ -76,9 +76,9 @@ def evil_record():
             return [filled(item) for item in value]
         return EVIL if isinstance(value, str) else value
 
-    from bdclean.bench.abuse.parsers import _whole_record
+    from bdclean.bench.abuse.parsers import whole_record
 
-    return {**filled(_whole_record()), "verdict": "backdoored"}
+    return {**filled(whole_record()), "verdict": "backdoored"}
 
 
 FIXED = ("schema", "verdict", "command", "outcome", "png_base64")

@@ -240,7 +240,7 @@ def _words(*texts: str) -> Callable[[random.Random], bytes]:
 
 
 @cache
-def _whole_record() -> dict[str, Any]:
+def whole_record() -> dict[str, Any]:
     """A record in which most fields are set."""
     rate = {"value": 0.5, "n": 100, "low": 0.4, "high": 0.6}
     row = {
@@ -286,7 +286,7 @@ def parsers() -> dict[str, Parser]:
         "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "input_size": [3, 32, 32], "crop_pct": 0.9}}  # fmt: skip
     face = {"model_type": "resnet", "id2label": {"0": "a"}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
             "size": {"shortest_edge": 224}, "do_rescale": True, "rescale_factor": 0.0039}  # fmt: skip
-    record = _whole_record()
+    record = whole_record()
     report = {"schema": "bdclean.report/1", "runs": [record]}
     names = (["cat", "dog", "cow"], {"0": "cat", "1": "dog"})
     delta = {"delta": {"dtype": "F32", "shape": [3, 4, 4], "data_offsets": [0, 192]}}
