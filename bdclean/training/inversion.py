@@ -35,6 +35,14 @@ classes 20 and more) four were near it after 100 steps. Starts in a window aroun
 """
 
 
+LEADING, ROUND_OF_LEADING = 3, 0.6
+"""The smallest changes at last go on for a share of the steps by themselves, until they swing about their least.
+
+One trigger's mask, of 4 pixels at its least, was at 3.8 to 8.7 after the rounds, over twelve seeds: 0.16 to 0.35 of the
+median. Few go on, so that it costs little.
+"""
+
+
 TOGETHER = 24
 """How many classes go on after the first round: those with the smallest changes.
 
@@ -153,14 +161,36 @@ def invert(
         if number == 0:
             kept = kept[torch.isin(going.classes[kept], _leading(going, kept))]
         going, kinds = going.select(kept), kinds[kept]
-    return going
+    return _further(model, images, going, stage, max(1, round(ROUND_OF_LEADING * steps)), batch_size, run)
+
+
+def _further(
+    model: nn.Module, images: Tensor, going: Inverted, stage: str, steps: int, batch_size: int, run: Run
+) -> Inverted:
+    """`going`, whose LEADING smallest changes were fitted for `steps` more steps."""
+    leading = going.sizes.argsort()[:LEADING]
+
+    def fitted() -> Tensor:
+        number = len(ROUNDS)
+        return _fit_round(model, images, going.select(leading), stage, number, steps, batch_size, run).pack()
+
+    ahead = Inverted.unpack(run.keep(f"{stage}-{len(ROUNDS)}", fitted), going.form)
+    parameters, success = going.parameters.clone(), going.success.clone()
+    smaller = ahead.sizes < going.sizes[leading]
+    parameters[leading[smaller]], success[leading[smaller]] = (
+        ahead.parameters[smaller],
+        ahead.success[smaller],
+    )
+    return Inverted(going.form, going.classes, parameters, success)
 
 
 def _fit_round(
     model: nn.Module, images: Tensor, going: Inverted, stage: str, number: int, steps: int, batch_size: int, run: Run
 ) -> Inverted:  # fmt: skip
     """`going` after `steps` more steps."""
-    form, classes, before = going.form, going.classes, sum(ROUNDS[:number])
+    form, classes = going.form, going.classes
+    begun = sum(ROUNDS[:number])
+    ended = begun + (ROUNDS[number] if number < len(ROUNDS) else 0.0)
     fitted = _Fitted(going.parameters, form.weight)
     optimiser = torch.optim.Adam(fitted.parameters(), lr=form.rate, betas=(0.5, 0.9))
     starts = len(classes) // len(classes.unique())
@@ -189,12 +219,12 @@ def _fit_round(
         return None, {"success": fitted.success.mean()}
 
     def schedule(step: int) -> float:
-        done = before + ROUNDS[number] * step / max(1, steps)
+        done = begun + (ended - begun) * step / max(1, steps)
         return form.rate + (form.last_rate - form.rate) * done
 
     state = State(f"{stage}-{number}", fitted, optimiser, images, None, batch_size, steps, schedule)
     fit(step, state, run)
-    last = number == len(ROUNDS) - 1
+    last = number >= len(ROUNDS) - 1
     return Inverted(form, classes, fitted.smallest if last else fitted.changes.detach(), fitted.success)
 
 
