@@ -658,8 +658,9 @@ def test_a_set_larger_than_the_memory_that_is_allowed_is_read_and_split(tmp_path
     np.savez(tmp_path / "a.npz", images=pictures)
     program = """
 import resource, torch
-from bdclean.data import load_images, split
-from bdclean.measuring.metrics import Predictor
+from bdclean.data.loading import load_images
+from bdclean.data.splitting import split
+from bdclean.measuring.predictor import Predictor
 torch.set_num_threads(1)
 now = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (now + 150 * 2**20,) * 2)

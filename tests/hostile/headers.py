@@ -165,7 +165,7 @@ def _tensors() -> Iterator[tuple[str, bytes | Callable[[], bytes], str]]:
         yield f"dtype-{name}", field("dtype", value), "type"
     yield "dtype-other-size", field("dtype", "F16"), "does not fill"
     yield "dtype-integer", field("dtype", "I32"), "quantised"
-    yield "dtype-ansi", field("dtype", "\x1b[2J\x1b]0;owned\x07"), "unknown type ?[2J?]0;owned?"
+    yield "dtype-ansi", field("dtype", "\x1b[2J\x1b]0;owned\x07"), r"unknown type \x1b[2J\x1b]0;owned\x07"
     shapes = (
         ("negative", [-4, 3, 3, -3], "whole numbers"),
         ("float", [4.0, 3, 3, 3], "whole numbers"),

@@ -88,7 +88,7 @@ class TestHostileFiles:
             ),
             (raw({}), "holds no tensors"),
             (raw(one("I32"), bytes(8)), "no known architecture"),
-            (raw({"\x1b[2Jx\n" + "y" * 999: {"dtype": "?"}}), "?[2Jx?yyy"),
+            (raw({"\x1b[2Jx\n" + "y" * 999: {"dtype": "?"}}), r"\x1b[2Jx\nyyy"),
         ],
     )
     def test_each_lie_gets_a_sentence(self, tmp_path, content, said):

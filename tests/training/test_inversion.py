@@ -5,7 +5,17 @@ from torch import nn
 from bdclean.detectors.stripes import MOST_SENT
 from bdclean.training import inversion
 from bdclean.training.forms import ADDED, FEW_WINDOWS, WHOLE, WINDOWS, added, mask, striped
-from bdclean.training.inversion import GROWN, TOGETHER, Inverted, Outlier, chunks, invert, outliers, sent_by
+from bdclean.training.inversion import (
+    GROWN,
+    LEADING,
+    TOGETHER,
+    Inverted,
+    Outlier,
+    chunks,
+    invert,
+    outliers,
+    sent_by,
+)
 from bdclean.training.pursuit import Pursuit
 from bdclean.training.run import Precision, Run
 
@@ -119,7 +129,7 @@ def test_it_is_repeatable_and_leaves_the_network_alone():
         ("invert-mask-2", 1, 2),
         ("invert-mask-2", 2, 2),
     ]
-    assert calls == rounds * 2
+    assert calls == [*rounds, ("invert-mask-3", 1, 2), ("invert-mask-3", 2, 2)] * 2
 
 
 STARTS = WINDOWS**2 + WHOLE
@@ -163,7 +173,8 @@ def test_fewer_starts_go_on_and_are_shown_more():
     wide = Wide(60)
     invert(wide, pictures(32), MASK, torch.arange(60), run(), steps=3, batch_size=32)
     starts = FEW_WINDOWS**2 + WHOLE
-    assert wide.seen == [60 * starts * (2 * 32 // starts), TOGETHER * 4 * (2 * 32 // 4), *[TOGETHER * 32] * 2]
+    rest = [*[TOGETHER * 32] * 2, *[LEADING * 32] * 2]
+    assert wide.seen == [60 * starts * (2 * 32 // starts), TOGETHER * 4 * (2 * 32 // 4), *rest]
 
 
 def test_the_best_starts_of_a_class_go_on():
@@ -185,6 +196,18 @@ def test_the_best_starts_of_a_class_go_on():
 def test_with_many_classes_only_the_smallest_go_on():
     found = invert(Wide(30), pictures(8), MASK, torch.arange(30), run(), steps=6, batch_size=4)
     assert len(found.classes) == TOGETHER and bool(torch.isfinite(found.pack()).all())
+
+
+def test_the_smallest_go_on_by_themselves_and_none_grows(monkeypatch):
+    monkeypatch.setattr(inversion, "ROUND_OF_LEADING", 0.0)
+    before = invert(Planted(), pictures(), MASK, torch.arange(CLASSES), run(), steps=30, batch_size=16)
+    monkeypatch.setattr(inversion, "ROUND_OF_LEADING", 1.0)
+    after = invert(Planted(), pictures(), MASK, torch.arange(CLASSES), run(), steps=30, batch_size=16)
+    assert torch.equal(before.classes, after.classes) and bool((after.sizes <= before.sizes + 1e-4).all())
+    leading = before.sizes.argsort()[:LEADING].tolist()
+    assert float(after.sizes[leading[0]]) < float(before.sizes[leading[0]])
+    others = [k for k in range(CLASSES) if k not in leading]
+    assert torch.equal(after.parameters[others], before.parameters[others])
 
 
 def test_masks_start_in_windows_all_over_the_picture_and_on_the_whole():
