@@ -299,6 +299,10 @@ def test_the_clock_may_go_backwards(monkeypatch):
     monkeypatch.setattr(time, "time", backwards)
     record = guarded("scan", "m", lambda: (time.time(), result("m"))[1])
     assert 0 <= record.seconds < 10
-    sources = {path.name: path.read_text() for path in Path(gate.__file__).parents[1].rglob("*.py")}
+    package = Path(gate.__file__).parents[1]
+    files = [
+        path for path in package.rglob("*.py") if path.parent.name != "bench"
+    ]  # its tables say their date
+    sources = {path.name: path.read_text() for path in files}
     assert not [name for name, text in sources.items() if "time.time(" in text]
     assert [name for name, text in sources.items() if "datetime.now(" in text] == ["batch.py"]
