@@ -36,7 +36,6 @@ from bdclean.cli.options import (
     Verbose,
 )
 from bdclean.errors import Refused, UsageError
-from bdclean.runs.options import Inputs
 
 if TYPE_CHECKING:
     from bdclean.cli.progress import Progress
@@ -111,6 +110,8 @@ def scan(
 
     Exits 1 if one is found. Only the triggers that were tried are judged; others are not excluded.
     """
+    from bdclean.runs.options import Inputs
+
     inputs = Inputs(
         data=data, test=test, labeled=labeled, classes=classes, arch=arch, kind=kind, preprocess=preprocess,
         device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
@@ -205,6 +206,8 @@ def cleanse(
 
     Triggers only measure: a recipe never sees them, nor the images that are measured on.
     """
+    from bdclean.runs.options import Inputs
+
     inputs = Inputs(
         data=data, test=test, labeled=labeled, classes=classes, arch=arch, kind=kind, preprocess=preprocess,
         device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
