@@ -220,6 +220,9 @@ def _by_blocks(names: list[str]) -> list[list[str]]:
         if len(finer) == len(units):
             break
         units = finer
+    # All of them may lie in one module (`layers` of timm's Swin).
+    if len(units) == 1:
+        units = _units(names, _ancestor(names))
     # A ViT of three blocks.
     if len(units) < PARTS:
         units = [[name] for name in names]
