@@ -5,17 +5,13 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from bdclean.cli.commands import app
 from bdclean.cli.console import warn
 from bdclean.errors import ENDING, BdcleanError, Interrupted, Refused
-
-if TYPE_CHECKING:
-    pass
-
 
 # --- running and exiting ------------------------------------------------------------------------------------
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from bdclean.report.formats import FORMATS
-
-if TYPE_CHECKING:
-    pass
-
 
 Data = Annotated[
     Path | None,

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from bdclean.networks.normalisation import Preprocess
-
-if TYPE_CHECKING:
-    pass
 
 
 class Classifier(nn.Module):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -171,14 +171,25 @@ class _Repair:
         self._note([*doubts, *more], data=data)
         return before, Images(unlabeled, labeled, images.held_out)
 
-    def measure_before(self, before: Trial, made: Sequence[Trigger]) -> list[Measured]:
-        rows: list[TriggerRow] = []  # in the record before all are: a run may end early
-        self._note(before=Side(measures=clean_measures(before), triggers=rows))
+    def _measure(
+        self,
+        side: Literal["before", "after"],
+        trial: Trial,
+        made: Sequence[Trigger],
+        fixed: Mapping[str, Target],
+    ) -> list[Measured]:
+        """What is measured on `trial`; each row is in the record as soon as it is known: a run may end early."""
+        rows: list[TriggerRow] = []
+        begun = Side(measures=clean_measures(trial), triggers=rows)
+        self._note((), **{side: begun})
         measured = []
-        for each in assess(before, made):
+        for each in assess(trial, made, fixed=fixed):
             measured.append(each)
             rows.append(each.row)
-        measured = in_order(measured, made)
+        return in_order(measured, made)
+
+    def measure_before(self, before: Trial, made: Sequence[Trigger]) -> list[Measured]:
+        measured = self._measure("before", before, made, {})
         known = [each.row for each in measured]
         self._note(before=Side(verdict(known)[0], clean_measures(before, known), known))
         return measured
@@ -224,13 +235,7 @@ class _Repair:
             for each in found
             if each.row.target is not None and each.row.target_source != SCREENED_OUT
         }
-        rows: list[TriggerRow] = []
-        self._note(after=Side(measures=clean_measures(after), triggers=rows))
-        measured = []
-        for each in assess(after, made, fixed=fixed):
-            measured.append(each)
-            rows.append(each.row)
-        pairs = [each.row for each in found], pair(found, in_order(measured, made))
+        pairs = [each.row for each in found], pair(found, self._measure("after", after, made, fixed))
         old, new = ([replace(row, seen_family=row.family in families) for row in side] for side in pairs)
         return old, new
 

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bdclean.errors import Refused, UsageError
-
-if TYPE_CHECKING:
-    pass
-
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 

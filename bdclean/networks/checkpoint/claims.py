@@ -1,22 +1,15 @@
-"""From pixels to what a network was trained on: the Classifier that normalises, and the choice of how.
+"""What a file, or the JSON beside it, says of its normalisation and of how pictures are resized: a stranger's claim.
 
-A file's own word on its normalisation is a stranger's claim: a wrong one can hide a backdoor at unchanged accuracy. So
-candidates are compared at the network's first normalisation layer, where the statistics of real images under the right
-one look like those that training left there.
+A wrong one can hide a backdoor at unchanged accuracy, so others than that are compared with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from bdclean.data.decode import FILTERS, STRETCH, Resize
 from bdclean.errors import UsageError
 from bdclean.networks.normalisation import Preprocess, Triple, named, parse_preprocess
-
-if TYPE_CHECKING:
-    pass
-
 
 SMALLEST_CROP = 0.1
 CONVNEXT_CROP, CONVNEXT_STRETCHED = 224 / 256, 384
