@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bdclean.bench import cifar10, known_networks, readings, rule, tables
+from bdclean.bench import cifar10, inversion, known_networks, readings, rule, tables
 from bdclean.bench.abuse import faults, fuzz
 from bdclean.bench.speed import speed
 
@@ -12,6 +12,7 @@ DRIVERS = {
     "cifar10": cifar10.main,
     "faults": faults.main,
     "fuzz": fuzz.main,
+    "inversion": inversion.main,
     "readings": readings.main,
     "rule": rule.main,
     "speed": speed.main,

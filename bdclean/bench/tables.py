@@ -60,6 +60,14 @@ ABOUT = {
         "and what crashed, hung, took too much memory, or was accepted against the safetensors library.",
         "the cases of each reader",
     ),
+    "inversion": About(
+        "Inverted triggers, by seeds",
+        "In how many seeds the class of a backdoor is an outlier in no form (missed) and in each form; its size as a "
+        "share of the size under which a change counts, in its clearest form; and in how many seeds, and which, other "
+        "classes are outliers.",
+        "all images of each network's folder, without labels",
+        "0 to one less than `--seeds`",
+    ),
     "readings": About(
         "How often a file is read wrongly",
         "Small networks that differ in what shapes do not show are trained and read as a stranger's file. In brackets, "

@@ -26,7 +26,8 @@ class Arch:
     """A network's structure.
 
     `taps` name the modules whose outputs end the stages between stem and head: maps [n c h w] or [n h w c], or tokens
-    [n t c]. What goes into the module `head` are the features; `seeing` reads both in one pass.
+    [n t c]. What goes into the module `head` are the features; `seeing` reads both in one pass. An encoder has no head
+    and no classes: what it gives are the features [n width], and `feature` says what they are.
     """
 
     name: str
@@ -40,6 +41,16 @@ class Arch:
     alternatives: tuple[tuple[str, str], ...] = ()
     # A variant that nobody names: it counts only where it fits clearly better than the usual network.
     unusual: bool = False
+    # Of an encoder alone: the feature's size, what it is (pooled, class token, ...), which authors' layout the file has,
+    # and the name of the normalisation that they use, where nothing else says one.
+    width: int = 0
+    feature: str = ""
+    layout: str = ""
+    usual_preprocess: str = ""
+
+    @property
+    def kind(self) -> str:
+        return "classifier" if self.head else "encoder"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from bdclean.networks.arch import Arch
 
 @dataclass
 class Seen:
-    """After a pass: `maps` [n c h w] by tap, shallow to deep; `features` [n d], what went into the head."""
+    """After a pass: `maps` [n c h w] by tap, shallow to deep; `features` [n d], what went into the head, if there is one."""
 
     maps: dict[str, Tensor] = field(default_factory=dict)
     features: Tensor | None = None
@@ -37,7 +37,8 @@ def seeing(network: nn.Module, arch: Arch) -> Iterator[Seen]:
         seen.features = inputs[0].mean((2, 3)) if inputs[0].ndim == 4 else inputs[0]
 
     handles = [tap(name) for name in arch.taps]
-    handles.append(network.get_submodule(arch.head).register_forward_pre_hook(before_head))
+    if arch.head:
+        handles.append(network.get_submodule(arch.head).register_forward_pre_hook(before_head))
     try:
         yield seen
     finally:
