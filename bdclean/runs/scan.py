@@ -48,7 +48,7 @@ def scan(
         threshold=gate.parse(fail_on).threshold, checkpoint=CheckpointEntry(path=str(model)),
     )  # fmt: skip
     try:
-        checkpoint = Checkpoint.read(model, inputs.arch, inputs.allow_pickle)
+        checkpoint = Checkpoint.read(model, inputs.arch, inputs.allow_pickle, "classifier")
         record = replace(record, checkpoint=describe_checkpoint(checkpoint, model))
         path = images_of(inputs)
         checkpoint = at_own_size(checkpoint, path, inputs)
