@@ -9,6 +9,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 ZIP = b"PK\x03\x04"
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 EXPORT = "save the network's state_dict() with safetensors where you trust it"
+# OpenAI's CLIP is published so.
+SCRIPT = "where you trust it, save torch.jit.load(FILE).state_dict() with safetensors"
 FETCH = "fetch the file itself (git lfs pull, or the download link)"
 STARTS: tuple[tuple[bytes, str, str], ...] = (
     (
@@ -86,7 +88,7 @@ def archive(path: Path) -> tuple[str, str] | None:
         return "a damaged zip archive", "fetch it again"
     inner = {name.split("/", 1)[-1] for name in names}
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
-        return "a TorchScript archive, which is a program", EXPORT
+        return "a TorchScript archive, which is a program", SCRIPT
     if "data.pkl" in inner:
         return None
     if "model.weights.h5" in inner:

@@ -42,7 +42,7 @@ class Arch:
     # A variant that nobody names: it counts only where it fits clearly better than the usual network.
     unusual: bool = False
     # Of an encoder alone: the feature's size, what it is (pooled, class token, ...), which authors' layout the file
-    # has, and the name of the normalisation that they use, where nothing else says one.
+    # has, and the normalisation that they use, by name or SPEC, where nothing else says one.
     width: int = 0
     feature: str = ""
     layout: str = ""

@@ -10,7 +10,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -77,6 +77,34 @@ def describe(
         stages=stages,
         taps=find_taps(stages, events),
         alternatives=alternatives,
+    )
+
+
+def describe_encoder(
+    name: str, build: Callable[[], nn.Module], size: tuple[int, int, int], feature: str
+) -> Arch:
+    """The Arch of a network without a head: what it gives is `feature`, [n width].
+
+    Raises ValueError when it gives anything but one vector an image.
+    """
+    width = watch(build, size)[2]
+    if len(width) != 2 or width[0] != IMAGES:
+        raise ValueError(
+            f"gives an output of shape {list(width)} for {IMAGES} images, not one vector for each"
+        )
+
+    def headed() -> nn.Module:
+        return nn.Sequential(build(), nn.Linear(width[1], 2))
+
+    made = describe(name, headed, size)
+    # The network is the first of two in a sequence there.
+    stages = tuple(
+        replace(s, name=s.name.removeprefix("0."), modules=tuple(m.removeprefix("0.") for m in s.modules))
+        for s in made.stages[:-1]
+    )
+    taps = tuple(tap.removeprefix("0.") for tap in made.taps if tap != "0")
+    return replace(
+        made, build=build, classes=0, head="", stages=stages, taps=taps, width=width[1], feature=feature
     )
 
 

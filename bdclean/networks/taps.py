@@ -15,7 +15,7 @@ from bdclean.networks.arch import Arch
 
 @dataclass
 class Seen:
-    """After a pass: `maps` [n c h w] by tap, shallow to deep; `features` [n d], what went into the head."""
+    """After a pass: `maps` [n c h w] by tap, shallow to deep; `features` [n d], what went into a head."""
 
     maps: dict[str, Tensor] = field(default_factory=dict)
     features: Tensor | None = None
@@ -49,13 +49,14 @@ def seeing(network: nn.Module, arch: Arch) -> Iterator[Seen]:
 def as_map(output: Tensor) -> Tensor:
     """A tap's output as [n c h w].
 
-    Tokens [n t c] lie row by row and may follow one or two others (a class token, DeiT's distillation token), which are
-    left out; if they fill no square, they become one row. Maps with channels last (Swin's) are turned.
+    Tokens [n t c] lie row by row and may follow one, two or five others (a class token, DeiT's distillation token,
+    DINOv2's four registers), which are left out; if they fill no square, they become one row. Maps with channels last
+    (Swin's) are turned.
     """
     if output.ndim == 3:
         n, t, c = output.shape
         side = math.isqrt(t)
-        kept = output[:, t - side * side :] if t - side * side <= 2 else output
+        kept = output[:, t - side * side :] if t - side * side in (0, 1, 2, 5) else output
         h, w = (side, side) if kept.shape[1] == side * side else (1, t)
         return kept.transpose(1, 2).reshape(n, c, h, w)
     _, a, b, c = output.shape

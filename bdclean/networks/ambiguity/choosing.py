@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdclean.networks.ambiguity.normalisation import decide, looked_at
 from bdclean.networks.checkpoint.claims import claim
@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from bdclean.networks.checkpoint.checkpoint import Checkpoint
 
 
+AUTHORS = "the authors' layout"
+
+
 @dataclass(frozen=True)
 class Choice:
     """One plausible normalisation. `source` says who names it: given, metadata, config.json, first normalisation layer,
-    labels (accuracy), spread of answers.
+    labels (accuracy), spread of answers, the authors' layout (what they use, of an encoder), no evidence.
 
     `margin`: distance of the nearest other candidate over the largest distance that still counts as plausible, so
     above 1 the choice is clear. NaN where no distances were compared.
@@ -47,5 +50,25 @@ def choose(
     count = looked_at(images)[-1]
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     known = None if labels is None else labels[order]
+    if checkpoint.arch.kind == "encoder":
+        return of_encoder(network, images[order], said, checkpoint.arch.usual_preprocess)
     kept, margin, source = decide(network, images[order], said[0] if said else None, known)
     return [Choice(p, margin, said[1] if said is not None and p == said[0] else source) for p in kept]
+
+
+def of_encoder(
+    network: nn.Module, images: Tensor, said: tuple[Preprocess, str] | None, usual: str
+) -> list[Choice]:
+    """The same for a network whose answers are features: no answer or label speaks.
+
+    The first normalisation layer decides, else the claim, else what the authors of such files use (`usual`), which is
+    first where it is plausible, and unlike a claim is dropped where it is not. Nothing known at all leaves every
+    normalisation plausible.
+    """
+    authors = parse_preprocess(usual) if usual else None
+    first = said[0] if said is not None else authors
+    kept, margin, source = decide(network, images, first, probabilities=False)
+    if said is None and len(kept) > 1 and authors in kept and kept[0] != authors:
+        kept.remove(authors)
+    names = {first: said[1] if said is not None else AUTHORS} if first is not None else {}
+    return [Choice(p, margin, names.get(p, source)) for p in kept]

@@ -48,19 +48,24 @@ SURER = 0.03
 SPREAD, TELLING = 0.15, 0.25
 
 
-LAYER, LABELS, ANSWERS = "first normalisation layer", "labels", "spread of answers"
+LAYER, LABELS, ANSWERS, NOTHING = "first normalisation layer", "labels", "spread of answers", "no evidence"
 # More readings than this are not worth a scan each.
 MOST = 5
 
 
 def decide(
-    network: nn.Module, images: Tensor, said: Preprocess | None, labels: Tensor | None = None
+    network: nn.Module,
+    images: Tensor,
+    said: Preprocess | None,
+    labels: Tensor | None = None,
+    probabilities: bool = True,
 ) -> tuple[list[Preprocess], float, str]:
-    """The plausible normalisations, the likeliest first; the margin; what decided: LAYER, LABELS or ANSWERS.
+    """The plausible normalisations, the likeliest first; the margin; what decided: LAYER, LABELS, ANSWERS or NOTHING.
 
     `network` in evaluation mode; `images` uint8 [n 3 h w] in random order with their `labels` [n], if known; `said`:
     the claim, first where it is plausible and last where it is not. The margin is the nearest rival's distance over the
-    largest plausible one, NaN without a normalisation layer.
+    largest plausible one, NaN without a normalisation layer. `probabilities`: false for an encoder, whose answers say
+    nothing of pixels.
     """
     small = images.shape[2] * images.shape[3] <= SMALL
     # A first look at all, a closer one at those that it leaves.
@@ -71,6 +76,8 @@ def decide(
         candidates = [own] + [c for c in candidates if c.gap(own) > SAME]
     scores = distances(network, images[:look], candidates)
     if not scores:
+        if not probabilities:
+            return ([said] if said is not None else apart(list(CANDIDATES))), math.nan, NOTHING
         return without_layer(network, images, said, labels)
     absurd = said is not None and not math.isfinite(
         scores[candidates[0]]
@@ -82,7 +89,7 @@ def decide(
             "what the network's first layers make of these images are not finite numbers: it is broken."
         )
     swapped = distances(network, images[:look], [c.swapped() for c in candidates])
-    if backwards(network, images[: 256 if small else look], scores, swapped, said):
+    if backwards(network, images[: 256 if small else look], scores, swapped, said, probabilities):
         candidates, scores = list(swapped), swapped
     count = min(closer, len(images))
     if count > look:
@@ -111,6 +118,7 @@ def backwards(
     scores: Mapping[Preprocess, float],
     swapped: Mapping[Preprocess, float],
     said: Preprocess | None,
+    probabilities: bool = True,
 ) -> bool:
     """Whether the network takes BGR: as claimed, or RGB without a claim, unless something speaks clearly against it.
 
@@ -122,7 +130,7 @@ def backwards(
     if far > OTHER_ORDER * near + SAMPLING / len(images):
         return near != scores[best]
     claimed = said is not None and said.bgr
-    if near > FOREIGN:
+    if near > FOREIGN or not probabilities:
         return claimed
     gain = confidence(network, images, best.swapped()) - confidence(network, images, best)
     return gain > SURER if not claimed else gain >= -SURER

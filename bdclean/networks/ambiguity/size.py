@@ -43,7 +43,8 @@ def own_size(checkpoint: Checkpoint, load: Callable[[Arch], Tensor], given: str 
     norms = (m for m in outline.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     remembers = any(norm.running_mean is not None for norm in norms)
     if not remembers and checkpoint.arch.classes < LEAST_CLASSES:
-        return checkpoint  # images of one class alone would look like the wrong size
+        # Images of one class alone would look like the wrong size; an encoder has no answers that tell.
+        return checkpoint
     misfit = misfit_of_statistics if remembers else misfit_of_answers
     found: dict[int, float] = {}
     largest = LARGER * usual.input[1] if remembers else FEW_SIDES

@@ -124,6 +124,8 @@ def read_off(
     candidates = checkpoint.candidates
     if len(candidates) < 2 or settled:
         return Reading(checkpoint.arch, [], None)
+    if checkpoint.arch.kind == "encoder":
+        labels = None  # no answers to hold against them
     few, few_labels = sample(images, labels)
     first = fit(checkpoint, candidates[0], choice, few, few_labels)
     # Without batch norm or labels nothing tells an activation: such variants cannot contradict the usual network.
@@ -142,6 +144,7 @@ def read_off(
     if (
         told
         or reading.doubt
+        or checkpoint.arch.kind == "encoder"
         or SIZED.sub("", reading.arch.name) in names
         or not any(a.unusual for a in candidates)
     ):
@@ -207,7 +210,7 @@ def most_fitting(tried: Sequence[Fit], told: bool) -> Reading:
     if rivals:
         names = " and ".join([best.arch.name, *(f.arch.name for f in rivals[:3])])
         how = f"do not part them{f' (ratio {margin:.2f})' if margin is not None else ''}"
-        if not told:
+        if not told and best.arch.kind == "classifier":
             how += "; labeled images might"
         doubt = f"{names} fit these tensors alike, and the images {how}: pass --arch to say which it is."
     if best.distance is not None and best.distance > SURPRISE:

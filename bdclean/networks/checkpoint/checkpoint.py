@@ -35,7 +35,7 @@ CLAIM_KEYS = ("bdclean.preprocess", CONFIG_KEY)
 # The parts of a config that say which network it is, and what its classes are called.
 CONFIG_PARTS = ("architecture", "num_classes", "model_args", "global_pool", "model_type", "num_attention_heads",
                 "layer_norm_eps", "hidden_act", "downsample_in_bottleneck", "image_size", "id2label",
-                "label_names")  # fmt: skip
+                "label_names", "model_cfg", "vision_config")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,13 @@ class Checkpoint:
     paths: tuple[Path, ...] = ()
 
     @staticmethod
-    def read(path: Path | str, arch: str | None = None, allow_pickle: bool = False) -> Checkpoint:
+    def read(
+        path: Path | str, arch: str | None = None, allow_pickle: bool = False, kind: str = "auto"
+    ) -> Checkpoint:
         """Read a file, folder or sharded index.
 
-        `arch`: a known name, or FILE.py:NAME or package.module:NAME of code that the user trusts. Headers, types and
+        `kind`: classifier; encoder, where a classifier's head stays unread; auto, a classifier where it is one. `arch`:
+        a known name, or FILE.py:NAME or package.module:NAME of code that the user trusts. Headers, types and
         recognition come first, the weights last. Raises Refused, a sentence for each way in which a file can be bad.
         """
         source = open_source(Path(path), allow_pickle)
@@ -78,7 +81,7 @@ class Checkpoint:
             raise Refused(f"{shown(path)} holds no tensors.")
         own = _own_config(source.metadata)
         config = source.config if own is None else {**(source.config or {}), **own}
-        found, notes = identify(shapes, arch, config)
+        found, notes = identify(shapes, arch, config, kind)
         match = replace(found[0], unread=found[0].unread + source.beside)
         _check_types(source.entries, match, shown(path))
         tensors, digest = source.load()

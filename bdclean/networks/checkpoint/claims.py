@@ -77,11 +77,14 @@ def _claimed_crop(table: dict) -> float | None:
 
 
 def _tables(config: object, preprocessor: object) -> list[dict]:
-    """Where timm (root or `pretrained_cfg`) and Hugging Face (`preprocessor_config.json`) keep mean and std."""
+    """Where timm (root, `pretrained_cfg`), OpenCLIP and Hugging Face (`preprocessor_config.json`) keep mean and std."""
     found = []
     for table in (preprocessor, config):
         if isinstance(table, dict):
-            inner = [table.get(k) for k in ("pretrained_cfg", "default_cfg", "preprocessor_config")]
+            inner = [
+                table.get(k)
+                for k in ("pretrained_cfg", "default_cfg", "preprocessor_config", "preprocess_cfg")
+            ]
             found += [t for t in (*inner, table) if isinstance(t, dict)]
     return found
 

@@ -1,6 +1,7 @@
 """Tensors of torch's own files, after --allow-pickle: read by the unpickler that builds nothing but tensors and tables.
 
-The network's table is read under its own names; tensors beside it (an optimizer's, an average's) are kept under theirs.
+What a training script pickled beside them is passed over (`strangers`). The network's table is read under its own
+names; tensors beside it (an optimizer's, an average's) are kept under theirs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from bdclean.errors import Refused
 from bdclean.files.tensorfile import NAMES, Entry
 from bdclean.files.text import shown
+from bdclean.networks.checkpoint.strangers import Stubs, UnpicklingError, foreign
 
 # Where training scripts keep the weights inside a saved table; averages only where nothing else is there.
 WEIGHT_KEYS = (
@@ -34,22 +36,6 @@ DEEPEST = 12
 LARGEST = 8
 
 
-class _Ignored:
-    """Stands for a NumPy value (a best accuracy, a history of losses), of which nothing is read or built."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-# A training script's numbers must not keep its weights from being read.
-HARMLESS = ("numpy.dtype", "numpy.ndarray") + tuple(
-    f"numpy.{core}.multiarray.{what}" for core in ("core", "_core") for what in ("scalar", "_reconstruct")
-)
-
-
 def read_pickle(
     path: Path,
 ) -> tuple[tuple[Entry, ...], Callable[[], tuple[dict[str, Tensor], str]], list[str], tuple[str, ...]]:
@@ -63,7 +49,7 @@ def read_pickle(
     loaded = _load(path)
     if isinstance(loaded, Tensor) or not isinstance(loaded, Mapping) or not loaded:
         raise Refused(f"{where} holds no table of tensors: save the network's state_dict().")
-    prefix, table = _weights(loaded)
+    prefix = _weights(loaded)
     tensors: dict[str, Tensor] = {}
     left: list[str] = []
     beside: list[str] = []
@@ -74,7 +60,7 @@ def read_pickle(
         if short in tensors:
             raise Refused(f"{where} holds two tensors that would both be called {shown(short)}.")
         tensors[short] = value
-    if not any(isinstance(v, Tensor) for v in table.values()):
+    if not tensors:
         raise Refused(f"{where} holds no table of tensors: save the network's state_dict().")
     # The network's own come first.
     apart = set(beside)
@@ -112,11 +98,17 @@ def _check_archive(path: Path, size: int) -> None:
 
 def _load(path: Path) -> object:
     where = shown(path)
+    stubs = Stubs(foreign(path))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with torch.serialization.safe_globals([(_Ignored, name) for name in HARMLESS]):
-                return torch.load(path, map_location="cpu", weights_only=True)
+        while True:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    with torch.serialization.safe_globals(stubs.allowed()):
+                        return torch.load(path, map_location="cpu", weights_only=True)
+            except UnpicklingError as error:
+                if not stubs.corrected(str(error)):
+                    raise
     except MemoryError:
         raise Refused(f"{where} does not fit into memory.") from None
     except Exception as error:  # whatever a hostile pickle makes the unpickler raise
@@ -127,8 +119,8 @@ def _load(path: Path) -> object:
         ) from None
 
 
-def _weights(loaded: Mapping[Any, Any]) -> tuple[str, Mapping[Any, Any]]:
-    """The table with the weights, and the beginning of its tensors' names in the whole."""
+def _weights(loaded: Mapping[Any, Any]) -> str:
+    """The beginning of the names that the weights' own table has in the whole."""
     prefix, table = "", loaded
     for _ in range(2):
         inner = next(
@@ -137,7 +129,7 @@ def _weights(loaded: Mapping[Any, Any]) -> tuple[str, Mapping[Any, Any]]:
         if inner is None or any(isinstance(v, Tensor) and v.ndim > 1 for v in table.values()):
             break
         prefix, table = f"{prefix}{inner}.", table[inner]
-    return prefix, table
+    return prefix
 
 
 def _any_tensor(table: Mapping[Any, Any], depth: int = 0) -> bool:

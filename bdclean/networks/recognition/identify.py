@@ -7,21 +7,24 @@ candidate, which real images must part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from bdclean.errors import Refused
+from bdclean.errors import Refused, UsageError
 from bdclean.files.text import shown
 from bdclean.networks.arch import Arch, Shape
-from bdclean.networks.recognition import recognition, timm_models
+from bdclean.networks.encoder import headless
+from bdclean.networks.recognition import encoders, recognition, timm_models
 from bdclean.networks.recognition.dialects import views
 from bdclean.networks.recognition.matching import Match, Part, differences, listed
 from bdclean.networks.recognition.transformers_names import TABLES, Translation, translate
-from bdclean.networks.stages import describe, watch
+from bdclean.networks.recognition.variants import with_epsilon
+from bdclean.networks.stages import describe, describe_encoder, watch
 
 CODE = "give the network's own code with --arch FILE.py:NAME"
 # The only activation that the networks read from transformers' names have here; gelu for the other kinds.
@@ -32,9 +35,98 @@ EPSILON = {"vit": (1e-12, ""), "convnext": (1e-12, "classifier.0"), "convnextv2"
 
 
 def identify(
+    shapes: Mapping[str, Shape], arch: str | None, config: Mapping[str, Any] | None, kind: str = "auto"
+) -> tuple[list[Match], list[str]]:
+    """The networks that fit, the likeliest first, and what to warn of. `arch`: the user's word, above any claim.
+
+    `kind`: classifier, encoder, or auto, where only what is no classifier is tried as an encoder; the online probe of a
+    file of self-supervision makes no classifier.
+    """
+    if kind == "classifier":
+        return classifiers(shapes, arch, config)
+    if kind == "encoder":
+        return as_encoders(shapes, arch, config)
+    coded = arch is not None and ":" in arch
+    if not coded and encoders.is_pretraining(shapes):
+        with suppress(Refused):
+            return named_encoders(shapes, arch, config), []
+    try:
+        return classifiers(shapes, arch, config)
+    except (Refused, UsageError) as error:
+        if coded:
+            raise
+        try:
+            return named_encoders(shapes, arch, config), []
+        except Refused as other:
+            if arch is None and encoders.is_half(shapes):
+                raise other from None
+        raise error from None
+
+
+def named_encoders(
+    shapes: Mapping[str, Shape], arch: str | None, config: Mapping[str, Any] | None, heads: bool = False
+) -> list[Match]:
+    """The encoders that fit; only the one that `arch` names. `heads`: a classifier's head is set aside, too."""
+    claim = config or {}
+    if arch is not None and arch.startswith("timm:"):
+        return [timm_encoder(arch.removeprefix("timm:"), shapes, claim)]
+    name = timm_name(claim)
+    if arch is None and name is not None and claim.get("num_classes") == 0 and timm_models.registered(name):
+        with suppress(Refused):
+            return [timm_encoder(name, shapes, claim)]
+    found = encoders.recognise(shapes, config, heads)
+    if arch is None:
+        return found
+    chosen = [m for m in found if m.arch.name == arch.lower()]
+    if not chosen:
+        names = ", ".join(m.arch.name for m in found[:4])
+        raise Refused(f"{shown(arch)} does not have these {len(shapes)} tensors: they fit {names}.")
+    return chosen
+
+
+def timm_encoder(name: str, shapes: Mapping[str, Shape], claim: Mapping[str, Any]) -> Match:
+    """timm's network without a head."""
+    match = timm_models.fit_timm(name, shapes, {**claim, "num_classes": 0})
+    return replace(match, arch=replace(match.arch, layout="timm"))
+
+
+def as_encoders(
     shapes: Mapping[str, Shape], arch: str | None, config: Mapping[str, Any] | None
 ) -> tuple[list[Match], list[str]]:
-    """The networks that fit, the likeliest first, and what to warn of. `arch`: the user's word, above any claim."""
+    """The encoders that a file holds, a classifier's trunk among them; user code gives the features itself."""
+    if arch is not None and ":" in arch and not arch.startswith("timm:"):
+        match = recognition.identify(shapes, arch)[0]
+        size, name = match.arch.input, match.arch.name
+        made = describe_encoder(name, match.arch.build, size, "what the code returns")
+        return [replace(match, arch=replace(made, layout="the user's code"))], []
+    if not encoders.is_pretraining(shapes):
+        try:
+            found, notes = classifiers(shapes, arch, config)
+        except (Refused, UsageError):
+            pass
+        else:
+            return [trunk(m) for m in found if m.arch.kind == "classifier"] or found, notes
+    return named_encoders(shapes, arch, config, heads=True), []
+
+
+def trunk(match: Match) -> Match:
+    """The encoder that a classifier is without its head, whose tensors stay in the file as they are."""
+    try:
+        arch = headless(match.arch)
+    except ValueError as error:
+        raise Refused(f"{match.arch.name} has no encoder: {error}.") from None
+    head = f"{match.arch.head}."
+    names = {name: to for name, to in match.names.items() if not to.startswith(head)}
+    unread = tuple(name for name in match.names if name not in names)
+    parts = {name: part for name, part in match.parts.items() if name in names}
+    arch = replace(arch, layout="a classifier without its head", usual_preprocess="")
+    return Match(arch, names, match.unread + unread, parts)
+
+
+def classifiers(
+    shapes: Mapping[str, Shape], arch: str | None, config: Mapping[str, Any] | None
+) -> tuple[list[Match], list[str]]:
+    """The classifiers that fit; timm's encoders, too, where a config of its own says that one has no classes."""
     claim = config or {}
     if arch is not None and arch.startswith("timm:"):
         return [timm_models.fit_timm(arch.removeprefix("timm:"), shapes, claim)], []
@@ -45,6 +137,8 @@ def identify(
         return found
     name = timm_name(claim)
     if arch is None and name is not None:
+        if claim.get("num_classes") == 0:
+            raise Refused("config.json says num_classes 0, an encoder: it has no classes to tell apart.")
         return claimed_by_timm(name, shapes, claim)
     try:
         return recognition.identify(shapes, arch), []
@@ -69,10 +163,6 @@ def claimed_by_timm(
     name: str, shapes: Mapping[str, Shape], claim: Mapping[str, Any]
 ) -> tuple[list[Match], list[str]]:
     """timm's network if it fits, then those known here that fit as well and compute something else."""
-    if claim.get("num_classes") == 0:
-        raise Refused(
-            "config.json says num_classes 0, an encoder: only classifiers can be worked on by this version."
-        )
     refusal: Refused | None = None
     first: Match | None = None
     if timm_models.registered(name):
@@ -224,19 +314,6 @@ def attention_heads(arch: Arch) -> int | None:
     with torch.device("meta"):
         network = arch.build()
     return next((int(m.num_heads) for m in network.modules() if isinstance(m, nn.MultiheadAttention)), None)
-
-
-def with_epsilon(build: Callable[[], nn.Module], value: float, last: str) -> Callable[[], nn.Module]:
-    """The same network with another epsilon in all its layer norms, or in the one called `last`."""
-
-    def changed() -> nn.Module:
-        network = build()
-        for name, module in network.named_modules():
-            if isinstance(module, nn.LayerNorm) and (not last or name == last):
-                module.eps = value
-        return network
-
-    return changed
 
 
 def back(match: Match, short: dict[str, str], unread: tuple[str, ...], there: Translation) -> Match:

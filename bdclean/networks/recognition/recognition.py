@@ -12,7 +12,7 @@ import torch
 
 from bdclean.errors import Refused, UsageError
 from bdclean.files.text import shown
-from bdclean.networks.arch import Family, Proposal, Shape, Shapes
+from bdclean.networks.arch import COUNTER, Family, Proposal, Shape, Shapes
 from bdclean.networks.families import (
     builders,
     convnext,
@@ -53,8 +53,19 @@ def recognise(shapes: Mapping[str, Shape]) -> list[Match]:
 
     Raises Refused, naming the nearest network and what differs.
     """
+    found, near = fitting(shapes)
+    if found:
+        return found
+    near += near_misses(shapes)
+    raise Refused(refusal(len(shapes), min(near, key=lambda n: len(n.differing), default=None)))
+
+
+def fitting(
+    shapes: Mapping[str, Shape], families: tuple[Family, ...] = FAMILIES
+) -> tuple[list[Match], list[Near]]:
+    """The networks of `families` with exactly these tensors, and if there are none, what these were nearest to."""
     near: list[Near] = []
-    for family, renamed, unread in renamings(shapes):
+    for family, renamed, unread in renamings(shapes, families):
         own = {new: tuple(shapes[name]) for name, new in renamed.items()}
         for proposal in family.propose(own):
             found = build_shapes(proposal)
@@ -66,24 +77,32 @@ def recognise(shapes: Mapping[str, Shape]) -> list[Match]:
             if not differing:
                 read = {name: new for name, new in renamed.items() if new not in idle}
                 aside = tuple(name for name, new in renamed.items() if new in idle)
-                return matches(proposal, network, read, unread + aside)
-            near.append(Near(proposal.name, differing))
-    near += near_misses(shapes)
-    raise Refused(refusal(len(shapes), min(near, key=lambda n: len(n.differing), default=None)))
+                return matches(proposal, network, read, unread + aside), []
+            held = sum(own.get(n) == s for n, s in expected.items() if not n.endswith(COUNTER))
+            of = sum(not n.endswith(COUNTER) for n in expected)
+            near.append(Near(proposal.name, differing, held, of))
+    return [], near
 
 
 @dataclass(frozen=True)
 class Near:
-    """A network that a file's tensors do not fit, and a phrase for each that differs."""
+    """A network that a file's tensors do not fit, and a phrase for each that differs.
+
+    `held`: how many of its `of` tensors the file has as they should be, without batch counters.
+    """
 
     name: str
     differing: list[str]
+    held: int = 0
+    of: int = 0
 
 
-def renamings(shapes: Mapping[str, Shape]) -> Iterator[tuple[Family, dict[str, str], tuple[str, ...]]]:
+def renamings(
+    shapes: Mapping[str, Shape], families: tuple[Family, ...] = FAMILIES
+) -> Iterator[tuple[Family, dict[str, str], tuple[str, ...]]]:
     """Each family's names for a file's tensors, without wrappers, and what is left unread."""
     for names, unread in views(shapes):
-        for family in FAMILIES:
+        for family in families:
             renamed = {name: family.rename(short) for name, short in names.items()}
             if len(set(renamed.values())) == len(renamed):
                 yield family, renamed, unread

@@ -22,8 +22,9 @@ from bdclean.files.text import shown
 from bdclean.networks.arch import Proposal, Shape, Shapes
 from bdclean.networks.recognition.dialects import views
 from bdclean.networks.recognition.matching import Match, differences, listed, needed
-from bdclean.networks.stages import describe
+from bdclean.networks.stages import describe, describe_encoder
 
+PRE_LOGITS = "what would go into timm's head"
 INSTALL = "pip install 'bdclean[timm]'"
 NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,99}(?:\.[a-z0-9][a-z0-9_]{0,99})?")
 # Settings of `model_args` that change which network is built, with their largest numbers or known words: what builders
@@ -143,7 +144,8 @@ def fit_timm(name: str, shapes: Mapping[str, Shape], config: Mapping[str, Any] |
 
 def ways_to_build(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Iterator[dict[str, Any]]:
     """Settings to build with: as the config says, then with its input size, where older ones say no other."""
-    given = {"num_classes": claimed_classes(config) or last_rows(shapes)} | settings(config)
+    bare = config.get("num_classes") == 0
+    given = {"num_classes": 0 if bare else claimed_classes(config) or last_rows(shapes)} | settings(config)
     yield given
     size = input_size(config)
     if size is not None and "img_size" not in given:
@@ -221,7 +223,10 @@ def match_at_size(
     failure = ""
     for size in dict.fromkeys(tuple(s) for s in sizes if s):
         try:
-            return Match(describe(name, build, (3, size[0], size[1]), (), network), names, unread)
+            full = (3, size[0], size[1])
+            if config.get("num_classes") == 0:
+                return Match(describe_encoder(name, build, full, PRE_LOGITS), names, unread)
+            return Match(describe(name, build, full, (), network), names, unread)
         except Exception as error:  # a network may refuse a size in any way
             failure = failure or f"{type(error).__name__}: {error}"
     raise Refused(f"{name} cannot be run as a classifier of RGB images ({shown(failure)}).")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isqrt
 
 from bdclean.networks.arch import Shape, Shapes
@@ -186,15 +186,21 @@ def translate(shapes: Mapping[str, Shape]) -> Translation | None:
     A name that no rule knows stays as it is, so that comparing says which one is in the way.
     """
     kind = next((k for k in TABLES if any(name.startswith(k + ".em") for name in shapes)), None)
-    if kind is None:
-        return None
+    there = None if kind is None else renamed(kind, TABLES[kind], shapes)
+    if there is not None and kind == "swin":
+        there = replace(there, shapes=there.shapes | constant_indices(there.shapes))
+    return there
+
+
+def renamed(kind: str, rules: list[Rule], shapes: Mapping[str, Shape]) -> Translation | None:
+    """The tensors by these rules; None where two have one place, or not all that belong together are there."""
     names: dict[str, str] = {}
     found: dict[str, dict[int, str]] = {}
     reshaped: dict[str, Shape] = {}
     counts: dict[str, int] = {}
     for name, shape in shapes.items():
         to, (which, count), reshaped[name] = name, (0, 1), tuple(shape)
-        for known in TABLES[kind]:
+        for known in rules:
             match = known.pattern.match(name)
             if match:
                 to, (which, count) = known.name(match) + name[match.end() :], known.part
@@ -216,8 +222,6 @@ def translate(shapes: Mapping[str, Shape]) -> Translation | None:
                 parts[pieces[k]] = Part(at, shape)
             at += shape[0] if shape else 0
         whole[to] = (at, *own[0][1:]) if len(own) > 1 else own[0]
-    if kind == "swin":
-        whole |= constant_indices(whole)
     return Translation(kind, names, whole, parts)
 
 

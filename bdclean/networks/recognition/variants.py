@@ -134,3 +134,16 @@ def keep_stem(network: nn.Module) -> nn.Module:
 def keep_stem_and_drop_pool(network: nn.Module) -> nn.Module:
     """`network` with a first convolution of stride 1 and no pool behind it."""
     return keep_stem(drop_pool(network))
+
+
+def with_epsilon(build: Callable[[], nn.Module], value: float, last: str) -> Callable[[], nn.Module]:
+    """The same network with another epsilon in all its layer norms, or in the one called `last`."""
+
+    def changed() -> nn.Module:
+        network = build()
+        for name, module in network.named_modules():
+            if isinstance(module, nn.LayerNorm) and (not last or name == last):
+                module.eps = value
+        return network
+
+    return changed
