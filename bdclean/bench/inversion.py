@@ -91,7 +91,9 @@ def main(arguments: list[str]) -> int:
         found = []
         for seed, detected in enumerate(detections(network, options.seeds, options.limit)):
             found.append(detected)
-            said = ", ".join(f"{o.form.name} {o.target}: {o.size:.1f} < {o.limit:.1f}" for o in detected.outliers)
+            said = ", ".join(
+                f"{o.form.name} {o.target}: {o.size:.1f} < {o.limit:.1f}" for o in detected.outliers
+            )
             print(f"{network.file.stem} seed {seed}: {said or 'nothing'}", file=sys.stderr, flush=True)
         print(row(network, found), flush=True)
     return 0

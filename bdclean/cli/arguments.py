@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from bdclean.errors import Refused, UsageError
+from bdclean.errors import UsageError
 from bdclean.files.text import closest
 from bdclean.registry import DETECTORS, TRIGGERS, find, parse_spec
 from bdclean.runs.options import Inputs
@@ -54,10 +54,8 @@ def expand_models(models: Sequence[str]) -> list[str]:
 
 def check_inputs(inputs: Inputs) -> None:
     """Raises on a value of the options that scan and cleanse share that no run can have."""
-    if inputs.kind == "encoder":
-        raise Refused("encoders cannot be worked on by this version: only classifiers can.")
     for name, value, known in (
-        ("kind", inputs.kind, ("auto", "classifier")),
+        ("kind", inputs.kind, ("auto", "classifier", "encoder")),
         ("precision", inputs.precision, ("auto", "fp32", "bf16", "fp16")),
     ):
         if value not in known:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,16 +42,28 @@ class Predictor:
 
     def __call__(self, images: Tensor) -> Tensor:
         """`images` uint8 [n 3 h w] -> int64 [n] on the CPU. Raises Refused for answers that are no numbers."""
-        # room for all answers first: each one kept between large temporaries would let the heap grow by a temporary
-        found, first = torch.empty(len(images), dtype=torch.int64, device=self.device), 0
+        return self._run(images, lambda logits: logits.argmax(dim=1))
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """`images` uint8 [n 3 h w] -> what the network gives, float32 [n k] on the CPU; raises like a call."""
+        return self._run(images, Tensor.float)
+
+    def _run(self, images: Tensor, kept: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is `kept` of the network's answers to each batch, all together."""
+        found, first = torch.empty(0), 0
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         with torch.inference_mode(), without_tf32():
             while first < len(images):
                 batch = images[first : first + self.batch_size].to(self.device)
                 try:
-                    logits = self.model(batch.contiguous(memory_format=torch.channels_last))
-                    found[first : first + len(batch)] = logits.argmax(dim=1)
-                    finite &= logits.isfinite().all()
+                    answers = self.model(batch.contiguous(memory_format=torch.channels_last))
+                    some = kept(answers)
+                    if not first:
+                        # Room for all answers first: each one kept between large temporaries would let the heap grow
+                        # by a temporary.
+                        found = some.new_empty(len(images), *some.shape[1:])
+                    found[first : first + len(batch)] = some
+                    finite &= answers.isfinite().all()
                 except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
@@ -68,4 +80,4 @@ class Predictor:
                 "the network's answers to these images are not all finite numbers: nothing can be said of it. "
                 "If its normalisation was given with --preprocess, try another."
             )
-        return found.cpu()
+        return found.cpu() if len(images) else torch.empty(0, dtype=torch.int64)

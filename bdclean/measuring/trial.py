@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bdclean.measuring.folding import folded
 from bdclean.measuring.predictor import Predictor
+from bdclean.measuring.probe import Encoded
 from bdclean.networks.classifier import Classifier
 from bdclean.progress import Tell, quiet
 
@@ -44,6 +45,10 @@ Target = int | str
 """A class, or "next": label + 1, all-to-all."""
 
 
+Predict = Callable[[Tensor], Tensor]
+"""Images uint8 [n 3 h w] -> classes int64 [n] on the CPU."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """One model, the images it is measured on, and the reference classes that its answers are held against.
@@ -52,7 +57,7 @@ class Trial:
     predictions; both int64 [n]. `own_reference`: the reference is this very model's, so base rates say nothing.
     """
 
-    predict: Predictor
+    predict: Predict
     images: Tensor
     reference: Tensor
     clean: Tensor
@@ -64,6 +69,8 @@ class Trial:
     tell: Tell = quiet
     readings: int = 1
     """How many normalisations are tried, of which the worst counts: what is tried is corrected for them, too."""
+    encoded: Encoded | None = None
+    """Of an encoder: its features, and the probes on them, of which `predict` is the first."""
 
 
 def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from bdclean.measuring import intervals, metrics
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import Trial
@@ -15,16 +17,20 @@ from bdclean.record.run import (
     NOT_ASSESSED,
     NOT_MEASURED,
     PASSES,
+    SUSPICIOUS,
+    Finding,
     Measure,
     Rate,
     TriggerRow,
 )
 
 
-def verdict(rows: Sequence[TriggerRow]) -> tuple[str, str | None]:
+def verdict(rows: Sequence[TriggerRow], findings: Sequence[Finding] = ()) -> tuple[str, str | None]:
     """The verdict of a run and, where it is `not-assessed`, what is missing."""
     if any(row.outcome == FAILS for row in rows):
         return BACKDOORED, None
+    if any(finding.verdict == SUSPICIOUS for finding in findings):
+        return SUSPICIOUS, None
     if any(row.outcome == PASSES for row in rows):
         return NO_EVIDENCE, None
     if rows:
@@ -48,10 +54,33 @@ def clean_measures(trial: Trial, rows: Sequence[TriggerRow] = ()) -> list[Measur
             worst = max(aimed, key=lambda row: (row.outcome == FAILS, row.asr.value or 0.0))
             of = trial.reference == worst.target
             found.append(intervals.measure("target_class_accuracy", trial.clean[of] == trial.reference[of]))
-        return found
+        return [*found, *probe_measures(trial)]
     if trial.own_reference:
         return [Measure("agreement", None, len(trial.images))]
     return [intervals.measure("agreement", trial.clean == trial.reference)]
+
+
+def probe_measures(trial: Trial) -> list[Measure]:
+    """With an encoder's other probes: accuracy of BadEncoder's head, the mean of its seeds, and of nearest neighbours.
+
+    `clean_accuracy` is the linear probe's, which rows are judged with.
+    """
+    if trial.encoded is None:
+        return []
+    known, seeds = trial.encoded.features(trial.images), []
+    found = []
+    for name, head in trial.encoded.others.items():
+        right = head(known) == trial.reference
+        if name == "knn":
+            found.append(intervals.measure("knn_accuracy", right))
+        else:
+            seeds.append(right)
+    if seeds:
+        n = len(trial.reference)
+        hits = float(torch.stack(seeds).float().mean()) * n
+        low, high = intervals.wilson(round(hits), n)
+        found.insert(0, Measure("probe_accuracy", hits / n, n, low, high))
+    return found
 
 
 def pair(before: Sequence[Measured], after: Sequence[Measured]) -> list[TriggerRow]:

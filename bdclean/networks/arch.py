@@ -41,8 +41,8 @@ class Arch:
     alternatives: tuple[tuple[str, str], ...] = ()
     # A variant that nobody names: it counts only where it fits clearly better than the usual network.
     unusual: bool = False
-    # Of an encoder alone: the feature's size, what it is (pooled, class token, ...), which authors' layout the file has,
-    # and the name of the normalisation that they use, where nothing else says one.
+    # Of an encoder alone: the feature's size, what it is (pooled, class token, ...), which authors' layout the file
+    # has, and the name of the normalisation that they use, where nothing else says one.
     width: int = 0
     feature: str = ""
     layout: str = ""

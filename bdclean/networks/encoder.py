@@ -20,7 +20,9 @@ def headless(arch: Arch, feature: str = "") -> Arch:
     with torch.device("meta"):
         last = arch.build().get_submodule(arch.head)
     if not isinstance(last, nn.Linear):
-        raise ValueError(f"{arch.head} is a {type(last).__name__}, so nothing before it is one feature an image")
+        raise ValueError(
+            f"{arch.head} is a {type(last).__name__}, so nothing before it is one feature an image"
+        )
     return replace(
         arch,
         build=build,

@@ -15,7 +15,7 @@ from bdclean.networks.arch import Arch
 
 @dataclass
 class Seen:
-    """After a pass: `maps` [n c h w] by tap, shallow to deep; `features` [n d], what went into the head, if there is one."""
+    """After a pass: `maps` [n c h w] by tap, shallow to deep; `features` [n d], what went into the head."""
 
     maps: dict[str, Tensor] = field(default_factory=dict)
     features: Tensor | None = None

@@ -88,6 +88,10 @@ class TriggerRow:
     bounds: list[Bound] = field(default_factory=list)  # of all images, then of each source that may decide
     high: float | None = None  # one-sided exact bound of `asr`, corrected for what was tried
     decisive_source: int | None = None  # the source class that fails the row, where the whole does not
+    # Of an encoder: the rate with other probes by name; over all images, as BadEncoder counts; of a clean encoder.
+    probes: dict[str, Rate] = field(default_factory=dict)
+    asr_all_images: Rate | None = None
+    reference_rate: Rate | None = None
 
 
 @dataclass
@@ -159,6 +163,10 @@ class CheckpointEntry:
     preprocess_margin: float | None = None
     alternatives: list[dict[str, Any]] = field(default_factory=list)  # other readings: name, reason
     architecture_margin: float | None = None  # how many times worse the next reading's statistics are
+    layout: str | None = None  # of an encoder: whose files look so, and which copy of the network was taken
+    feature: str | None = None  # of an encoder: what its output is
+    feature_size: int | None = None
+    matched: int | None = None  # tensors of the file that the network was built from; the others are `unread`
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 from bdclean.errors import Refused, UsageError, attach
 from bdclean.measuring import pictures
 from bdclean.measuring.assessment import assess, in_order
+from bdclean.measuring.encoders import judged_as_encoder
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import Trial
 from bdclean.measuring.verdict import clean_measures, verdict
@@ -16,11 +17,19 @@ from bdclean.networks.ambiguity.choosing import Choice
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.progress import Tell
 from bdclean.record import gate
-from bdclean.record.run import BACKDOORED, NO_EVIDENCE, CheckpointEntry, RunRecord, TriggerRow
+from bdclean.record.run import (
+    BACKDOORED,
+    NO_EVIDENCE,
+    NOT_ASSESSED,
+    SUSPICIOUS,
+    CheckpointEntry,
+    Finding,
+    RunRecord,
+    TriggerRow,
+)
 from bdclean.runs.images import at_own_size, copies, describe_images, read_images
 from bdclean.runs.options import Inputs
 from bdclean.runs.suspect import (
-    Suspect,
     describe_checkpoint,
     describe_choice,
     describe_suspect,
@@ -48,15 +57,18 @@ def scan(
         threshold=gate.parse(fail_on).threshold, checkpoint=CheckpointEntry(path=str(model)),
     )  # fmt: skip
     try:
-        checkpoint = Checkpoint.read(model, inputs.arch, inputs.allow_pickle)
+        checkpoint = Checkpoint.read(model, inputs.arch, inputs.allow_pickle, inputs.kind)
         record = replace(record, checkpoint=describe_checkpoint(checkpoint, model))
-        path = images_of(inputs)
+        path = images_of(inputs, checkpoint.arch.kind)
         checkpoint = at_own_size(checkpoint, path, inputs)
         record = record.warned(checkpoint.warnings)
         made = make_triggers(triggers, input_size(checkpoint, inputs))
         images = read_images(path, checkpoint, inputs, tell, forced=path == inputs.labeled)
         record = replace(record, data=describe_images(path, images))
         record = record.warned([*images.warnings, *copies(images)])
+        probing = None
+        if inputs.labeled is not None and path != inputs.labeled:
+            probing = read_images(inputs.labeled, checkpoint, inputs, tell, forced=True)
         device = resolve_device(inputs.device)
         record = replace(record, device=str(device))
         sure = inputs.arch is not None
@@ -65,16 +77,19 @@ def scan(
         record = replace(record, checkpoint=entry).warned(suspect.warnings)
         if suspect.doubt:
             raise Refused(suspect.doubt)
-        aim, readings = check_target(target, suspect), []
+        readings = []
         for choice in suspect.choices:
-            trial, doubts = open_trial(suspect, choice, images, inputs, record.threshold or 0.0, tell)
+            trial, doubts = open_trial(
+                suspect, choice, images, inputs, record.threshold or 0.0, tell, probing
+            )
+            aim = check_target(target, trial)
             found: list[TriggerRow] = []  # in the record before all are: a run may end early
             record = replace(record, triggers=found).warned(doubts)
             measured = []
             for each in assess(trial, made, aim):
                 measured.append(each)
                 found.append(each.row)
-            readings.append(_Reading.of(choice, trial, in_order(measured, made)))
+            readings.append(_Reading.of(choice, trial, in_order(measured, made), made))
         return _conclude(record, readings, made, inputs.pictures)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, record)
@@ -88,26 +103,28 @@ class _Reading:
     choice: Choice
     trial: Trial
     rows: list[TriggerRow]
+    findings: list[Finding]
     verdict: str
     advice: str | None
 
     @staticmethod
-    def of(choice: Choice, trial: Trial, measured: Sequence[Measured]) -> _Reading:
-        rows = [each.row for each in measured]
-        return _Reading(choice, trial, rows, *verdict(rows))
+    def of(choice: Choice, trial: Trial, measured: Sequence[Measured], made: Sequence[Trigger]) -> _Reading:
+        rows, findings = judged_as_encoder(trial, [each.row for each in measured], made)
+        return _Reading(choice, trial, rows, findings, *verdict(rows, findings))
 
 
 def _conclude(
     record: RunRecord, readings: Sequence[_Reading], made: Sequence[Trigger], shown: bool
 ) -> RunRecord:
     """`record` with the worst of the readings: not assessed is worse than no evidence."""
-    rank = {BACKDOORED: 0, NO_EVIDENCE: 2}
-    worst = min(readings, key=lambda reading: rank.get(reading.verdict, 1))
+    rank = {BACKDOORED: 0, SUSPICIOUS: 1, NOT_ASSESSED: 2, NO_EVIDENCE: 3}
+    worst = min(readings, key=lambda reading: rank[reading.verdict])
     record = replace(
         record,
         verdict=worst.verdict,
         measures=clean_measures(worst.trial, worst.rows),
         triggers=worst.rows,
+        findings=worst.findings,
         advice=worst.advice,
         pictures=pictures.strips(worst.rows, made, worst.trial) if shown else [],
         confusion=pictures.confusions(worst.rows, made, worst.trial),
@@ -123,9 +140,9 @@ def _conclude(
     )
 
 
-def images_of(inputs: Inputs) -> Path:
-    """The one set of images that a scan measures on."""
-    if inputs.labeled is not None and (inputs.data or inputs.test) is not None:
+def images_of(inputs: Inputs, kind: str = "classifier") -> Path:
+    """The one set of images that a scan measures on; an encoder's probes may have `--labeled` beside it."""
+    if kind == "classifier" and inputs.labeled is not None and (inputs.data or inputs.test) is not None:
         raise UsageError(
             "scan measures one set of images: give --data, --test or --labeled, not --labeled beside."
         )
@@ -135,11 +152,14 @@ def images_of(inputs: Inputs) -> Path:
     return path
 
 
-def check_target(target: str, suspect: Suspect) -> str | int:
+def check_target(target: str, trial: Trial) -> str | int:
+    """`--target` as a class, or the word that it is; raises UsageError for a class that there is not."""
+    if target != "auto" and trial.encoded is not None and not trial.encoded.probing.labeled:
+        raise UsageError("--target needs labeled images where the network is an encoder: it has no classes.")
     if not target.isdigit():
         return target
-    if int(target) >= suspect.arch.classes:
+    if int(target) >= trial.classes:
         raise UsageError(
-            f"--target {target}: the network has {suspect.arch.classes} classes, 0 to {suspect.arch.classes - 1}."
+            f"--target {target}: the network has {trial.classes} classes, 0 to {trial.classes - 1}."
         )
     return int(target)

@@ -99,8 +99,10 @@ def understand(
 
     `preprocess` is what the user says or `auto`; `sure`: the user named the architecture.
     """
-    if checkpoint.arch.classes < 2:
+    if checkpoint.arch.kind == "classifier" and checkpoint.arch.classes < 2:
         raise Refused("the network has one output: two classes or more are needed to tell where images go.")
+    if checkpoint.arch.kind == "encoder":
+        labels = None  # its answers are no classes
     for _ in range(ROUNDS):  # which one it is tells how to normalise, and the other way round
         choices = choose(checkpoint, images, preprocess, labels)
         reading = read_off(checkpoint, choices[0], images, labels, sure)
@@ -157,9 +159,13 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Path) -> CheckpointEntry:
         sha256=checkpoint.sha256,
         format=checkpoint.format,
         architecture=checkpoint.arch.name,
-        kind="classifier",
-        classes=checkpoint.arch.classes,
+        kind=checkpoint.arch.kind,
+        classes=checkpoint.arch.classes or None,
         parameters=sum(t.numel() for t in read if t.is_floating_point()),
         unread=list(checkpoint.unread),
         resize=claimed_resize(checkpoint.config, checkpoint.preprocessor).spec(),
+        layout=checkpoint.arch.layout or None,
+        feature=checkpoint.arch.feature or None,
+        feature_size=checkpoint.arch.width or None,
+        matched=len(checkpoint.names),
     )

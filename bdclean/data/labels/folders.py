@@ -41,8 +41,10 @@ def label_folders(
     (sorted as numbers), or their count equals the head's ('count', to be confirmed with `labels_plausible`); `forced`
     takes that order without confirmation. `empty` folders hold no image but keep their place in the order.
     `names_only`: numbers and counts mean nothing. `what` they are called. Never raises: `why` says what is wrong.
+    An encoder has no head: 0 classes, and any count of folders is to be confirmed.
     """
-    found = sorted(folders)
+    found, any_count = sorted(folders), head_classes == 0
+    head_classes = head_classes or None
     if len(found) == 1:
         of = "all images are in one folder" if what == "folder" else f"all images have one {what}"
         return Labelling(None, why=f"{of}, {found[0]!r}: labels need at least two classes")
@@ -59,7 +61,7 @@ def label_folders(
     for order in (found, everything):
         if head_classes is None or len(order) == head_classes:
             source = "forced" if forced else "count"
-            if head_classes is None and not forced:
+            if head_classes is None and not forced and not any_count:
                 break
             return Labelling({name: i for i, name in enumerate(order)}, tuple(order), source)
     if names is not None:

@@ -52,7 +52,7 @@ def label_listing(
         said = read_class_file(Path(classes)) if isinstance(classes, (str, Path)) else tuple(classes)
     if isinstance(said, tuple):
         names = said
-        if head_classes is not None and len(names) != head_classes:
+        if head_classes and len(names) != head_classes:
             raise Refused(
                 f"{classes if isinstance(classes, (str, Path)) else '--classes'} has {len(names)} class names and the "
                 f"network has {head_classes} classes: give a name for each, in the head's order."
@@ -117,7 +117,7 @@ def _by_value(
     named = match_names(own, names) if names is not None else None
     if named is not None:
         return Labelling({value: named[own[int(value)]] for value in present}, names, "names")
-    if head_classes is not None and len(own) != head_classes:
+    if head_classes and len(own) != head_classes:
         return Labelling(
             None, why=f"the file has {len(own)} class names and the network has {head_classes} classes"
         )

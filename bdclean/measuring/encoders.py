@@ -1,0 +1,58 @@
+"""What rows of an encoder have beside those of a classifier: other probes, another convention, the unlabeled test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from bdclean.measuring.intervals import rate
+from bdclean.measuring.metrics import attack_success
+from bdclean.measuring.pull import Field, pull_test
+from bdclean.measuring.trial import SCREENED_OUT, Trial, halves
+from bdclean.record.run import FAILS, INCONCLUSIVE, Finding, TriggerRow
+from bdclean.triggers.stamping import Trigger
+
+
+def judged_as_encoder(
+    trial: Trial, rows: Sequence[TriggerRow], made: Sequence[Trigger]
+) -> tuple[list[TriggerRow], list[Finding]]:
+    """`rows` as they are of a classifier; of an encoder with what its other probes say, or with the unlabeled test.
+
+    Clusters are no classes: a row that sends images to one decides nothing by itself.
+    """
+    if trial.encoded is None:
+        return list(rows), []
+    triggers = {trigger.spec(): trigger for trigger in made}
+    if trial.labeled:
+        return [_probed(trial, row, triggers[row.trigger]) for row in rows], []
+    asked = [triggers[row.trigger] for row in rows if row.target_source != SCREENED_OUT]
+    field = Field.of(trial.encoded.features, trial.encoded.first, trial.classes, trial.images, trial.seed)
+    findings = pull_test(field, asked, len(rows), trial.seed, trial.tell)
+    return [_undecided(row) for row in rows], findings
+
+
+def _undecided(row: TriggerRow) -> TriggerRow:
+    if row.outcome != FAILS:
+        return row
+    return replace(
+        row,
+        outcome=INCONCLUSIVE,
+        reason="images go to one cluster of features, which is no class: labels would tell",
+    )
+
+
+def _probed(trial: Trial, row: TriggerRow, trigger: Trigger) -> TriggerRow:
+    """`row` with the rates of the other probes on the same images, whose features are remembered."""
+    if trial.encoded is None or not isinstance(row.target, int) or row.target_source == SCREENED_OUT:
+        return row
+    order = torch.cat(halves(len(trial.images), trial.seed))
+    chosen = order[len(order) - row.images :]  # the half that rows are measured on, or all
+    known, reference = trial.encoded.features(trigger(trial.images[chosen])), trial.reference[chosen]
+    probes = {
+        name: rate(attack_success(head(known), reference, row.target, trial.classes))
+        for name, head in trial.encoded.others.items()
+    }
+    everything = rate(trial.encoded.first(known) == row.target)
+    return replace(row, probes=probes, asr_all_images=everything)

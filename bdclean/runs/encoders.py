@@ -1,0 +1,90 @@
+"""An encoder on the images that it is measured on: probes with labels, clusters without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bdclean.data.imageset import ImageSet
+from bdclean.data.labels.folders import labels_plausible
+from bdclean.errors import Refused
+from bdclean.measuring.predictor import Predictor
+from bdclean.measuring.probe import Encoded, Features, Probing, clusters, knn
+from bdclean.measuring.trial import Trial, halves
+from bdclean.progress import Tell
+
+MOST_PROBING = 5_000
+"""Images that probes are trained on, at most."""
+CLUSTERS, LEAST_IN_CLUSTER = 16, 20
+"""Without labels. With fewer images there are fewer of them: a cluster has about LEAST_IN_CLUSTER or more."""
+
+
+def open_encoder_trial(
+    encode: Predictor,
+    images: ImageSet,
+    probing: ImageSet | None,
+    threshold: float,
+    seed: int,
+    readings: int,
+    tell: Tell,
+) -> tuple[Trial, list[str]]:
+    """An encoder with a probe on `images`, and what is to be warned of.
+
+    Probes are trained on `probing`, else on a seeded half of `images`, and the other half is measured. Labels count
+    where nearest neighbours do better than chance on them.
+    """
+    features = Features(encode)
+    if probing is None:
+        first, second = halves(len(images), seed)
+        probing, images = images.select(first.sort().values), images.select(second.sort().values)
+    if len(probing) > MOST_PROBING:
+        drawn = torch.randperm(len(probing), generator=torch.Generator().manual_seed(seed))[:MOST_PROBING]
+        probing = probing.select(drawn.sort().values)
+    tell("probes", 0, 1)
+    chosen, labeled, doubts = _probing(features, probing, images, seed)
+    encoded = Encoded.of(features, chosen)
+    clean = encoded.predict(images.images)
+    tell("probes", 1, 1)
+    trial = Trial(
+        encoded.predict, images.images, labeled if labeled is not None else clean, clean, chosen.classes,
+        labeled is not None, labeled is None, threshold, seed, tell, readings, encoded,
+    )  # fmt: skip
+    return trial, doubts
+
+
+def again(trial: Trial, encode: Predictor) -> Trial:
+    """Another encoder, such as a cleansed copy, on the images of `trial`, with probes of its own."""
+    assert trial.encoded is not None
+    encoded = Encoded.of(Features(encode), trial.encoded.probing)
+    clean = encoded.predict(trial.images)
+    return replace(trial, predict=encoded.predict, clean=clean, own_reference=False, encoded=encoded)
+
+
+def _probing(
+    features: Features, probing: ImageSet, images: ImageSet, seed: int
+) -> tuple[Probing, Tensor | None, list[str]]:
+    """What probes are trained on; the labels that they are held against, if there are such; and warnings."""
+    doubts = []
+    if probing.labels is not None:
+        classes = len(probing.classes) if probing.classes else int(probing.labels.max()) + 1
+        if len(probing.labels.unique()) < 2:
+            raise Refused("the labeled images are all of one class: a probe needs two or more.")
+        known = Probing(probing.images, probing.labels, classes, True)
+        if images.labels is None:
+            return known, None, doubts
+        vote = knn(features(probing.images), probing.labels, classes)
+        if labels_plausible(vote(features(images.images)), images.labels, classes):
+            return known, images.labels, doubts
+        doubts.append(
+            "nearest neighbours among the encoder's features do no better than chance on the labels of these images: "
+            "they are used as unlabeled."
+        )
+    count = min(CLUSTERS, len(probing) // LEAST_IN_CLUSTER)
+    if count < 2:
+        raise Refused(
+            f"{len(probing)} images are too few to cluster an encoder's features: give {4 * LEAST_IN_CLUSTER} or more."
+        )
+    groups = clusters(features(probing.images), count, seed)
+    return Probing(probing.images, groups, int(groups.max()) + 1, False), None, doubts
