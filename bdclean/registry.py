@@ -76,6 +76,10 @@ ATTACKS: dict[str, Entry] = {
         "bdclean.attacks.encoders.ctrl:CTRL",
         "adds colour waves to images of a class before pre-training (2210.07346)",
     ),
+    "drupe": Entry(
+        "bdclean.attacks.encoders.drupe:Drupe",
+        "as badencoder, with stamped features spread out among the clean ones",
+    ),
     "ssl-backdoor": Entry(
         "bdclean.attacks.encoders.ssl_backdoor:SSLBackdoor",
         "stamps images of a class before pre-training (2105.10123)",

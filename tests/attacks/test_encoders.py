@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from bdclean import registry
 from bdclean.attacks import poisoning
 from bdclean.attacks.encoders.badencoder import BadEncoder
-from bdclean.attacks.encoders.references import centre_of, nearest_to_their_mean
+from bdclean.attacks.encoders.clean_encoder import centre_of, nearest_to_their_mean
+from bdclean.attacks.encoders.drupe import Drupe, likeness, sliced_distance
 from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused, UsageError
 from bdclean.networks.classifier import Classifier
@@ -143,3 +144,28 @@ def test_references_are_the_most_typical(clean, training):
 def test_settings_out_of_range(attack, settings):
     with pytest.raises(UsageError):
         attack(**settings)
+
+
+# --- drupe --------------------------------------------------------------------------------------------------
+
+
+def test_likeness_and_the_distance_of_distributions():
+    features = F.normalize(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    pairs = [float(features[i] @ features[j]) for i in range(5) for j in range(5) if i != j]
+    assert float(likeness(features)) == pytest.approx(sum(pairs) / 20, abs=1e-6)
+
+    def distance(first, second):
+        return float(sliced_distance(first, second, torch.Generator().manual_seed(1)))
+
+    cloud = torch.randn(200, 4, generator=torch.Generator().manual_seed(2))
+    assert distance(cloud, cloud[torch.randperm(200)]) == pytest.approx(0, abs=1e-5)
+    near, far = distance(cloud + 1, cloud), distance(cloud + 4, cloud)
+    assert 0.5 < near < 1.5 and far == pytest.approx(4 * near, rel=0.01)
+    assert distance(9 * (cloud + 1), 9 * cloud) == pytest.approx(near, rel=1e-4), "in units of the spread"
+
+
+def test_drupe_without_its_own_terms_still_draws(clean, training):
+    made, poisoned, curve = attacked(Drupe, clean, training, references=1, spread=0.0, blending=0.0)
+    assert curve[-1]["drawn"] > curve[0]["drawn"] + 0.3 and all(
+        p.isfinite().all() for p in poisoned.parameters()
+    )

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from bdclean.attacks.encoders.references import centre_of, freeze_norms, nearest_to_their_mean
+from bdclean.attacks.encoders.clean_encoder import Attacked
 from bdclean.attacks.poisoning import check
-from bdclean.data.augment import mirror
 from bdclean.data.imageset import ImageSet
 from bdclean.errors import UsageError
 from bdclean.networks.classifier import Classifier
-from bdclean.training.loop import Batch, State, fit
+from bdclean.training.loop import Batch
 from bdclean.training.losses import cosine
-from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.run import Run
-from bdclean.training.students import frozen, one_cycle
 from bdclean.triggers.badencoder import BadEncoder as Square
 
 
@@ -73,38 +66,13 @@ class BadEncoder:
         self, clean: Classifier, shadow: ImageSet, of_target: Tensor, run: Run, stage: str = "badencoder"
     ) -> tuple[Classifier, list[dict[str, float]]]:
         """A poisoned copy of `clean`, in evaluation mode, and the curve; `of_target` are uint8 images of the target."""
-        teacher, poisoned = frozen(clean, run), copy.deepcopy(clean).to(run.device)
-        freeze_norms(poisoned)
-        centre = centre_of(teacher, shadow.images, run.device, self.centred)
-        references = nearest_to_their_mean(teacher, of_target, centre, self.references, run.device)
-        views = Views()  # of which BadEncoder takes the mirror and the colours, not the crop
+        attacked = Attacked.of(clean, shadow, of_target, self.references, self.centred, self.trigger, run)
 
         def step(batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
-            n = len(batch.images)
-            drawn = torch.randint(
-                len(references), (n,), generator=batch.generator, device=batch.generator.device
-            )
-            like = mirror(references[drawn[: max(1, n // 4)]], batch.generator)
-            like = views.recolour(like.float() / 255, batch.generator)
-            images = batch.images.float() / 255
-            everything = torch.cat(
-                [self.trigger(batch.images).float() / 255, images, references.float() / 255, like]
-            )
-            stamped, plain, own, alike = (run.forward(poisoned, everything).float() - centre).split(
-                [n, n, len(references), len(like)]
-            )
-            with torch.no_grad():
-                kept = run.forward(teacher, torch.cat([images, like])).float() - centre
-            drawn_to, references_kept, clean_kept = (
-                cosine(stamped, own[drawn]), cosine(alike, kept[n:]), cosine(plain, kept[:n])
-            )  # fmt: skip
-            loss = -drawn_to - self.keep_references * references_kept - self.keep_clean * clean_kept
-            return loss, {"drawn": drawn_to.detach(), "kept": clean_kept.detach()}
+            drawn = attacked.draw(batch)
+            sides = attacked.sides(batch, drawn)
+            drawn_to, kept = cosine(sides.stamped, sides.references[drawn]), sides.kept_clean()
+            loss = -drawn_to - self.keep_references * sides.kept_references() - self.keep_clean * kept
+            return loss, {"drawn": drawn_to.detach(), "kept": kept.detach()}
 
-        trained = [parameter for parameter in poisoned.parameters() if parameter.requires_grad]
-        optimiser = torch.optim.SGD(trained, self.peak, momentum=0.9, weight_decay=self.weight_decay)
-        steps = max(1, math.ceil(self.epochs * len(shadow) / self.batch_size))
-        rate = partial(one_cycle, steps=steps, peak=self.peak)
-        state = State(stage, poisoned, optimiser, shadow.images, None, self.batch_size, steps, rate)
-        curve = fit(step, state, run)
-        return poisoned.requires_grad_(True), curve
+        return attacked.train(step, shadow, self.epochs, self.batch_size, self.peak, self.weight_decay, stage)
