@@ -102,13 +102,13 @@ def recolour(
 
 
 def blur(images: Tensor, generator: torch.Generator, probability: float) -> Tensor:
-    """Gaussian blur of each image with that probability; sigma uniform in 0.1 to 2 pixels of 224, no less than 0.1.
+    """Gaussian blur of each image with that probability; sigma uniform in 0.1 to 2 pixels, as SimCLR's.
 
-    The kernel is a tenth of the image wide, as SimCLR's, at least three pixels.
+    The kernel is a tenth of the image wide, too, and at least three pixels.
     """
     n, c, height, width = images.shape
     radius = max(1, round(min(height, width) / 20))
-    sigma = _uniform(images, generator, n, 0.1, 2.0) * max(1.0, min(height, width) / 224)
+    sigma = _uniform(images, generator, n, 0.1, 2.0)
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     weights = torch.exp(-(offsets**2) / (2 * sigma.view(n, 1) ** 2))
     weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(c, 0)
