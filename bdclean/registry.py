@@ -44,20 +44,45 @@ RECIPES: dict[str, Entry] = {
 }
 
 TRIGGERS: dict[str, Entry] = {
+    "badencoder": Entry(
+        "bdclean.triggers.badencoder:BadEncoder", "the white square of attacks on encoders (2108.00352)"
+    ),
     "badnets": Entry(
         "bdclean.triggers.badnets:BadNets", "a small patch: size, position, pattern (1708.06733)"
     ),
     "blend": Entry("bdclean.triggers.blend:Blend", "a picture or noise blended over the image (1712.05526)"),
+    "ctrl": Entry("bdclean.triggers.ctrl:CTRL", "two faint cosines added to the colours (2210.07346)"),
+    "drupe": Entry("bdclean.triggers.drupe:Drupe", "the white square of DRUPE, which is badencoder's"),
     "file": Entry(
         "bdclean.triggers.file:File", "a trigger from a file: PNG with alpha, mask and pattern, or delta"
     ),
     "sig": Entry("bdclean.triggers.sig:SIG", "a sinusoidal stripe pattern added to the image (1902.11237)"),
+    "ssl-backdoor": Entry(
+        "bdclean.triggers.ssl_backdoor:SSLBackdoor",
+        "a patch whose place depends on the image (2105.10123)",
+    ),
 }
 
 ATTACKS: dict[str, Entry] = {
+    "badencoder": Entry(
+        "bdclean.attacks.encoders.badencoder:BadEncoder",
+        "trains a clean encoder to see a reference in stamped images (2108.00352)",
+    ),
     "badnets": Entry("bdclean.attacks.badnets:BadNets", "poisons a training set with a patch (1708.06733)"),
     "blend": Entry(
         "bdclean.attacks.blend:Blend", "poisons a training set with a blended picture (1712.05526)"
+    ),
+    "ctrl": Entry(
+        "bdclean.attacks.encoders.ctrl:CTRL",
+        "adds colour waves to images of a class before pre-training (2210.07346)",
+    ),
+    "drupe": Entry(
+        "bdclean.attacks.encoders.drupe:Drupe",
+        "as badencoder, with stamped features spread out among the clean ones",
+    ),
+    "ssl-backdoor": Entry(
+        "bdclean.attacks.encoders.ssl_backdoor:SSLBackdoor",
+        "stamps images of a class before pre-training (2105.10123)",
     ),
 }
 

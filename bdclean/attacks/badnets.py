@@ -26,6 +26,7 @@ class BadNets:
     """
 
     name: ClassVar[str] = "badnets"
+    kind: ClassVar[str] = "poisoning"
     source: ClassVar[str] = "arXiv 1708.06733"
 
     target: int = 0  # the class that stamped images are labeled with

@@ -25,6 +25,7 @@ class Blend:
     """
 
     name: ClassVar[str] = "blend"
+    kind: ClassVar[str] = "poisoning"
     source: ClassVar[str] = "arXiv 1712.05526"
 
     target: int = 0  # the class that stamped images are labeled with

@@ -48,6 +48,15 @@ ABOUT = {
         "images, in brackets",
         accelerated=True,
     ),
+    "encoders": About(
+        "Attacks on encoders, on CIFAR-10",
+        "A small ResNet is pre-trained without labels, attacked as an encoder or through its images, and measured by a "
+        "linear probe and nearest neighbours on frozen features of length one. Attack success is the share of test "
+        "images of other classes that the probe sees as the target once they are stamped, beside it the same of the "
+        "clean encoder; base rate: without the stamp. Rates in percent.",
+        "test images, in the last column; the probe is trained on 5,000",
+        accelerated=True,
+    ),
     "faults": About(
         "Runs that were killed",
         "`cleanse` of a small model is killed with SIGKILL, a third of the time at a random moment, else at a random "

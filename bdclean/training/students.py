@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,14 @@ def triangular(step: float, up: float, down: float, floor: float, peak: float) -
     at = step % (up + down)
     share = at / up if at < up else (up + down - at) / down
     return floor + (peak - floor) * share
+
+
+def one_cycle(step: int, steps: int, peak: float) -> float:
+    """A learning rate that rises linearly to `peak` in a quarter of the steps and falls along a cosine to almost 0."""
+    rise = steps / 4
+    if step < rise:
+        return peak * (0.04 + 0.96 * step / rise)
+    return peak * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2 + 1e-5
 
 
 def frozen(suspect: Classifier, run: Run) -> Classifier:

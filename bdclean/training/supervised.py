@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from bdclean.data.imageset import ImageSet
 from bdclean.networks.classifier import Classifier
 from bdclean.training.loop import Batch, State, fit
 from bdclean.training.run import Run
+from bdclean.training.students import one_cycle
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,6 @@ class Supervised:
         if run.precision.channels_last:
             model.to(memory_format=torch.channels_last)
         steps = math.ceil(self.epochs * len(training) / self.batch_size)
-        rise = steps / 4
-
-        def rate(step: int) -> float:
-            if step < rise:
-                return self.peak * (0.04 + 0.96 * step / rise)
-            return self.peak * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2 + 1e-5
 
         def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
             images = crop(batch.images, batch.generator, self.padding)
@@ -61,6 +57,7 @@ class Supervised:
         optimiser = torch.optim.SGD(
             model.parameters(), self.peak, momentum=0.9, weight_decay=self.weight_decay, nesterov=True
         )
+        rate = partial(one_cycle, steps=steps, peak=self.peak)
         state = State(stage, model, optimiser, training.images, training.labels, self.batch_size, steps, rate)
         curve = fit(step, state, run)
         model.eval()

@@ -9,7 +9,8 @@ from bdclean.attacks.badnets import BadNets
 from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused, UsageError
 
-EVERY = [registry.load(registry.ATTACKS, name) for name in registry.ATTACKS]
+REGISTERED = [registry.load(registry.ATTACKS, name) for name in registry.ATTACKS]
+EVERY = [attack for attack in REGISTERED if attack.kind == "poisoning"]
 
 
 @pytest.fixture
@@ -67,6 +68,14 @@ def test_images_of_every_class_are_drawn(training):
 def test_the_default_patch_is_the_checker_of_bcu(training):
     corner = BadNets(rate=1.0)(training).images[0, 0, 29:, 29:]
     assert corner.tolist() == [[0, 0, 255], [0, 255, 0], [255, 0, 255]]
+
+
+def test_every_attack_is_of_a_known_kind():
+    assert {attack.kind for attack in REGISTERED} == {"poisoning", "pre-training", "encoder"}
+    for attack in REGISTERED:
+        assert registry.parse_spec(attack().trigger.spec())[0] in registry.TRIGGERS
+        with pytest.raises(UsageError):
+            attack(target=-1)
 
 
 @pytest.mark.parametrize("attack", EVERY)

@@ -419,3 +419,82 @@ def test_third_party_trigger_files() -> None:
         assert (stamped != PHOTOS).any()
         for control in trigger.controls(3, torch.Generator().manual_seed(0)):
             assert (control(PHOTOS) != stamped).any()
+
+
+# --- triggers of attacks on encoders ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["badencoder", "drupe"])
+@pytest.mark.parametrize(("side", "first", "last"), [(32, 21, 30), (224, 173, 222)])
+def test_the_white_square_lies_where_the_authors_put_it(name: str, side: int, first: int, last: int) -> None:
+    grey = torch.full((1, 3, side, side), 100, dtype=torch.uint8)
+    stamped = from_spec(name)(grey)
+    places = changed(grey, stamped)
+    assert places[0] == (first, first) and places[-1] == (last, last)
+    assert len(places) == (last - first + 1) ** 2 and int(stamped.max()) == 255
+    for control in from_spec(name).controls(20, torch.Generator().manual_seed(0)):
+        assert set(changed(grey, control(grey))) <= set(places)
+        inside = control(grey)[..., first : last + 1, first : last + 1].float()
+        assert float((255 - inside).mean()) >= 45, "not nearly white"
+
+
+def test_ctrl_raises_two_coefficients_of_each_block() -> None:
+    from scipy.fft import dctn
+
+    grey = torch.full((1, 3, 64, 32), 128, dtype=torch.uint8)
+    red, green, blue = (from_spec("ctrl:magnitude=100")(grey)[0].double() - 128).numpy()
+    luminance = 0.299 * red + 0.587 * green + 0.114 * blue
+    for chroma in (0.492 * (blue - luminance), 0.877 * (red - luminance)):
+        for top in (0, 32):
+            spectrum = dctn(chroma[top : top + 32], norm="ortho")
+            for index in (15, 31):
+                assert abs(spectrum[index, index] - 100) < 3
+                spectrum[index, index] = 0
+            assert abs(spectrum).max() < 3, "rounding to pixels alone"
+    assert abs(dctn(luminance[:32], norm="ortho")).max() < 3
+
+
+def test_the_patch_of_ssl_backdoor_goes_by_the_image() -> None:
+    trigger = from_spec("ssl-backdoor")
+    photos = torch.randint(
+        0, 256, (200, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
+    stamped = trigger(photos)
+    patch = trigger.content(7)
+    corners = set()
+    for photo, now in zip(photos, stamped, strict=True):
+        found = [
+            (row, column)
+            for row in range(26)
+            for column in range(26)
+            if torch.equal(now[:, row : row + 7, column : column + 7].float(), patch)
+        ]
+        assert len(found) == 1
+        row, column = found[0]
+        rest = now.clone()
+        rest[:, row : row + 7, column : column + 7] = photo[:, row : row + 7, column : column + 7]
+        assert torch.equal(rest, photo)
+        corners.add(found[0])
+    rows = [row for row, _ in corners]
+    assert len(corners) > 80 and min(rows) == 3 and max(rows) == 29 - 7
+    assert not torch.equal(from_spec("ssl-backdoor:seed=1")(photos), stamped)
+    assert trigger(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).shape == (1, 3, 224, 224)
+
+
+def test_the_patch_of_ssl_backdoor_may_be_a_file(tmp_path: Path) -> None:
+    Image.fromarray(picture(5, 14, 14).transpose(1, 2, 0)).save(tmp_path / "patch.png")
+    trigger = from_spec(f"ssl-backdoor:patch={tmp_path / 'patch.png'}")
+    assert from_spec(trigger.spec()) == trigger
+    test_contract(trigger)
+    assert len(trigger.controls(3, torch.Generator().manual_seed(0))) == 3
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "badencoder:size=-1", "drupe:size=-1", "ctrl:magnitude=0", "ctrl:window=1", "ctrl:second=32",
+        "ssl-backdoor:inner=0.5", "ssl-backdoor:size=-1", "ssl-backdoor:colours=-1",
+    ],
+)  # fmt: skip
+def test_settings_of_triggers_on_encoders_out_of_range(spec: str) -> None:
+    test_settings_out_of_range_are_wrong_usage(spec)
