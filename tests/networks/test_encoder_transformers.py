@@ -161,6 +161,7 @@ def test_openais_clip_in_half_precision(tmp_path):
     file |= {n: torch.tensor(k) for k, n in enumerate(("input_resolution", "context_length", "vocab_size"))}
     checkpoint = read(tmp_path / "m.safetensors", file)
     assert checkpoint.arch.name.endswith("-quickgelu") and len(checkpoint.unread) == len(TEXT) + 3
+    assert checkpoint.arch.taps[-1] == "blocks.1"
     assert checkpoint.arch.usual_preprocess == "clip" and checkpoint.arch.feature == "class token, projected"
     net.half().float()
     held(checkpoint, net, tmp_path, 64)
