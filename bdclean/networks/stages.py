@@ -359,7 +359,8 @@ def find_taps(stages: tuple[Stage, ...], events: dict[str, Event]) -> tuple[str,
         # side branch on pooled features a smaller one.
         counts = Counter(e.places for e in called)
         last = max(called, key=lambda e: (counts[e.places], e.end))
-        begin = max(e.end for e in ran)
+        # What follows the last tokens alone (CLIP's projection of the class token) ends no stage.
+        begin = max((e.end for e in ran if len(e.shape) != 2), default=max(e.end for e in ran))
         end = min((events[n].begin for n in following.modules if n in events), default=begin)
         # A module that is called again would be seen as it was last.
         ended = [

@@ -10,6 +10,7 @@ from torch import nn
 
 from bdclean.errors import Refused
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
+from bdclean.networks.checkpoint.claims import claim
 from bdclean.networks.families.token_transformer import QuickGELU
 
 timm = pytest.importorskip("timm")
@@ -160,6 +161,7 @@ def test_openais_clip_in_half_precision(tmp_path):
     file |= {n: torch.tensor(k) for k, n in enumerate(("input_resolution", "context_length", "vocab_size"))}
     checkpoint = read(tmp_path / "m.safetensors", file)
     assert checkpoint.arch.name.endswith("-quickgelu") and len(checkpoint.unread) == len(TEXT) + 3
+    assert checkpoint.arch.taps[-1] == "blocks.1"
     assert checkpoint.arch.usual_preprocess == "clip" and checkpoint.arch.feature == "class token, projected"
     net.half().float()
     held(checkpoint, net, tmp_path, 64)
@@ -175,8 +177,11 @@ def test_openclips_config_says_the_activation(quick, tmp_path):
     cfg = {"mean": [0.5] * 3, "std": [0.25] * 3}
     text = json.dumps({"model_cfg": {"embed_dim": 48, **said}, "preprocess_cfg": cfg})
     (tmp_path / "open_clip_config.json").write_text(text)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     checkpoint = Checkpoint.read(tmp_path)
     assert {a.name.endswith("quickgelu") for a in checkpoint.candidates if not a.unusual} == {quick}
+    said_pixels = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
+    assert said_pixels is not None and said_pixels[0].std == (0.25,) * 3
     held(checkpoint, net, tmp_path, 64)
 
 

@@ -3,13 +3,10 @@
 import pytest
 import torch
 from networks.layout_files import held, large, numbered, read, small, under
+from torch import nn
 
-from bdclean.errors import Refused
+from bdclean.errors import Refused, UsageError
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
-
-
-def weights(*shapes):
-    return {f"{k}.weight": torch.randn(*s, generator=torch.Generator().manual_seed(k)) for k, s in shapes}
 
 
 def head(prefix, *rows):
@@ -162,6 +159,18 @@ def test_a_classifier_never_becomes_an_encoder_by_itself(tmp_path):
             read(path, under("", trunk) | odd)
 
 
+@pytest.mark.parametrize("prefix, first", [("f.", 3), ("f.f.", 3), ("backbone.", 4)])
+def test_numbered_children_beside_a_linear_layer_are_a_classifiers(prefix, first, tmp_path):
+    """leftthomas/SimCLR's and lightly's linear evaluation: nothing says that the layer is a mere probe."""
+    state = under(prefix, small(), lambda s: numbered(s, 0, first))
+    state |= {"fc.weight": torch.randn(10, 32), "fc.bias": torch.zeros(10)}
+    with pytest.raises(Refused):
+        read(tmp_path / "m.safetensors", state)
+    checkpoint = Checkpoint.read(tmp_path / "m.safetensors", kind="encoder")
+    assert set(checkpoint.unread) == {"fc.weight", "fc.bias"}
+    assert read(tmp_path / "m.safetensors", state | head("projection_head.", 4, 4)).arch.kind == "encoder"
+
+
 def test_a_probe_without_company_is_a_classifier(tmp_path):
     state = under("backbone.", small())
     state |= {"classifier.weight": torch.randn(10, 32), "classifier.bias": torch.zeros(10)}
@@ -178,3 +187,41 @@ def test_the_padded_stem_of_solo_learn_is_a_candidate(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         assert torch.allclose(checkpoint.build(arch=padded)(x), network(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "one, other, said",
+    [
+        ("module.encoder_q.", "module.encoder_k.", "module.encoder_k. holds an average of the weights"),
+        ("teacher.backbone.", "student.module.backbone.", "student.module.backbone. holds a second copy"),
+        ("base_encoder.", "momentum_encoder.", "momentum_encoder. holds an average of the weights"),
+    ],
+)
+def test_the_other_copy_is_named(one, other, said, tmp_path):
+    state = under(one, large()) | under(other, large_other())
+    checkpoint = read(tmp_path / "m.safetensors", state)
+    assert all(name.startswith(one) for name in checkpoint.names)
+    (warning,) = checkpoint.warnings
+    assert warning.startswith(said)
+    # Equal copies stay equal.
+    same = read(tmp_path / "m.safetensors", under(one, large()) | under(other, large()))
+    assert len(same.tied) > 40
+    held(same, large(), tmp_path, 64)
+
+
+def test_arch_names_an_encoder_or_the_users_code(tmp_path):
+    path = tmp_path / "m.safetensors"
+    checkpoint = read(path, under("f.f.", small(), lambda s: numbered(s, 0, 3)))
+    name = checkpoint.arch.name + "+pad2"
+    assert [a.name for a in Checkpoint.read(path, arch=name).candidates] == [name]
+    with pytest.raises(Refused, match="resnet50 does not have these"):
+        Checkpoint.read(path, arch="resnet50")
+    with pytest.raises(UsageError, match="not a known architecture"):
+        Checkpoint.read(path, arch="resnet-of-nobody")
+    code = "import torch\nfrom torch import nn\n\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(),"
+    (tmp_path / "own.py").write_text(code + " nn.AdaptiveAvgPool2d(1), nn.Flatten())\n")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    read(path, under("", net), arch=f"{tmp_path / 'own.py'}:make", kind="encoder")
+    own = Checkpoint.read(path, arch=f"{tmp_path / 'own.py'}:make", kind="encoder")
+    assert own.arch.width == 4 and own.arch.layout == "the user's code"
+    held(own, net, tmp_path, 32)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from bdclean.files.text import shown
-from bdclean.networks.recognition.dialects import AVERAGE, LONGEST, MOST_WRAPPERS, inmost
+from bdclean.networks.recognition.dialects import AVERAGE, LONGEST, MOST_WRAPPERS, bare, inmost
 from bdclean.networks.recognition.matching import Match
 
 # A tensor of fewer numbers, or of one number repeated, may equal another by chance.
@@ -55,7 +56,9 @@ def copies(
 
 def averages(tensors: Mapping[str, Tensor], match: Match, tied: Mapping[str, str]) -> list[str]:
     """A warning where unread tensors are the network once more, with other values, under whatever prefix."""
-    reading = {inmost(k): tensors[k].shape for k in match.names if tensors[k].ndim > 1}
+    # An encoder's own holder (`encoder_q`) may be none that wraps classifiers.
+    common = holder(match.names)
+    reading = {inmost(k.removeprefix(common)): tensors[k].shape for k in match.names if tensors[k].ndim > 1}
     endings = {name.rpartition(".")[2] for name in reading}
     groups: dict[str, set[str]] = {}
     for name in match.unread:
@@ -75,13 +78,21 @@ def averages(tensors: Mapping[str, Tensor], match: Match, tied: Mapping[str, str
     wrapper, again = max(groups.items(), key=lambda group: len(group[1]), default=("", set()))
     if len(again) * 2 <= len(reading):
         return []
-    average = AVERAGE.match(wrapper[:LONGEST]) or wrapper.startswith(("teacher", "momentum"))
+    words = ("teacher", "momentum", "encoder_k", "target", "model_t", "backbone_k")
+    average = AVERAGE.match(wrapper[:LONGEST]) or bare(wrapper).startswith(words)
     kind = "an average of the weights" if average else "a second copy of the network"
     where = shown(wrapper) if wrapper else "the part of the file without a prefix"
     return [
         f"{where} holds {kind} ({len(again)} matrices), which was neither measured nor cleansed: "
         "work on a file of it alone before anybody uses it."
     ]
+
+
+def holder(names: Iterable[str]) -> str:
+    """The whole words, up to a point, that all names begin with."""
+    first, *rest = names
+    common = os.path.commonprefix([first, *rest]) if rest else ""
+    return common[: common.rfind(".") + 1]
 
 
 def tells(tensor: Tensor) -> bool:

@@ -56,8 +56,9 @@ def open_source(path: Path, allow_pickle: bool) -> Source:
         paths: tuple[Path, ...] = (path,)
         beside: tuple[str, ...] = ()
         config = _description(path.parent / "config.json", notes)
-        # OpenCLIP's own, which says the activation and the normalisation.
-        config = config or _description(path.parent / "open_clip_config.json", notes)
+        # OpenCLIP's says the activation and the normalisation; LAION's folders have transformers' beside it.
+        own = _description(path.parent / "open_clip_config.json", notes)
+        config = {**own, **(config or {})} if own else config
         preprocessor = _description(path.parent / "preprocessor_config.json", notes)
         if path.name.endswith(".index.json"):
             entries, metadata, load, paths = _shards(path)

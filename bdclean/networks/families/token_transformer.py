@@ -307,12 +307,14 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
     if form is None or len(head) != 2:
         return
     others = []
-    if form.pre_norm:
-        others.append((proposal(replace(form, quick=True), head[0]), "OpenAI's QuickGELU instead of GELU"))
-    for count in head_counts(form.width):
-        if count != form.heads:
-            other = replace(proposal(replace(form, heads=count), head[0]), unusual=True)
-            others.append((other, f"{count} attention heads instead of {form.heads}"))
+    for count in (form.heads, *(c for c in head_counts(form.width) if c != form.heads)):
+        for quick in (False, True) if form.pre_norm else (False,):
+            reasons = ["OpenAI's QuickGELU instead of GELU"] if quick else []
+            if count != form.heads:
+                reasons.append(f"{count} attention heads instead of {form.heads}")
+            other = proposal(replace(form, heads=count, quick=quick), head[0])
+            if reasons:
+                others.append((replace(other, unusual=count != form.heads), " and ".join(reasons)))
     yield replace(proposal(form, head[0]), others=tuple(others))
 
 

@@ -94,8 +94,13 @@ def refusal(shapes: Mapping[str, Shape], attempts: list[Attempt]) -> str:
 
 def is_half(shapes: Mapping[str, Shape]) -> bool:
     """Whether the names are an author's of encoders, so that a refusal should speak of one."""
-    return any(not view.layout.loose for view in views(shapes)) or all(
-        PROJECTOR.match(short(name)) for name in shapes
+    known = {name: short(name) for name in shapes}
+    if any(HEADS.match(inner) for inner in known.values()):
+        return any(not view.layout.loose for view in views(shapes))
+    return (
+        any(not view.layout.loose for view in views(shapes))
+        or all(map(PROJECTOR.match, known.values()))
+        or transformers_encoders.translate(shapes, known) is not None
     )
 
 

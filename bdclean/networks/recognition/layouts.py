@@ -119,6 +119,9 @@ LAYOUTS = (
         loose=True,
     ),
 )  # fmt: skip
+PROBE = re.compile(
+    r"^(?:fc|linear|head|heads\.head|classifier|classification_head|last_linear)\.(?:weight|bias)$"
+)
 # What only files of self-supervision hold; beside an online probe (solo-learn's `classifier`) they tell an encoder.
 COMPANIONS = re.compile(
     r"^(?:encoder_k|momentum_(?:backbone|encoder|projector)|target_encoder|[\w]*projector|predictor|projection_head|proj_head"
@@ -154,6 +157,11 @@ def seen_as(layout: Layout, prefix: str, known: dict[str, str], heads: bool) -> 
         return None
     if layout.inside is not None and not any(map(layout.inside.match, inside.values())):
         return None
+    # A linear layer beside the backbone is a classifier's (leftthomas' `f` and `fc`, lightly's linear probe), unless
+    # something that only self-supervision has says that it is an online probe.
+    if not heads and layout.beside is None and any(map(PROBE.match, outside.values())):
+        if not any(map(COMPANIONS.match, outside.values())):
+            return None
     if layout.loose and not all(
         BESIDE.match(s) or PROJECTOR.match(s) or (heads and HEADS.match(s)) for s in outside.values()
     ):
