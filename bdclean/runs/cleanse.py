@@ -110,7 +110,7 @@ class _Repair:
 
     def open_checkpoint(self, out: Path | None, force: bool) -> tuple[Checkpoint, Path]:
         """The suspect's file, and where the output goes, which can be written."""
-        checkpoint = Checkpoint.read(self.model, self.inputs.arch, self.inputs.allow_pickle, "classifier")
+        checkpoint = Checkpoint.read(self.model, self.inputs.arch, self.inputs.allow_pickle, self.inputs.kind)
         self._note(checkpoint=describe_checkpoint(checkpoint, self.model))
         place = default_output(self.model, out)
         checkpoint.check_writable(place, force)

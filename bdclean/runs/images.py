@@ -23,7 +23,7 @@ from bdclean.networks.checkpoint.claims import claimed_resize
 from bdclean.progress import Tell, quiet
 from bdclean.record.run import DataEntry
 from bdclean.runs.options import CSV, Inputs
-from bdclean.runs.suspect import Suspect, claimed_size, given_size, input_size
+from bdclean.runs.suspect import Suspect, as_trained, claimed_size, given_size, input_size
 
 LEAST_IMAGES = 20
 """Under this many images nothing can be said about anything."""
@@ -66,7 +66,7 @@ def at_own_size(checkpoint: Checkpoint, path: Path, inputs: Inputs) -> Checkpoin
     few = replace(inputs, limit=min(64, inputs.limit or 64), labeled=None, classes=None)
 
     def load(arch: Arch) -> Tensor:
-        return read_images(path, replace(checkpoint, arch=arch), few, quiet).images
+        return as_trained(read_images(path, replace(checkpoint, arch=arch), few, quiet).images, arch)
 
     return own_size(checkpoint, load, inputs.preprocess)
 
