@@ -18,27 +18,47 @@ from bdclean.files.text import closest
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a name's class lives, the line of `bdclean ls`, and the corruption families it trains on."""
+    """Where a name's class lives, the line of `bdclean ls`, and the corruption families it trains on.
+
+    Of a recipe: `encoder` is where the class for encoders lives, if it has one; without a `path` it is for them alone.
+    """
 
     path: str
     line: str
     families: tuple[str, ...] = ()
+    encoder: str = ""
 
 
 FAMILIES = ("patch", "blend", "wave", "low", "noise", "warp", "tone", "quantise", "blur")
 """Families of corruptions, and of the triggers that they counterfeit. Here, since listing them needs no torch."""
 
 RECIPES: dict[str, Entry] = {
-    "auto": Entry("bdclean.recipes.auto:Auto", "bdclean's own choice for what is given", FAMILIES),
+    "auto": Entry(
+        "bdclean.recipes.auto:Auto",
+        "bdclean's own choice for what is given",
+        FAMILIES,
+        "bdclean.recipes.auto:Auto",
+    ),
     "bcu": Entry(
         "bdclean.recipes.bcu:BCU",
         "blind unlearning: layer-wise re-initialisation and distillation on unlabeled images (2211.12044)",
+    ),
+    "distill": Entry(
+        "",
+        "distillation of an encoder: teacher, student and loss by choice, unlabeled images (2403.03846)",
+        encoder="bdclean.recipes.distill:Distill",
     ),
     "ft": Entry("bdclean.recipes.ft:FT", "plain fine-tuning on labeled images (2212.09067)"),
     "inoculate": Entry(
         "bdclean.recipes.inoculate:Inoculate",
         "distillation under random counterfeit triggers, adversaries and inverted triggers, unlabeled images",
         FAMILIES,
+        "bdclean.recipes.inoculate_encoder:InoculateEncoder",
+    ),
+    "mimic": Entry(
+        "",
+        "an encoder's clone with new weights, attention weighted by mutual information (2406.03508)",
+        encoder="bdclean.recipes.mimic:Mimic",
     ),
     "sft": Entry("bdclean.recipes.sft:SFT", "super-fine-tuning on labeled images, cyclic rates (2212.09067)"),
 }
@@ -114,7 +134,22 @@ def find(table: Mapping[str, Entry], name: str) -> Entry:
 
 def load(table: Mapping[str, Entry], name: str) -> type[Any]:
     """Returns the class called `name`, importing its module; raises UsageError naming the closest names."""
-    module, _, attribute = find(table, name).path.partition(":")
+    entry = find(table, name)
+    module, _, attribute = (entry.path or entry.encoder).partition(":")
+    found: type[Any] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def load_recipe(name: str, kind: str) -> type[Any]:
+    """The recipe called `name` for a network of this `kind`, classifier or encoder; raises UsageError for another's."""
+    entry = find(RECIPES, name)
+    path = entry.encoder if kind == "encoder" else entry.path
+    if not path:
+        others = [
+            each for each, known in RECIPES.items() if (known.encoder if kind == "encoder" else known.path)
+        ]
+        raise UsageError(f"{name} does not work on {kind}s: use one of {', '.join(others)}.")
+    module, _, attribute = path.partition(":")
     found: type[Any] = getattr(importlib.import_module(module), attribute)
     return found
 

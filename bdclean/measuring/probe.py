@@ -142,7 +142,7 @@ def linear(features: Tensor, labels: Tensor, classes: int) -> Head:
         loss.backward()
         return loss
 
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    optimiser.step(closure)
     fitted, offset = weight.detach(), bias.detach()
     return Standardised(mean, spread, lambda z: F.linear(z, fitted, offset))
 

@@ -33,6 +33,6 @@ class Auto:
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
     ) -> Cleansed:
-        recipe = registry.load(registry.RECIPES, "inoculate")()
+        recipe = registry.load_recipe("inoculate", arch.kind)()
         cleansed: Cleansed = recipe(suspect, arch, unlabeled, labeled, run)
         return replace(cleansed, stages=["auto chose inoculate", *cleansed.stages])

@@ -206,6 +206,7 @@ class Side:
     verdict: str = NOT_ASSESSED
     measures: list[Measure] = field(default_factory=list)
     triggers: list[TriggerRow] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)  # of the unlabeled test of an encoder
 
 
 @dataclass

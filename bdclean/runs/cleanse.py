@@ -13,6 +13,7 @@ from bdclean import __version__, registry
 from bdclean.errors import Refused, attach
 from bdclean.measuring import pictures
 from bdclean.measuring.assessment import assess, in_order
+from bdclean.measuring.encoders import judged_as_encoder
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import SCREENED_OUT, Target, Trial
 from bdclean.measuring.verdict import clean_measures, compare, pair, verdict
@@ -51,6 +52,8 @@ from bdclean.training.run import Precision, Run, probe_precision
 from bdclean.triggers.bank import make_triggers
 from bdclean.triggers.stamping import Trigger
 
+MOST_LOST = 0.1
+"""Of a probe's accuracy: beyond it a warning says that an encoder is damaged."""
 LEAST_AGREEMENT = 0.8
 """Below this agreement with the suspect on clean images a warning says that the output is damaged."""
 
@@ -71,8 +74,9 @@ def cleanse(
     """Write a cleansed copy of `model` to `out`, measured before and after; raises BdcleanError carrying the record."""
     repair = _Repair(model, inputs, gate.parse(fail_on).threshold, tell)
     try:
-        method: Recipe = registry.configure(registry.load(registry.RECIPES, recipe), settings or {})
         checkpoint, place = repair.open_checkpoint(out, force)
+        chosen = registry.load_recipe(recipe, checkpoint.arch.kind)
+        method: Recipe = registry.configure(chosen, settings or {})
         usual = checkpoint.arch.input[1:]
         checkpoint = repair.at_own_size(checkpoint)
         made = make_triggers(triggers, input_size(checkpoint, inputs))
@@ -155,9 +159,13 @@ class _Repair:
 
     def open_trial(self, suspect: Suspect, images: Images) -> tuple[Trial, Images]:
         """The suspect on the images that are measured on, and the images without labels that are none."""
+        probing = images.labeled or images.unlabeled
         before, doubts = open_trial(
-            suspect, suspect.choices[0], images.held_out, self.inputs, self.threshold, self.tell
+            suspect, suspect.choices[0], images.held_out, self.inputs, self.threshold, self.tell, probing
         )
+        if suspect.arch.kind == "encoder":
+            self._note(doubts)
+            return before, images
         unlabeled, more = keep_plausible_labels(images.unlabeled, suspect, before.predict)
         labeled = images.labeled
         if labeled is None and unlabeled.labels is not None:
@@ -244,12 +252,20 @@ class _Repair:
         cleansed: Cleansed,
     ) -> RunRecord:  # fmt: skip
         """The record, with what the repair changed."""
+        old, suspected = judged_as_encoder(before, old, made)
+        new, findings = judged_as_encoder(after, new, made)
         measures = [*clean_measures(after, old), *compare(before, after, old, new)]
-        told, advice = verdict(new)
+        told, advice = verdict(new, findings)
         strips = pictures.strips([*old, *new], made, before, after) if self.inputs.pictures else []
         self._note(
-            _damage(measures),
-            before=replace(self.record.before or Side(), triggers=old),
+            damage(measures, after),
+            before=replace(
+                self.record.before or Side(),
+                verdict=verdict(old, suspected)[0],
+                triggers=old,
+                findings=suspected,
+            ),
+            findings=[*self.record.findings, *findings],
             after=Side(told, measures, new),
             verdict=told,
             advice=advice,
@@ -261,9 +277,18 @@ class _Repair:
         return self.record
 
 
-def _damage(measures: Sequence[Measure]) -> list[str]:
-    """A warning where the output keeps too little of the suspect's answers."""
-    kept = next(m.value for m in measures if m.name == "agreement")
+def damage(measures: Sequence[Measure], after: Trial) -> list[str]:
+    """A warning where the output keeps too little of the suspect's answers; of an encoder, where probes lose much."""
+    values = {m.name: m.value for m in measures}
+    if after.encoded is not None:
+        lost = -(values.get("clean_accuracy_change") or 0.0)
+        if lost <= MOST_LOST:
+            return []
+        return [
+            f"a probe on the written encoder is right on {100 * lost:.0f} % fewer images than on the suspect: it is "
+            "damaged, do not use it; try more images or other settings."
+        ]
+    kept = values["agreement"]
     if kept is None or kept >= LEAST_AGREEMENT:
         return []
     return [

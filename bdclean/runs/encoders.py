@@ -66,7 +66,7 @@ def _probing(
     features: Features, probing: ImageSet, images: ImageSet, seed: int
 ) -> tuple[Probing, Tensor | None, list[str]]:
     """What probes are trained on; the labels that they are held against, if there are such; and warnings."""
-    doubts = []
+    doubts: list[str] = []
     if probing.labels is not None:
         classes = len(probing.classes) if probing.classes else int(probing.labels.max()) + 1
         if len(probing.labels.unique()) < 2:

@@ -15,7 +15,7 @@ from bdclean.data.labels.folders import labels_plausible
 from bdclean.data.labels.labelling import claimed_names
 from bdclean.data.loading import load_images
 from bdclean.errors import Refused
-from bdclean.measuring.predictor import Predictor
+from bdclean.measuring.trial import Predict
 from bdclean.networks.ambiguity.size import own_size
 from bdclean.networks.arch import Arch
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
@@ -71,9 +71,7 @@ def at_own_size(checkpoint: Checkpoint, path: Path, inputs: Inputs) -> Checkpoin
     return own_size(checkpoint, load, inputs.preprocess)
 
 
-def keep_plausible_labels(
-    images: ImageSet, suspect: Suspect, predict: Predictor
-) -> tuple[ImageSet, list[str]]:
+def keep_plausible_labels(images: ImageSet, suspect: Suspect, predict: Predict) -> tuple[ImageSet, list[str]]:
     """`images`, without labels that only a count of classes spoke for and that the suspect's answers contradict.
 
     Other labels stay and are doubted; what is to be warned of comes with them.

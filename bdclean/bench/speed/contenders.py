@@ -19,6 +19,7 @@ from bdclean.data.imageset import ImageSet
 from bdclean.data.loading import load_images
 from bdclean.data.sources.folder import search
 from bdclean.measuring.assessment import assess
+from bdclean.measuring.predictor import Predictor
 from bdclean.measuring.trial import Trial, make_predictor
 from bdclean.networks.ambiguity.choosing import choose
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
@@ -87,15 +88,16 @@ def bare_forward(subject: Subject) -> Callable[[], float]:
     return lambda: rate(layout, size, len(ready))
 
 
-def forwarded_through(model: nn.Module) -> Callable[[], int]:
-    """Counts, from now on, the images that go through `model`."""
+def forwarded_through(bench: Trial) -> Callable[[], int]:
+    """Counts, from now on, the images that go through the network of `bench`, a classifier's."""
+    assert isinstance(bench.predict, Predictor)
     count = 0
 
     def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         nonlocal count
         count += len(arguments[0])
 
-    model.register_forward_pre_hook(add)
+    bench.predict.model.register_forward_pre_hook(add)
     return lambda: count
 
 
@@ -128,7 +130,7 @@ def measuring(subject: Subject) -> Callable[[], float]:
     triggers = make_triggers((), (images.images.shape[2], images.images.shape[3]))
     clock = CLOCKS[subject.clock]
 
-    forwarded = forwarded_through(bench.predict.model)
+    forwarded = forwarded_through(bench)
 
     def run() -> float:
         before, start = forwarded(), clock()

@@ -92,7 +92,7 @@ def screening(place: Place) -> Iterator[Cell]:
             CountingControls(trigger)
             for trigger in make_triggers((), (images.images.shape[2], images.images.shape[3]))
         ]
-        through = forwarded_through(bench.predict.model)
+        through = forwarded_through(bench)
         rows = [measured.row for measured in assess(bench, triggers)]
         forwarded = through()
         everything = len(triggers) * len(images)

@@ -1,0 +1,150 @@
+"""The step by which a student encoder learns from a teacher: clone, maps and contrast, in one pass of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bdclean.networks.arch import Arch
+from bdclean.networks.classifier import Classifier
+from bdclean.networks.taps import Seen, seeing
+from bdclean.training.loop import Batch, Measures
+from bdclean.training.losses import nt_xent
+from bdclean.training.pretraining.augmentations import Views
+from bdclean.training.pretraining.learning import Projected, mlp
+from bdclean.training.run import Run
+from bdclean.training.students import frozen
+
+MapLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is asked of the student; a weight of 0 leaves a term out.
+
+    `clone`: the cosine with the teacher's feature; `centred`: both without the teacher's mean feature, for the cosine
+    of any two images is over 0.95 otherwise; `answers`: views of an image over which the teacher's feature is averaged;
+    `contrast`: SimCLR's loss on the student at `temperature`; `maps`: a loss a tap, with a weight for each;
+    `length`: the squared difference of the features' log lengths, which keeps the scale that a head expects.
+    """
+
+    clone: float = 1.0
+    centred: bool = False
+    answers: int = 1
+    contrast: float = 1.0
+    temperature: float = 0.5
+    maps: MapLoss | None = None
+    map_weights: Mapping[str, float] = field(default_factory=dict)
+    length: float = 0.0
+
+
+def void(suspect: Classifier, arch: Arch, run: Run) -> Classifier:
+    """A network of the suspect's architecture with weights drawn anew from the run's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.generator("void").initial_seed())
+        network = arch.build()
+    return Classifier(network, suspect.preprocess)
+
+
+def mean_feature(teacher: Classifier, images: Tensor, run: Run, size: int = 256) -> Tensor:
+    """The mean of the teacher's features of length one over `images` uint8 [n 3 h w], float32 [d]."""
+
+    def made() -> Tensor:
+        with torch.no_grad():
+            parts = [
+                F.normalize(run.forward(teacher, part.to(run.device).float() / 255).float(), dim=1).sum(0)
+                for part in images.split(size)
+            ]
+        return torch.stack(parts).sum(0) / len(images)
+
+    return run.keep("mean feature", made)
+
+
+class EncoderLesson:
+    """A step of `fit` for `student`, an encoder with a projector behind it, which learns from `suspect` as its teacher.
+
+    Departures from the code of 2403.03846 and 2406.03508: the teacher is run without gradients; maps come from the same
+    pass as the features, with hooks set once, where the code runs the student again for them.
+    """
+
+    def __init__(
+        self,
+        suspect: Classifier,
+        student: Classifier,
+        arch: Arch,
+        images: Tensor,
+        terms: Terms,
+        views: Views,
+        run: Run,
+    ) -> None:
+        self.teacher, self.terms, self.views, self.run = frozen(suspect, run), terms, views, run
+        width = arch.width
+        self.model = (
+            Projected(student, mlp(width, width, min(128, width), run, "projector")).to(run.device).train()
+        )
+        if run.precision.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.centre = (
+            mean_feature(self.teacher, images, run) if terms.centred else torch.zeros((), device=run.device)
+        )
+        self.arch = arch
+        self.ours: Seen = Seen()
+        self.theirs: Seen = Seen()
+        self.watching: Sequence = ()
+
+    def __enter__(self) -> EncoderLesson:
+        if self.terms.maps is not None:
+            self.watching = [
+                seeing(self.model.encoder.network, self.arch), seeing(self.teacher.network, self.arch)
+            ]  # fmt: skip
+            self.ours, self.theirs = (watched.__enter__() for watched in self.watching)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for watched in self.watching:
+            watched.__exit__(None, None, None)
+
+    @property
+    def student(self) -> Classifier:
+        found = self.model.encoder
+        assert isinstance(found, Classifier)
+        return found
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Measures]:
+        terms, n = self.terms, len(batch.images)
+        views = [
+            self.views(batch.images, batch.generator)
+            for _ in range(max(terms.answers, 1 + (terms.contrast > 0)))
+        ]
+        answers, lengths = self._answers(views)
+        shown = torch.cat(views[:2]) if terms.contrast else views[0]
+        features = self.run.forward(self.model.encoder, shown).float()
+        measures: dict[str, Tensor | float] = {}
+        likeness = F.cosine_similarity(F.normalize(features[:n], dim=1) - self.centre, answers, dim=1).mean()
+        loss = terms.clone * (1 - likeness)
+        measures["likeness"] = likeness.detach()
+        if terms.contrast:
+            with self.run.precision.autocast(self.run.device):
+                projected = self.model.projector(features)
+            loss = loss + terms.contrast * nt_xent(projected[:n], projected[n:], terms.temperature)
+        if terms.length:
+            loss = (
+                loss
+                + terms.length * (features[:n].norm(dim=1).clamp_min(1e-6).log() - lengths).square().mean()
+            )
+        if terms.maps is not None:
+            for tap, weight in terms.map_weights.items():
+                loss = loss + weight * terms.maps(self.ours.maps[tap][:n], self.theirs.maps[tap][:n])
+        return loss, measures
+
+    @torch.no_grad()
+    def _answers(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The teacher's centred features [n d], a mean over the first `answers` views, and their log lengths [n]."""
+        found = self.run.forward(self.teacher, torch.cat(list(views[: self.terms.answers]))).float()
+        parts = found.view(self.terms.answers, -1, found.shape[1])
+        answers = (F.normalize(parts, dim=2) - self.centre).mean(0)
+        return answers, parts.norm(dim=2).clamp_min(1e-6).log().mean(0)
