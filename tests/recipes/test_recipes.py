@@ -16,6 +16,7 @@ from bdclean.data.imageset import ImageSet
 from bdclean.detectors import inversion
 from bdclean.errors import Interrupted, Refused, UsageError
 from bdclean.networks.classifier import Classifier
+from bdclean.networks.encoder import headless
 from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.stages import describe
@@ -38,6 +39,13 @@ QUICK = {
         "inversion_steps": "2",
         "adversary_steps": "1",
     },
+}
+
+
+QUICK_ENCODER = {
+    "distill": {"epochs": "0.2", "batch_size": "32", "warmup_epochs": "0.2"},
+    "inoculate": {"epochs": "0.2", "least_steps": "1", "batch_size": "32"},
+    "mimic": {"epochs": "0.2", "batch_size": "32", "mi_epochs": "2"},
 }
 
 
@@ -81,7 +89,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("name", [name for name in registry.RECIPES if name != "auto"])
+@pytest.mark.parametrize("name", [name for name, e in registry.RECIPES.items() if e.path and name != "auto"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16+channels_last"])
 def test_contract(name, precision, suspect, arch, images):
     recipe = made(name)
@@ -106,15 +114,71 @@ def test_contract(name, precision, suspect, arch, images):
     assert not same(after, tensors(other.model))
 
 
-@pytest.mark.parametrize("name", registry.RECIPES)
-def test_a_recipe_says_what_it_is(name):
-    recipe = registry.load(registry.RECIPES, name)
+@pytest.mark.parametrize("name", QUICK_ENCODER)
+def test_contract_of_encoders(name, suspect, arch, images):
+    encoder_arch = headless(arch)
+    encoder = Classifier(encoder_arch.build(), suspect.preprocess).eval()
+    encoder.network.load_state_dict(suspect.network.state_dict(), strict=False)
+    recipe = registry.configure(registry.load_recipe(name, "encoder"), QUICK_ENCODER[name])
+    before, pixels = tensors(encoder), images.images.clone()
+
+    def cleansed(seed):
+        return recipe(encoder, encoder_arch, images.unlabeled(), None, Run(CPU, Precision(), seed))
+
+    one, again, other = cleansed(3), cleansed(3), cleansed(4)
+    assert same(before, tensors(encoder)) and torch.equal(pixels, images.images)
+    after = tensors(one.model)
+    assert {k: (v.shape, v.dtype) for k, v in after.items()} == {
+        k: (v.shape, v.dtype) for k, v in before.items()
+    }
+    assert all(bool(v.isfinite().all()) for v in after.values()) and not one.model.training
+    assert one.settings == asdict(recipe) and one.stages and one.curve
+    assert same(after, tensors(again.model)) and again.curve == one.curve
+    assert not same(after, tensors(other.model))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("bcu", "encoder"), ("mimic", "classifier")])
+def test_a_recipe_for_the_other_kind_names_those_that_fit(name, kind):
+    with pytest.raises(UsageError, match=f"{name} does not work on {kind}s: use one of .*inoculate"):
+        registry.load_recipe(name, kind)
+
+
+@pytest.mark.parametrize("loss", ["at", "afd", "fitnet", "cc", "kd", "sp", "pkt", "rkd"])
+@pytest.mark.parametrize("student", ["raw", "void"])
+def test_every_loss_of_distill_trains(loss, student, suspect, arch, images):
+    encoder_arch = headless(arch)
+    encoder = Classifier(encoder_arch.build(), suspect.preprocess).eval()
+    settings = {"epochs": "0.2", "batch_size": "32", "loss": loss, "student": student, "rounds": "2"}
+    recipe = registry.configure(registry.load_recipe("distill", "encoder"), settings)
+    cleansed = recipe(encoder, encoder_arch, images.unlabeled(), None, Run(CPU, Precision(), 0))
+    assert len(cleansed.stages) == 2 and math.isfinite(cleansed.curve[-1]["loss"])
+
+
+def test_a_fine_tuned_teacher_needs_labels(suspect, arch, images):
+    encoder_arch = headless(arch)
+    encoder = Classifier(encoder_arch.build(), suspect.preprocess).eval()
+    settings = QUICK_ENCODER["distill"] | {"teacher": "ft", "teacher_epochs": "0.2", "student": "void"}
+    recipe = registry.configure(registry.load_recipe("distill", "encoder"), settings)
+    run = Run(CPU, Precision(), 0)
+    with pytest.raises(Refused, match="needs labels"):
+        recipe(encoder, encoder_arch, images.unlabeled(), None, run)
+    assert "fine-tuned" in recipe(encoder, encoder_arch, images.unlabeled(), images, run).stages[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "classifier") for name, entry in registry.RECIPES.items() if entry.path]
+    + [(name, "encoder") for name, entry in registry.RECIPES.items() if entry.encoder],
+)
+def test_a_recipe_says_what_it_is(name, kind):
+    recipe = registry.load_recipe(name, kind)
     assert is_dataclass(recipe) and recipe.__dataclass_params__.frozen
     assert recipe.name == name and recipe.source
-    assert recipe.families == registry.RECIPES[name].families
+    assert recipe.families == registry.RECIPES[name].families or kind == "encoder"
     for head in ("What it does:", "When to use it:", "What it needs:", "Known limits:"):
         assert head in recipe.__doc__
-    assert QUICK.keys() == registry.RECIPES.keys()  # a new recipe comes into the contract above
+    known = QUICK.keys() if kind == "classifier" else QUICK_ENCODER.keys() | {"auto"}
+    assert name in known  # a new recipe comes into the contracts above
 
 
 @pytest.mark.parametrize(
