@@ -11,10 +11,12 @@ from bdclean.data.imageset import ImageSet
 from bdclean.data.labels.folders import labels_plausible
 from bdclean.errors import Refused
 from bdclean.measuring.predictor import Predictor
-from bdclean.measuring.probe import Encoded, Features, Probing, clusters, knn
+from bdclean.measuring.probe import Encoded, Features, Probing, check_features, clusters, knn
 from bdclean.measuring.trial import Trial, halves
 from bdclean.progress import Tell
 
+TELLING = 64
+"""Images that show whether features differ at all."""
 MOST_PROBING = 5_000
 """Images that probes are trained on, at most."""
 CLUSTERS, LEAST_IN_CLUSTER = 16, 20
@@ -36,6 +38,7 @@ def open_encoder_trial(
     where nearest neighbours do better than chance on them.
     """
     features = Features(encode)
+    check_features(features(images.images[:TELLING]))
     if probing is None:
         first, second = halves(len(images), seed)
         probing, images = images.select(first.sort().values), images.select(second.sort().values)
