@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bdclean.errors import Refused, UsageError
-from bdclean.networks.recognition.recognition import FAMILIES, identify, recognise
+from bdclean.networks.recognition.recognition import FAMILIES, recognise, recognise_as
 from bdclean.networks.stages import NO_WEIGHTS
 
 NAMED = {p.name: p for family in FAMILIES for p in family.named_proposals(7)}
@@ -356,11 +356,11 @@ def test_senseless_shapes_are_refused(shapes):
 
 def test_a_name_settles_which_it_is_or_is_refused():
     shapes = shapes_of(on_meta(NAMED["resnet20-cifar-a"].build))
-    assert [m.arch.name for m in identify(shapes, "resnet20-cifar-a-end")] == ["resnet20-cifar-a-end"]
+    assert [m.arch.name for m in recognise_as(shapes, "resnet20-cifar-a-end")] == ["resnet20-cifar-a-end"]
     with pytest.raises(Refused, match="resnet18 does not have these .* they fit resnet20-cifar-a"):
-        identify(shapes, "resnet18")
+        recognise_as(shapes, "resnet18")
     with pytest.raises(UsageError, match="did you mean .*resnet20-cifar"):
-        identify(shapes, "resnet20-cifer-a")
+        recognise_as(shapes, "resnet20-cifer-a")
 
 
 def test_recognition_draws_no_random_numbers():
@@ -380,6 +380,6 @@ def test_variants_that_nobody_names_keep_names_and_shapes():
         assert shapes_of(network) == expected
     network = on_meta(next(m for m in found if m.arch.name == "resnet18+stride1-no-pool").arch.build)
     assert isinstance(network.maxpool, nn.Identity) and network.conv1.stride == (1, 1)
-    chosen = identify(expected, "resnet18+silu+64px")[0].arch
+    chosen = recognise_as(expected, "resnet18+silu+64px")[0].arch
     assert (chosen.name, chosen.input) == ("resnet18+silu+64px", (3, 64, 64))
     assert any(isinstance(m, nn.SiLU) for m in on_meta(chosen.build).modules())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bdclean.errors import Refused, UsageError
-from bdclean.networks.recognition.recognition import identify
+from bdclean.networks.recognition.recognition import recognise_as
 
 CODE = """
 import torch
@@ -86,7 +86,7 @@ def small_shapes(classes, prefix=""):
 @pytest.mark.parametrize("maker, classes", [("Small", 10), ("Small", 43), ("required", 7), ("fixed", 4)])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_user_code_is_fitted(code, maker, classes, prefix):
-    (match,) = identify(small_shapes(classes, prefix), f"{code}:{maker}")
+    (match,) = recognise_as(small_shapes(classes, prefix), f"{code}:{maker}")
     arch = match.arch
     assert (arch.name, arch.classes, arch.input) == (f"user:{maker}", classes, (3, 32, 32))
     assert [len(s.modules) for s in arch.stages] == [1, 1, 2, 2, 1]
@@ -96,7 +96,7 @@ def test_user_code_is_fitted(code, maker, classes, prefix):
 
 
 def test_user_code_from_a_package(code, monkeypatch):
-    assert identify(small_shapes(10), "own:Small")[0].arch.name == "user:Small"
+    assert recognise_as(small_shapes(10), "own:Small")[0].arch.name == "user:Small"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_user_code_from_a_package(code, monkeypatch):
 )
 def test_user_code_that_does_not_serve(code, spec, kind, said):
     with pytest.raises(kind) as caught:
-        identify(small_shapes(10), spec)
+        recognise_as(small_shapes(10), spec)
     assert said.split(", nn")[0] in str(caught.value)
 
 
@@ -127,22 +127,22 @@ def test_user_code_that_does_not_serve(code, spec, kind, said):
 )
 def test_user_networks_must_give_logits_for_rgb_images(code, name, shapes, said):
     with pytest.raises(Refused, match=said):
-        identify(shapes, f"{code}:{name}")
+        recognise_as(shapes, f"{code}:{name}")
 
 
 def test_a_script_that_exits_is_refused_not_obeyed(tmp_path):
     (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")
     with pytest.raises(Refused, match="leaves.py failed when imported: SystemExit"):
-        identify(small_shapes(10), "leaves.py:Small")
+        recognise_as(small_shapes(10), "leaves.py:Small")
 
 
 def test_code_beside_a_file_is_not_run_without_being_asked(code, tmp_path):
     (tmp_path / "model.py").write_text("raise RuntimeError('ran')\n")
     with pytest.raises(Refused, match="no known architecture"):
-        identify(small_shapes(10))
+        recognise_as(small_shapes(10))
 
 
 def test_fitting_draws_no_random_numbers(code):
     before = torch.random.get_rng_state()
-    identify(small_shapes(10), f"{code}:Small")
+    recognise_as(small_shapes(10), f"{code}:Small")
     assert torch.equal(before, torch.random.get_rng_state())

@@ -95,7 +95,7 @@ def as_encoders(
 ) -> tuple[list[Match], list[str]]:
     """The encoders that a file holds, a classifier's trunk among them; user code gives the features itself."""
     if arch is not None and ":" in arch and not arch.startswith("timm:"):
-        match = recognition.identify(shapes, arch)[0]
+        match = recognition.recognise_as(shapes, arch)[0]
         size, name = match.arch.input, match.arch.name
         made = describe_encoder(name, match.arch.build, size, "what the code returns")
         return [replace(match, arch=replace(made, layout="the user's code"))], []
@@ -131,7 +131,7 @@ def classifiers(
     if arch is not None and arch.startswith("timm:"):
         return [timm_models.fit_timm(arch.removeprefix("timm:"), shapes, claim)], []
     if arch is not None and ":" in arch:
-        return recognition.identify(shapes, arch), []
+        return recognition.recognise_as(shapes, arch), []
     found = translated(shapes, arch, claim)
     if found is not None:
         return found
@@ -141,7 +141,7 @@ def classifiers(
             raise Refused("config.json says num_classes 0, an encoder: it has no classes to tell apart.")
         return claimed_by_timm(name, shapes, claim)
     try:
-        return recognition.identify(shapes, arch), []
+        return recognition.recognise_as(shapes, arch), []
     except Refused as error:
         kind = claim.get("model_type")
         if arch is None and isinstance(kind, str) and kind not in (*TABLES, "timm_wrapper"):
@@ -252,7 +252,7 @@ def translated(
 def known(there: Translation, arch: str | None) -> list[Match]:
     """The networks for names that were translated."""
     if there.kind != "convnextv2":
-        found = recognition.identify(there.shapes, arch)
+        found = recognition.recognise_as(there.shapes, arch)
         if found[0].unread:
             raise Refused(f"{shown(found[0].unread[0])} is not part of a {there.kind} that is known: {CODE}.")
         return found

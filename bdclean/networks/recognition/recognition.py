@@ -144,7 +144,7 @@ def well_known(classes: int) -> Iterator[Proposal]:
         yield from family.named_proposals(classes)
 
 
-def identify(shapes: Mapping[str, Shape], arch: str | None = None) -> list[Match]:
+def recognise_as(shapes: Mapping[str, Shape], arch: str | None = None) -> list[Match]:
     """The networks that fit; only the one that `arch` names, and user code only where it says FILE.py:NAME."""
     if arch is not None and ":" in arch:
         return [fit_user_code(arch, shapes)]
@@ -152,7 +152,7 @@ def identify(shapes: Mapping[str, Shape], arch: str | None = None) -> list[Match
         return recognise(shapes)
     wanted = arch.lower()
     if sized := re.fullmatch(r"(.+)\+(\d{1,4})px", wanted):
-        return [replace(m, arch=at_size(m.arch, int(sized[2]))) for m in identify(shapes, sized[1])]
+        return [replace(m, arch=at_size(m.arch, int(sized[2]))) for m in recognise_as(shapes, sized[1])]
     names = [row.name for row in known.table()]
     try:
         found = recognise(shapes)
