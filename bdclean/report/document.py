@@ -150,7 +150,8 @@ def summary(record: RunRecord) -> list[tuple[str, str]]:
         found.append(("fires after", _still(record, fired(record.after.triggers))))
     kept = record.measure("agreement")
     if (said := accuracy(record)) != wording.NOTHING:
-        found.append(("accuracy", f"{said} %"))
+        probed = " of a linear probe on the features" if record.checkpoint.kind == "encoder" else ""
+        found.append(("accuracy", f"{said} %{probed}"))
     elif kept is not None and kept.value is not None:
         found.append(("agreement", f"{wording.measure(kept)} % of the suspect's clean answers are kept"))
     if record.output is not None:
@@ -199,6 +200,11 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
         None if checkpoint.parameters is None else f"{checkpoint.parameters:,} parameters",
     ]
     found = [("model", checkpoint.path), ("sha256", checkpoint.sha256 or ""), ("network", _joined(network))]
+    if checkpoint.kind == "encoder":
+        matched = None if checkpoint.matched is None else f"{checkpoint.matched} tensors read"
+        feature = None if checkpoint.feature is None else f"feature: {checkpoint.feature}"
+        size = None if checkpoint.feature_size is None else f"{checkpoint.feature_size} numbers"
+        found.append(("encoder", _joined([checkpoint.layout, feature, size, matched])))
     if checkpoint.preprocess or checkpoint.mean:
         margin = checkpoint.preprocess_margin
         found.append(

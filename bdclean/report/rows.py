@@ -60,6 +60,7 @@ def tables(record: RunRecord) -> list[Table]:
             _triggers(title, unseen),
             _triggers("Triggers of families that the recipe trained on", seen),
         ]
+    found.append(_probes(record.rows()))
     found.append(
         Table(
             "Findings without a known trigger",
@@ -105,6 +106,24 @@ def _triggers(title: str, rows: Sequence[TriggerRow]) -> Table:
     return _without_empty(
         Table(title, columns, cells, details=("base %", "robust %", "worst source %"), calm=calm)
     )
+
+
+def _probes(rows: Sequence[TriggerRow]) -> Table:
+    """What other probes on an encoder's features say of its triggers; without rows for a classifier."""
+    probed = sorted((row for row in rows if row.probes), key=rank)
+    names = list(dict.fromkeys(name for row in probed for name in row.probes))
+    cells = [
+        [
+            row.trigger,
+            _target(row),
+            *(wording.rate(row.probes.get(name)) for name in names),
+            wording.rate(row.asr_all_images),
+        ]
+        for row in probed
+    ]
+    columns = ["trigger", "target", *(f"{name} %" for name in names), "of all images %"]
+    note = "ASR with other probes; the last over all images, those of the target class, too, as BadEncoder counts."
+    return Table("Other probes", columns, cells, note, whole_calm=True)
 
 
 def _pairs(before: Side, after: Side, families: Sequence[str]) -> list[Table]:
