@@ -62,12 +62,19 @@ def _architectures() -> str:
 
 
 def _entry(what: str, name: str) -> str:
-    found = describe(SINGULAR[what], name)
     entry = SINGULAR[what][name]
-    lines = [f"{name}: {entry.line}", "", found.docstring, ""]
+    said = f"{name}: {entry.line}\n\n{_described(what, name, entry.families)}"
+    if entry.path and entry.encoder not in ("", entry.path):
+        said += f"\nOf encoders:\n\n{_described(what, name, (), encoder=True)}"
+    return said
+
+
+def _described(what: str, name: str, families: tuple[str, ...], encoder: bool = False) -> str:
+    found = describe(SINGULAR[what], name, encoder)
+    lines = [found.docstring, ""]
     facts = {key: value for key, value in found.constants.items() if key != "name"}
-    if entry.families:
-        facts["families"] = entry.families
+    if families:
+        facts["families"] = families
     for key, value in facts.items():
         shown = ", ".join(map(str, value)) or "none" if isinstance(value, (tuple, list)) else value
         shown = {True: "yes", False: "no"}[shown] if isinstance(shown, bool) else shown

@@ -86,6 +86,12 @@ def scan(
         typer.Option("--target", metavar="CLASS", help="auto, a number, each (class) or next (label + 1)."),
     ] = "auto",
     detector: Annotated[list[str] | None, typer.Option("--detector", hidden=True)] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference", metavar="FILE", help="A clean encoder like MODEL: its rates are the floor."
+        ),
+    ] = None,
     fail_on: FailOn = None,
     arch: Arch = None,
     kind: Kind = "auto",
@@ -114,6 +120,7 @@ def scan(
 
     inputs = Inputs(
         data=data, test=test, labeled=labeled, classes=classes, arch=arch, kind=kind, preprocess=preprocess,
+        reference=reference,
         device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
         allow_pickle=allow_pickle, pictures=not no_pictures, argv=tuple(sys.argv),
     )  # fmt: skip

@@ -36,12 +36,17 @@ class Description:
     settings: tuple[Setting, ...]
 
 
-def describe(table: Mapping[str, Entry], name: str) -> Description:
-    """Returns what the source text of the class called `name` says. Nothing is imported, so no torch."""
+def describe(table: Mapping[str, Entry], name: str, encoder: bool = False) -> Description:
+    """Returns what the source text of the class called `name` says. Nothing is imported, so no torch.
+
+    `encoder`: of a recipe that has two classes, that for encoders.
+    """
     import ast
     import importlib.util
 
-    module, _, attribute = find(table, name).path.partition(":")
+    entry = find(table, name)
+    path = entry.encoder if encoder or not entry.path else entry.path
+    module, _, attribute = path.partition(":")
     package, _, _ = module.partition(".")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

@@ -16,17 +16,18 @@ from bdclean.triggers.stamping import Trigger
 
 
 def judged_as_encoder(
-    trial: Trial, rows: Sequence[TriggerRow], made: Sequence[Trigger]
+    trial: Trial, rows: Sequence[TriggerRow], made: Sequence[Trigger], floor: Trial | None = None
 ) -> tuple[list[TriggerRow], list[Finding]]:
     """`rows` as they are of a classifier; of an encoder with what its other probes say, or with the unlabeled test.
 
-    Clusters are no classes: a row that sends images to one decides nothing by itself.
+    `floor`: a clean encoder with probes of its own. Clusters are no classes: a row that sends images to one decides
+    nothing by itself.
     """
     if trial.encoded is None:
         return list(rows), []
     triggers = {trigger.spec(): trigger for trigger in made}
     if trial.labeled:
-        return [_probed(trial, row, triggers[row.trigger]) for row in rows], []
+        return [_probed(trial, row, triggers[row.trigger], floor) for row in rows], []
     asked = [triggers[row.trigger] for row in rows if row.target_source != SCREENED_OUT]
     field = Field.of(trial.encoded.features, trial.encoded.first, trial.classes, trial.images, trial.seed)
     findings = pull_test(field, asked, len(rows), trial.seed, trial.tell)
@@ -43,16 +44,20 @@ def _undecided(row: TriggerRow) -> TriggerRow:
     )
 
 
-def _probed(trial: Trial, row: TriggerRow, trigger: Trigger) -> TriggerRow:
-    """`row` with the rates of the other probes on the same images, whose features are remembered."""
+def _probed(trial: Trial, row: TriggerRow, trigger: Trigger, floor: Trial | None) -> TriggerRow:
+    """`row` with the rates of the other probes on the same images, whose features are remembered, and of `floor`."""
     if trial.encoded is None or not isinstance(row.target, int) or row.target_source == SCREENED_OUT:
         return row
     order = torch.cat(halves(len(trial.images), trial.seed))
     chosen = order[len(order) - row.images :]  # the half that rows are measured on, or all
-    known, reference = trial.encoded.features(trigger(trial.images[chosen])), trial.reference[chosen]
+    stamped, reference = trigger(trial.images[chosen]), trial.reference[chosen]
+    known = trial.encoded.features(stamped)
     probes = {
         name: rate(attack_success(head(known), reference, row.target, trial.classes))
         for name, head in trial.encoded.others.items()
     }
     everything = rate(trial.encoded.first(known) == row.target)
-    return replace(row, probes=probes, asr_all_images=everything)
+    least = None
+    if floor is not None:
+        least = rate(attack_success(floor.predict(stamped), reference, row.target, trial.classes))
+    return replace(row, probes=probes, asr_all_images=everything, reference_rate=least)

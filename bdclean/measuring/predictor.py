@@ -61,7 +61,10 @@ class Predictor:
                     if not first:
                         # Room for all answers first: each one kept between large temporaries would let the heap grow
                         # by a temporary.
-                        found = some.new_empty(len(images), *some.shape[1:])
+                        with torch.inference_mode(False):
+                            found = torch.empty(
+                                (len(images), *some.shape[1:]), dtype=some.dtype, device=self.device
+                            )
                     found[first : first + len(batch)] = some
                     finite &= answers.isfinite().all()
                 except (RuntimeError, MemoryError) as error:

@@ -118,12 +118,16 @@ def _probes(rows: Sequence[TriggerRow]) -> Table:
             _target(row),
             *(wording.rate(row.probes.get(name)) for name in names),
             wording.rate(row.asr_all_images),
+            wording.rate(row.reference_rate),
         ]
         for row in probed
     ]
-    columns = ["trigger", "target", *(f"{name} %" for name in names), "of all images %"]
-    note = "ASR with other probes; the last over all images, those of the target class, too, as BadEncoder counts."
-    return Table("Other probes", columns, cells, note, whole_calm=True)
+    columns = ["trigger", "target", *(f"{name} %" for name in names), "of all images %", "of the reference %"]
+    note = (
+        "ASR with other probes; over all images, those of the target class, too, as BadEncoder counts; of the clean "
+        "encoder of --reference."
+    )
+    return _without_empty(Table("Other probes", columns, cells, note, whole_calm=True))
 
 
 def _pairs(before: Side, after: Side, families: Sequence[str]) -> list[Table]:

@@ -18,6 +18,7 @@ class Inputs:
     arch: str | None = None
     kind: str = "auto"
     preprocess: str = "auto"
+    reference: Path | None = None
     device: str = "auto"
     precision: str = "auto"
     batch_size: int | None = None

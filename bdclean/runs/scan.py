@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused, UsageError, attach
 from bdclean.measuring import pictures
 from bdclean.measuring.assessment import assess, in_order
 from bdclean.measuring.encoders import judged_as_encoder
 from bdclean.measuring.rows import Measured
-from bdclean.measuring.trial import Trial
+from bdclean.measuring.trial import Trial, make_predictor
 from bdclean.measuring.verdict import clean_measures, verdict
 from bdclean.networks.ambiguity.choosing import Choice
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
@@ -27,9 +28,11 @@ from bdclean.record.run import (
     RunRecord,
     TriggerRow,
 )
+from bdclean.runs.encoders import again
 from bdclean.runs.images import at_own_size, copies, describe_images, read_images
 from bdclean.runs.options import Inputs
 from bdclean.runs.suspect import (
+    Suspect,
     describe_checkpoint,
     describe_choice,
     describe_suspect,
@@ -89,7 +92,8 @@ def scan(
             for each in assess(trial, made, aim):
                 measured.append(each)
                 found.append(each.row)
-            readings.append(_Reading.of(choice, trial, in_order(measured, made), made))
+            floor = open_reference(trial, suspect, images, inputs)
+            readings.append(_Reading.of(choice, trial, in_order(measured, made), made, floor))
         return _conclude(record, readings, made, inputs.pictures)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, record)
@@ -108,8 +112,14 @@ class _Reading:
     advice: str | None
 
     @staticmethod
-    def of(choice: Choice, trial: Trial, measured: Sequence[Measured], made: Sequence[Trigger]) -> _Reading:
-        rows, findings = judged_as_encoder(trial, [each.row for each in measured], made)
+    def of(
+        choice: Choice,
+        trial: Trial,
+        measured: Sequence[Measured],
+        made: Sequence[Trigger],
+        floor: Trial | None,
+    ) -> _Reading:
+        rows, findings = judged_as_encoder(trial, [each.row for each in measured], made, floor)
         return _Reading(choice, trial, rows, findings, *verdict(rows, findings))
 
 
@@ -150,6 +160,23 @@ def images_of(inputs: Inputs, kind: str = "classifier") -> Path:
     if path is None:
         raise UsageError("scan needs images: give --data PATH.")
     return path
+
+
+def open_reference(trial: Trial, suspect: Suspect, images: ImageSet, inputs: Inputs) -> Trial | None:
+    """The clean encoder of `--reference` on the images of `trial`, with probes of its own; None where none is given."""
+    if inputs.reference is None:
+        return None
+    if trial.encoded is None or not trial.labeled:
+        raise UsageError("--reference is for encoders that are scanned with labeled images.")
+    checkpoint = Checkpoint.read(inputs.reference, inputs.arch, inputs.allow_pickle, "encoder")
+    if checkpoint.arch.name != suspect.checkpoint.arch.name:
+        raise Refused(
+            f"the reference is a {checkpoint.arch.name}, the model a {suspect.checkpoint.arch.name}: give a clean "
+            "encoder of the same architecture."
+        )
+    read = understand(checkpoint, images.images, "auto", None, inputs.arch is not None, suspect.device)
+    classifier = read.classifier(read.choices[0])
+    return again(trial, make_predictor(classifier, suspect.device, inputs.batch_size, trial.images))
 
 
 def check_target(target: str, trial: Trial) -> str | int:
