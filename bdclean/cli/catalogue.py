@@ -9,7 +9,7 @@ from bdclean.cli.description import describe
 from bdclean.errors import UsageError
 from bdclean.files import text
 from bdclean.files.text import closest
-from bdclean.registry import DETECTORS, RECIPES, TABLES, TRIGGERS
+from bdclean.registry import DETECTORS, RECIPES, TABLES, TRIGGERS, find
 
 # Kinds whose depth, width and class count are read off the shapes, beside the named ones.
 KINDS = {
@@ -62,7 +62,7 @@ def _architectures() -> str:
 
 
 def _entry(what: str, name: str) -> str:
-    entry = SINGULAR[what][name]
+    entry = find(SINGULAR[what], name)
     said = f"{name}: {entry.line}\n\n{_described(what, name, entry.families)}"
     if entry.path and entry.encoder not in ("", entry.path):
         said += f"\nOf encoders:\n\n{_described(what, name, (), encoder=True)}"
