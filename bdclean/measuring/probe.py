@@ -7,6 +7,7 @@ on clean images alone, anew for each encoder.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ class Features:
     held: int = 0
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Raises Refused where features are no numbers, or the same for all images."""
+        """Raises Refused where features are no numbers."""
         key = hashlib.blake2b(images.contiguous().numpy().data, digest_size=16).digest()
         if key in self.remembered:
             self.remembered.move_to_end(key)
@@ -197,8 +198,11 @@ def nearest_mean(features: Tensor, groups: Tensor, count: int) -> Head:
 
 
 def clusters(features: Tensor, count: int, seed: int) -> Tensor:
-    """`count` groups of centred `features` [n d] by k-means, int64 [n]; none is empty."""
+    """Up to `count` groups of centred `features` [n d] by k-means, int64 [n]; none is empty."""
     centred = F.normalize(features - features.mean(0), dim=1)
-    _, groups = kmeans2(centred.double().numpy(), count, minit="++", seed=seed, iter=30, missing="warn")
+    with warnings.catch_warnings():
+        # Of fewer different images than clusters k-means says that some are empty: those are left out below.
+        warnings.simplefilter("ignore")
+        _, groups = kmeans2(centred.double().numpy(), count, minit="++", seed=seed, iter=30, missing="warn")
     kept = torch.from_numpy(groups).long().unique(return_inverse=True)[1]
     return kept

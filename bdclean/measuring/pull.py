@@ -9,6 +9,7 @@ is unusual and brings the features together, too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ from bdclean.triggers.stamping import Stamp, Trigger
 
 NAME = "pull"
 CONTROLS, AT_ONCE = 999, 37
-"""The most controls of a trigger, and how many are drawn together: a picture of each is held."""
+"""The most controls of a trigger, if few triggers are tried, and how many are drawn together: a picture of each is
+held."""
 EXCEEDED = 10
 """So many controls as strong as the trigger end its test: it is usual."""
 IMAGES = 100
@@ -113,9 +115,11 @@ def pull_test(
 ) -> list[Finding]:
     """A finding for each of `triggers`, corrected for all `tried`: those that were screened out count as usual."""
     measured = [field.pulled(trigger) for trigger in triggers]
+    # With fewer controls nothing could be unusual among so many triggers.
+    most = max(CONTROLS, math.ceil(tried / LEVEL))
     values, counts = [], []
     for done, (trigger, pulled) in enumerate(zip(triggers, measured, strict=True)):
-        value, count = p_value(field, trigger, pulled.strength, seed)
+        value, count = p_value(field, trigger, pulled.strength, seed, most)
         values.append(value)
         counts.append(count)
         tell("pull test", done + 1, len(triggers))

@@ -96,10 +96,11 @@ def relations(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _distances(x: Tensor) -> Tensor:
-    """Distances of all pairs, their mean one."""
+    """Distances of all pairs, their mean one; one image has none."""
     found = (x[:, None] - x[None]).square().sum(2).clamp_min(1e-12).sqrt()
-    apart = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    return found * apart / found[apart].mean().clamp_min(EPSILON)
+    found = found * ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    mean = found.sum() / max(1, len(x) * (len(x) - 1))
+    return found / mean.clamp_min(EPSILON)
 
 
 def _angles(x: Tensor) -> Tensor:
