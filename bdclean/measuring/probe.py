@@ -84,6 +84,7 @@ class Encoded:
     def of(features: Features, probing: Probing) -> Encoded:
         """With labels a linear probe, BadEncoder's from SEEDS seeds, and nearest neighbours; else cluster means."""
         known, targets, classes = features(probing.images), probing.targets, probing.classes
+        check_features(known)
         if not probing.labeled:
             return Encoded(features, probing, nearest_mean(known, targets, classes), {})
         others = {f"mlp/{seed}": mlp(known, targets, classes, seed) for seed in range(SEEDS)}

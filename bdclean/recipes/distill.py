@@ -58,7 +58,7 @@ class Distill:
     contrast: float = 1.0  # of SimCLR's loss on the student, which the code always has
     epochs: float = 500  # of each round
     rounds: int = 1  # in each the student becomes the next round's teacher
-    warmup_epochs: float = 100  # of SimCLR before the first round, with student=warmup
+    warmup_epochs: float = 100  # of SimCLR before each round, with student=warmup
     teacher_epochs: float = 20  # of fine-tuning the teacher
     batch_size: int = 128
     rate: float = 1e-3
@@ -79,7 +79,7 @@ class Distill:
             teacher = fine_tuned(suspect, arch, labeled, self.teacher_epochs, run)
             stages.append(f"the teacher was fine-tuned for {self.teacher_epochs:g} epochs on labeled images")
         for number in range(self.rounds):
-            student = self._student(teacher, arch, unlabeled, run, first=number == 0)
+            student = self._student(teacher, arch, unlabeled, run, number)
             terms = self._terms(arch)
             lesson = EncoderLesson(teacher, student, arch, unlabeled.images, terms, Views(), run)
             more = train_encoder(
@@ -91,13 +91,14 @@ class Distill:
         return Cleansed(teacher, arch, curve, asdict(self), [*stages, *halvings(curve)])
 
     def _student(
-        self, teacher: Classifier, arch: Arch, unlabeled: ImageSet, run: Run, first: bool
+        self, teacher: Classifier, arch: Arch, unlabeled: ImageSet, run: Run, number: int
     ) -> Classifier:
         if self.student == "raw":
             return copy.deepcopy(teacher).requires_grad_(True)
-        student = void(teacher, arch, run)
-        if self.student == "warmup" and first:
-            SimCLR(epochs=self.warmup_epochs, batch_size=self.batch_size)(student, unlabeled, run, "warm up")
+        student = void(teacher, arch, run, number)
+        if self.student == "warmup":
+            warm = SimCLR(epochs=self.warmup_epochs, batch_size=self.batch_size)
+            warm(student, unlabeled, run, f"warm up {number}")
         return student
 
     def _terms(self, arch: Arch) -> Terms:

@@ -42,10 +42,10 @@ class Terms:
     length: float = 0.0
 
 
-def void(suspect: Classifier, arch: Arch, run: Run) -> Classifier:
-    """A network of the suspect's architecture with weights drawn anew from the run's seed."""
+def void(suspect: Classifier, arch: Arch, run: Run, *part: object) -> Classifier:
+    """A network of the suspect's architecture with weights drawn anew, by the run's seed and `part`."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.generator("void").initial_seed())
+        torch.manual_seed(run.generator("void", *part).initial_seed())
         network = arch.build()
     return Classifier(network, suspect.preprocess)
 
