@@ -164,8 +164,12 @@ class _Repair:
             suspect, suspect.choices[0], images.held_out, self.inputs, self.threshold, self.tell, probing
         )
         if suspect.arch.kind == "encoder":
-            self._note(doubts)
-            return before, images
+            data = self.record.data or DataEntry()
+            if not before.labeled:
+                data = replace(data, labeled=False, labels_source=None, classes=None)
+            self._note(doubts, data=data)
+            with_labels = probing if before.labeled and probing.labels is not None else None
+            return before, Images(images.unlabeled, images.labeled or with_labels, images.held_out)
         unlabeled, more = keep_plausible_labels(images.unlabeled, suspect, before.predict)
         labeled = images.labeled
         if labeled is None and unlabeled.labels is not None:
