@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from bdclean.errors import Refused
 from bdclean.measuring.predictor import Predictor
+from bdclean.training.pretraining.knn import NEIGHBOURS
+from bdclean.training.pretraining.knn import knn as vote
 
 Head = Callable[[Tensor], Tensor]
 """Features [n d] of length one -> classes int64 [n]."""
@@ -34,8 +36,8 @@ DECAY, ITERATIONS = 1e-3, 100
 MLP_STEPS, MLP_BATCH, MLP_RATE = 3_000, 64, 1e-3
 """BadEncoder trains 500 epochs at 1e-4, which is 39,000 steps with 5,000 images; a one-cycle rate needs fewer."""
 
-NEIGHBOURS, KNN_TEMPERATURE = 200, 0.5
-"""At most; with few images as many as half a class has, or neighbours of other classes would outvote it."""
+KNN_TEMPERATURE = 0.5
+"""BadEncoder's. Of NEIGHBOURS there are at most as many as half a class has, or those of others would outvote it."""
 
 
 @dataclass
@@ -177,16 +179,7 @@ def mlp(features: Tensor, labels: Tensor, classes: int, seed: int) -> Head:
 def knn(features: Tensor, labels: Tensor, classes: int) -> Head:
     """The nearest images' classes, each weighed by exp(cosine / KNN_TEMPERATURE) (Wu et al. 2018, arXiv 1805.01978)."""
     k = max(1, min(NEIGHBOURS, len(features) // (2 * classes)))
-
-    def vote(z: Tensor) -> Tensor:
-        found = []
-        for part in z.split(1024):
-            near, which = (part @ features.T).topk(k, dim=1)
-            votes = torch.zeros(len(part), classes)
-            found.append(votes.scatter_add_(1, labels[which], (near / KNN_TEMPERATURE).exp()).argmax(1))
-        return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
-
-    return vote
+    return lambda z: vote(features, labels, z, classes, k, KNN_TEMPERATURE)
 
 
 def nearest_mean(features: Tensor, groups: Tensor, count: int) -> Head:

@@ -16,7 +16,7 @@ from bdclean.errors import Refused, UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.encoder_lesson import EncoderLesson, Terms, void
+from bdclean.training.encoder_lesson import EncoderLesson, Terms, train_encoder, void
 from bdclean.training.loop import Batch, Measures, State, fit, halvings
 from bdclean.training.map_losses import MAPS
 from bdclean.training.pretraining.augmentations import Views
@@ -108,21 +108,6 @@ class Distill:
         return Terms(
             clone=self.clone, contrast=self.contrast, maps=MAPS[kind], map_weights=dict.fromkeys(taps, weight)
         )
-
-
-def train_encoder(
-    lesson: EncoderLesson, stage: str, images: torch.Tensor, epochs: float, batch_size: int, decay: float,
-    rate: object, peak: float, run: Run,
-) -> list[dict[str, float]]:  # fmt: skip
-    """Trains the lesson's student with Adam, and returns the curve. `rate` takes a step and all steps."""
-    assert callable(rate)
-    steps = max(1, math.ceil(epochs * len(images) / batch_size))
-    optimiser = torch.optim.Adam(lesson.model.parameters(), peak, weight_decay=decay)
-    state = State(
-        stage, lesson.model, optimiser, images, None, batch_size, steps, lambda step: float(rate(step, steps))
-    )
-    with lesson:
-        return fit(lesson, state, run)
 
 
 def fine_tuned(

@@ -9,9 +9,8 @@ from bdclean.data.imageset import ImageSet
 from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
-from bdclean.recipes.distill import train_encoder
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.encoder_lesson import EncoderLesson, Terms, void
+from bdclean.training.encoder_lesson import EncoderLesson, Terms, train_encoder, void
 from bdclean.training.loop import halvings
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.run import Run

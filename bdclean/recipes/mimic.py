@@ -14,9 +14,8 @@ from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.taps import seeing
-from bdclean.recipes.distill import train_encoder
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.encoder_lesson import EncoderLesson, Terms, void
+from bdclean.training.encoder_lesson import EncoderLesson, Terms, train_encoder, void
 from bdclean.training.loop import halvings
 from bdclean.training.map_losses import attention, scaled_attention
 from bdclean.training.mutual_information import ESTIMATORS, mutual_information

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.taps import Seen, seeing
-from bdclean.training.loop import Batch, Measures
+from bdclean.training.loop import Batch, Measures, State, fit
 from bdclean.training.losses import nt_xent
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.pretraining.learning import Projected, mlp
@@ -148,3 +149,17 @@ class EncoderLesson:
         parts = found.view(self.terms.answers, -1, found.shape[1])
         answers = (F.normalize(parts, dim=2) - self.centre).mean(0)
         return answers, parts.norm(dim=2).clamp_min(1e-6).log().mean(0)
+
+
+def train_encoder(
+    lesson: EncoderLesson, stage: str, images: Tensor, epochs: float, batch_size: int, decay: float,
+    rate: Callable[[int, int], float], peak: float, run: Run,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Trains the lesson's student with Adam, and returns the curve. `rate` takes a step and all steps."""
+    steps = max(1, math.ceil(epochs * len(images) / batch_size))
+    optimiser = torch.optim.Adam(lesson.model.parameters(), peak, weight_decay=decay)
+    state = State(
+        stage, lesson.model, optimiser, images, None, batch_size, steps, lambda step: rate(step, steps)
+    )
+    with lesson:
+        return fit(lesson, state, run)

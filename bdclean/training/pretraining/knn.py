@@ -35,12 +35,11 @@ def knn(
 
     Each of the `neighbours` (at most n) most similar ones votes with exp(cosine / temperature).
     """
-    memory, votes = F.normalize(memory, dim=1), F.one_hot(labels, classes).float()
-    found = []
+    memory, found = F.normalize(memory, dim=1), []
     for some in F.normalize(queries, dim=1).split(1000):
         similar, which = (some @ memory.T).topk(min(neighbours, len(memory)), dim=1)
-        weights = (
-            (similar - 1) / temperature
-        ).exp()  # less 1, so that nothing overflows: the ratios are the same
-        found.append((weights[:, :, None] * votes[which]).sum(1).argmax(1))
+        # less 1, so that nothing overflows: the ratios are the same
+        weights = ((similar - 1) / temperature).exp()
+        votes = torch.zeros(len(some), classes, device=weights.device)
+        found.append(votes.scatter_add_(1, labels[which], weights).argmax(1))
     return torch.cat(found)
