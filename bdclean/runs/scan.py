@@ -85,14 +85,13 @@ def scan(
             trial, doubts = open_trial(
                 suspect, choice, images, inputs, record.threshold or 0.0, tell, probing
             )
-            aim = check_target(target, trial)
+            aim, floor = check_target(target, trial), open_reference(trial, suspect, images, inputs)
             found: list[TriggerRow] = []  # in the record before all are: a run may end early
             record = replace(record, triggers=found).warned(doubts)
             measured = []
             for each in assess(trial, made, aim):
                 measured.append(each)
                 found.append(each.row)
-            floor = open_reference(trial, suspect, images, inputs)
             readings.append(_Reading.of(choice, trial, in_order(measured, made), made, floor))
         return _conclude(record, readings, made, inputs.pictures)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bdclean.errors import Refused, UsageError
+from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.progress import quiet
 from bdclean.record.run import RunRecord
 from bdclean.runs.cleanse import cleanse
@@ -27,8 +28,9 @@ def scanned(name, data, triggers=TRIGGER, **more):
     return scan(SAMPLES / name, inputs(data, **more), triggers=triggers, tell=quiet)
 
 
+@pytest.mark.slow
 def test_with_labels_probes_show_the_backdoor():
-    record = scanned("signs-blend.safetensors", LABELED)
+    record = scanned("signs-blend.safetensors", LABELED, reference=SAMPLES / "signs-clean.safetensors")
     assert record.verdict == "backdoored" and record.checkpoint.kind == "encoder"
     assert record.checkpoint.classes is None and record.checkpoint.feature_size == 64
     assert record.checkpoint.matched and len(record.checkpoint.unread) == 2
@@ -37,6 +39,7 @@ def test_with_labels_probes_show_the_backdoor():
     row = record.triggers[0]
     assert row.target == 8 and row.asr.value > 0.8
     assert set(row.probes) == {"mlp/0", "mlp/1", "mlp/2", "knn"} and row.asr_all_images.n == row.images
+    assert row.reference_rate.n == row.asr.n and row.reference_rate.value < row.asr.value - 0.3
     again = RunRecord.from_json(record.to_json())
     assert again == record
 
@@ -99,6 +102,17 @@ def test_features_that_are_all_the_same_are_refused(tmp_path):
     save_file(tensors, file, {"bdclean.preprocess": "half"})
     with pytest.raises(Refused, match="same features"):
         scan(file, inputs(LABELED, preprocess="half"), triggers=TRIGGER, tell=quiet)
+
+
+@pytest.mark.slow
+def test_a_reference_must_be_like_the_model_and_have_labels(tmp_path):
+    torch.manual_seed(0)
+    other = ResidualNetwork((1, 1, 1), (8, 16, 32), 8, 12).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in other.items()}, tmp_path / "other.safetensors")
+    with pytest.raises(Refused, match="of the same architecture"):
+        scanned("signs-clean.safetensors", LABELED, reference=tmp_path / "other.safetensors")
+    with pytest.raises(UsageError, match="--reference is for encoders that are scanned with labeled"):
+        scanned("signs-clean.safetensors", UNLABELED, reference=SAMPLES / "signs-clean.safetensors")
 
 
 def test_a_target_needs_labels():
