@@ -26,7 +26,7 @@ def judged_as_encoder(
     if trial.encoded is None:
         return list(rows), []
     triggers = {trigger.spec(): trigger for trigger in made}
-    if trial.labeled:
+    if trial.encoded.probing.labeled:
         return [_probed(trial, row, triggers[row.trigger], floor) for row in rows], []
     asked = [triggers[row.trigger] for row in rows if row.target_source != SCREENED_OUT]
     field = Field.of(trial.encoded.features, trial.encoded.first, trial.classes, trial.images, trial.seed)

@@ -127,7 +127,8 @@ def sentence(record: RunRecord) -> str:
         worst = worst_row([row for row in rows if row.outcome == FAILS] or rows)
         return evidence(worst) if worst is not None else "the rows that say so are missing from this record."
     if record.verdict == SUSPICIOUS:
-        fired = [f"{f.detector} ({f.reason})" if f.reason else f.detector for f in record.findings]
+        firing = [f for f in record.findings if f.verdict == SUSPICIOUS]
+        fired = [f"{f.detector} ({f.reason})" if f.reason else f.detector for f in firing]
         return f"{'; '.join(fired) or 'a detector fires'}."
     if record.verdict == NO_EVIDENCE:
         passing = sum(row.outcome == PASSES for row in rows)

@@ -165,7 +165,7 @@ def open_reference(trial: Trial, suspect: Suspect, images: ImageSet, inputs: Inp
     """The clean encoder of `--reference` on the images of `trial`, with probes of its own; None where none is given."""
     if inputs.reference is None:
         return None
-    if trial.encoded is None or not trial.labeled:
+    if trial.encoded is None or not trial.encoded.probing.labeled:
         raise UsageError("--reference is for encoders that are scanned with labeled images.")
     checkpoint = Checkpoint.read(inputs.reference, inputs.arch, inputs.allow_pickle, "encoder")
     if checkpoint.arch.name != suspect.checkpoint.arch.name:

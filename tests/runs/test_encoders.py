@@ -45,6 +45,13 @@ def test_with_labels_probes_show_the_backdoor():
 
 
 @pytest.mark.slow
+def test_probes_with_labels_judge_images_without():
+    record = scanned("signs-blend.safetensors", UNLABELED, labeled=LABELED, limit=600)
+    assert record.verdict == "backdoored" and not record.findings
+    assert record.triggers[0].probes and record.triggers[0].base_rate is None
+
+
+@pytest.mark.slow
 def test_without_labels_the_test_against_controls_is_at_most_suspicious():
     record = scanned("signs-blend.safetensors", UNLABELED)
     assert record.verdict == "suspicious" and not record.data.labeled
