@@ -64,8 +64,9 @@ def open_images(checkpoint: Checkpoint, inputs: Inputs, tell: Tell) -> tuple[Ima
         Images(unlabeled, labeled, held_out or unlabeled), held_out is not None, inputs.seed
     )
     if len(images.unlabeled) == 0 or (images.labeled is not None and len(images.labeled) == 0):
+        emptied = path if len(images.unlabeled) == 0 else inputs.labeled
         raise Refused(
-            f"every image of {path} is also among those to measure on: nothing is left to train on."
+            f"every image of {emptied} is also among those to measure on: nothing is left to train on."
         )
     entry = replace(
         describe_images(path, unlabeled),
