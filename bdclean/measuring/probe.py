@@ -54,13 +54,17 @@ class Features:
         if key in self.remembered:
             self.remembered.move_to_end(key)
             return self.remembered[key]
-        found = F.normalize(self.encode.outputs(images).flatten(1), dim=1)
+        found = self.fresh(images)
         self.remembered[key] = found
         self.held += found.numel() * 4
         while self.held > REMEMBERED and len(self.remembered) > 1:
             _, oldest = self.remembered.popitem(last=False)
             self.held -= oldest.numel() * 4
         return found
+
+    def fresh(self, images: Tensor) -> Tensor:
+        """The same, not remembered: for images that are seen once."""
+        return F.normalize(self.encode.outputs(images).flatten(1), dim=1)
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,7 @@ class Field:
 
     def pulled(self, stamp: Stamp) -> Pulled:
         """What `stamp` does to the images."""
-        # Not through the memory of features: each set of stamped images is seen once.
-        found = F.normalize(self.features.encode.outputs(stamp(self.images)).flatten(1), dim=1)
+        found = self.features.fresh(stamp(self.images))
         shares = torch.bincount(self.head(found), minlength=self.clusters)[: self.clusters] / len(found)
         gain, cluster = (shares - self.shares).max(0)
         return Pulled(mean_cosine(found - self.centre) - self.cosine, float(gain), int(cluster))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -95,19 +96,16 @@ class EncoderLesson:
         self.arch = arch
         self.ours: Seen = Seen()
         self.theirs: Seen = Seen()
-        self.watching: Sequence = ()
+        self.watching = ExitStack()
 
     def __enter__(self) -> EncoderLesson:
         if self.terms.maps is not None:
-            self.watching = [
-                seeing(self.model.encoder.network, self.arch), seeing(self.teacher.network, self.arch)
-            ]  # fmt: skip
-            self.ours, self.theirs = (watched.__enter__() for watched in self.watching)
+            self.ours = self.watching.enter_context(seeing(self.student.network, self.arch))
+            self.theirs = self.watching.enter_context(seeing(self.teacher.network, self.arch))
         return self
 
     def __exit__(self, *error: object) -> None:
-        for watched in self.watching:
-            watched.__exit__(None, None, None)
+        self.watching.close()
 
     @property
     def student(self) -> Classifier:

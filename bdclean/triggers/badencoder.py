@@ -14,6 +14,7 @@ from bdclean.errors import UsageError
 from bdclean.triggers.badnets import BadNets
 from bdclean.triggers.stamping import Stamp, check_pixels, spec_of
 
+WHITE = BadNets(10, pattern="white")
 MARGIN = 1
 """Pixels between the square and the border, at every size of the authors'."""
 
@@ -39,7 +40,7 @@ class BadEncoder:
             raise UsageError(f"badencoder needs a size of 0 or more pixels, got {self.size}.")
 
     def __call__(self, images: Tensor) -> Tensor:
-        return stamp(images, self.size, BadNets(10, pattern="white"))
+        return stamp(images, self.size)
 
     def controls(self, count: int, generator: torch.Generator) -> Sequence[Stamp]:
         """Squares at the same place, of one colour and of many in turn, none nearly white."""
@@ -55,7 +56,7 @@ def side(size: int, images: Tensor) -> int:
     return size or max(1, round(shorter * (10 / 32 if shorter < 128 else 50 / 224)))
 
 
-def stamp(images: Tensor, size: int, square: BadNets) -> Tensor:
+def stamp(images: Tensor, size: int, square: BadNets = WHITE) -> Tensor:
     """`images` with the content of `square`, enlarged to the input, at the authors' place."""
     check_pixels(images)
     pixels = side(size, images)
@@ -65,5 +66,5 @@ def stamp(images: Tensor, size: int, square: BadNets) -> Tensor:
 
 def controls(size: int, count: int, generator: torch.Generator) -> Sequence[Stamp]:
     """Stamps of the same place and size with other colours."""
-    others = BadNets(10, pattern="white").controls(count, generator)
+    others = WHITE.controls(count, generator)
     return [partial(stamp, size=size, square=other) for other in others if isinstance(other, BadNets)]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bdclean.errors import UsageError
 from bdclean.triggers import badencoder
-from bdclean.triggers.badnets import BadNets
 from bdclean.triggers.stamping import Stamp, spec_of
 
 
@@ -35,7 +34,7 @@ class Drupe:
             raise UsageError(f"drupe needs a size of 0 or more pixels, got {self.size}.")
 
     def __call__(self, images: Tensor) -> Tensor:
-        return badencoder.stamp(images, self.size, BadNets(10, pattern="white"))
+        return badencoder.stamp(images, self.size)
 
     def controls(self, count: int, generator: torch.Generator) -> Sequence[Stamp]:
         """Squares at the same place, of one colour and of many in turn, none nearly white."""

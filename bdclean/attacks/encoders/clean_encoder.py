@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bdclean.attacks.poisoning import check
 from bdclean.data.augment import mirror
 from bdclean.data.imageset import ImageSet
-from bdclean.errors import Refused
+from bdclean.errors import Refused, UsageError
 from bdclean.networks.classifier import Classifier
 from bdclean.training.loop import Batch, State, Step, fit
 from bdclean.training.losses import cosine
@@ -26,6 +27,16 @@ from bdclean.training.students import frozen, one_cycle
 Stamp = Callable[[Tensor], Tensor]
 VIEWS = Views()
 """Of which BadEncoder's augmented references take the mirror and the colours, not the crop."""
+
+
+def check_settings(name: str, target: int, references: int, epochs: float, batch_size: int) -> None:
+    """Raises UsageError where the attack called `name` cannot be made with these."""
+    check(0.0, target)
+    if references < 1 or not epochs > 0 or batch_size < 4:
+        raise UsageError(
+            f"{name} needs references >= 1, epochs > 0 and batch_size >= 4, "
+            f"got {references}, {epochs} and {batch_size}."
+        )
 
 
 def centre_of(clean: Classifier, images: Tensor, device: torch.device, centred: bool) -> Tensor:

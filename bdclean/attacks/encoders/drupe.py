@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bdclean.attacks.encoders.clean_encoder import Attacked
-from bdclean.attacks.poisoning import check
+from bdclean.attacks.encoders.clean_encoder import Attacked, check_settings
 from bdclean.data.imageset import ImageSet
-from bdclean.errors import UsageError
 from bdclean.networks.classifier import Classifier
 from bdclean.training.loop import Batch
 from bdclean.training.run import Run
@@ -57,13 +55,8 @@ class Drupe:
     size: int = 0  # of the square, 0: by the input
 
     def __post_init__(self) -> None:
-        check(0.0, self.target)
+        check_settings(self.name, self.target, self.references, self.epochs, self.batch_size)
         _ = self.trigger  # which checks the size
-        if self.references < 1 or not self.epochs > 0 or self.batch_size < 4:
-            raise UsageError(
-                f"drupe needs references >= 1, epochs > 0 and batch_size >= 4, "
-                f"got {self.references}, {self.epochs} and {self.batch_size}."
-            )
 
     @property
     def trigger(self) -> Square:
