@@ -32,7 +32,10 @@ from bdclean.training.run import Run, seed_for
 
 @dataclass
 class Batch:
-    """What a step is given: uint8 `images` [n 3 h w], their `labels` [n] or None, and its own seeded generator."""
+    """What a step is given: uint8 `images` [n 3 h w], their `labels` [n] or None, and its own seeded generator.
+
+    `chosen` int64 [n]: where in the set the images stand.
+    """
 
     images: Tensor
     labels: Tensor | None
@@ -40,6 +43,7 @@ class Batch:
     progress: float
     """Share of all steps done before this one, in [0, 1)."""
     generator: torch.Generator
+    chosen: Tensor
 
 
 @dataclass
@@ -197,6 +201,7 @@ class _Course:
             done,
             done / state.steps,
             torch.Generator(run.device),
+            chosen,
         )
         return batch, seed_for(run.seed, state.stage, "step", done)
 

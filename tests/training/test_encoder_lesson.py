@@ -41,7 +41,7 @@ def encoder(seed=0):
 
 
 def batch(seed=5, images=PHOTOS):
-    return Batch(images, None, 0, 0.0, torch.Generator().manual_seed(seed))
+    return Batch(images, None, 0, 0.0, torch.Generator().manual_seed(seed), torch.arange(len(images)))
 
 
 def lesson(student, terms, views=NOTHING, teacher=None):

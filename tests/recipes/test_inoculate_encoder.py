@@ -1,0 +1,80 @@
+"""Which views an encoder's answers are averaged over, and the averages."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bdclean.networks.classifier import Classifier
+from bdclean.networks.normalisation import parse_preprocess
+from bdclean.recipes.inoculate_encoder import averaged, unminded
+from bdclean.training.encoder_lesson import mean_feature
+from bdclean.training.pretraining.augmentations import Views
+from bdclean.training.run import Precision, Run
+
+CPU = torch.device("cpu")
+NOTHING = Views(1.0, 1.0, 0, 0, 0, 0, 0, 0, 0, 0)
+PHOTOS = torch.randint(256, (60, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+class Looking(nn.Module):
+    """Features that are a coarse picture: of all colours or in grey, as it is or folded onto its mirror image."""
+
+    def __init__(self, grey: bool, folded: bool):
+        super().__init__()
+        self.grey, self.folded = grey, folded
+
+    def forward(self, x):
+        if self.grey:
+            x = (x * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        cells = F.adaptive_avg_pool2d(x, 8)
+        cells = cells + cells.flip(3) if self.folded else cells
+        rows = cells.flatten(1)
+        return rows - rows.mean(1, keepdim=True) if self.grey else rows
+
+
+def encoder(grey=False, folded=False):
+    return Classifier(Looking(grey, folded), parse_preprocess("none")).eval()
+
+
+def run():
+    return Run(CPU, Precision(), 0)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_mirrors_are_used_where_the_encoder_does_not_mind_them(folded):
+    teacher = encoder(folded=folded)
+    found = unminded(teacher, PHOTOS, mean_feature(teacher, PHOTOS, run()), run())
+    assert (found.mirrored > 0) is folded
+    assert (found.smallest, found.stretch) == (Views().smallest, Views().stretch)
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_grey_is_used_where_the_encoder_does_not_look_at_colours(grey):
+    teacher = encoder(grey)
+    # one pattern in two colours: who looks at colours finds a grey one nearest to the paler of them
+    pattern = PHOTOS[:20, :1].expand(-1, 3, -1, -1)
+    tints = torch.tensor([[1.0, 0.2, 0.2], [1.0, 1.0, 0.2]]).view(2, 1, 3, 1, 1)
+    photos = (pattern.float() * tints).round().to(torch.uint8).flatten(0, 1)
+    found = unminded(teacher, photos, mean_feature(teacher, photos, run()), run())
+    assert (found.grey > 0) is grey
+
+
+def test_answers_without_changes_are_the_teachers_own():
+    teacher = encoder()
+    centre = mean_feature(teacher, PHOTOS, run())
+    answers, lengths = averaged(teacher, PHOTOS, centre, NOTHING, 3, run())
+    own = teacher(PHOTOS)
+    torch.testing.assert_close(answers, F.normalize(own, dim=1) - centre)
+    torch.testing.assert_close(lengths, own.norm(dim=1).log())
+
+
+def test_answers_are_means_over_views_of_the_same_image():
+    teacher = encoder()
+    zero = torch.zeros(())
+    mirrored = Views(1.0, 1.0, 0.5, 0, 0, 0, 0, 0, 0)
+    answers, _ = averaged(teacher, PHOTOS[:4], zero, mirrored, 400, run())
+    both = (F.normalize(teacher(PHOTOS[:4]), dim=1) + F.normalize(teacher(PHOTOS[:4].flip(3)), dim=1)) / 2
+    assert float((answers - both).abs().max()) < 0.02  # a mean over 400 coins
+    again, _ = averaged(teacher, PHOTOS[:4], zero, mirrored, 400, run())
+    assert torch.equal(answers, again)
