@@ -1,16 +1,18 @@
-"""Encoders on CIFAR-10: pre-train a clean one, attack it or its images, and measure what each attack reached.
+"""Encoders on CIFAR-10: pre-train a clean one, attack it or its images, scan each, and cleanse it by each recipe.
 
-`python -m bdclean.bench encoders --data cifar10.tar.gz --work DIR`. Every encoder and every measurement is one file in
-DIR; what exists is not made again. Encoders are written under BadEncoder's own names, projector and all.
+`python -m bdclean.bench encoders --data cifar10.tar.gz --work DIR --recipes auto`. Every encoder and every record is a
+file in DIR; what exists is not made again. Encoders are written under BadEncoder's own names, projector and all, and
+measured by the command line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,20 +21,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bdclean import registry
-from bdclean.bench.cifar10 import cell, unpack
+from bdclean.bench.cifar10 import bdclean, cell, finished, unpack
 from bdclean.data.imageset import ImageSet
 from bdclean.data.loading import load_images
 from bdclean.errors import Refused
-from bdclean.measuring.probe import linear
+from bdclean.measuring import metrics
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.progress import Tell, quiet
+from bdclean.record.run import RAN, RunRecord
 from bdclean.training.pretraining.byol import BYOL
-from bdclean.training.pretraining.knn import features, knn
 from bdclean.training.pretraining.moco import MoCo
 from bdclean.training.pretraining.simclr import SimCLR
 from bdclean.training.run import Precision, Run, seed_for
@@ -41,6 +42,8 @@ METHODS: dict[str, Callable[..., Any]] = {"simclr": SimCLR, "moco": MoCo, "byol"
 DEFAULT_ATTACKS = "badencoder:target=9,ctrl:target=9,ssl-backdoor:target=9"
 WIDTHS = (16, 32, 64, 128)
 """A quarter of ResNet-18's: 0.7 million parameters, 128 features, some minutes an epoch on one core."""
+NETWORKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+"""Blocks of each stage."""
 
 LAYERS = {"conv1": "0", "bn1": "1", "layer1": "3", "layer2": "4", "layer3": "5", "layer4": "6"}
 """Where BadEncoder's files keep a ResNet's parts, under `f.f.`: its encoder is a list of them, ReLU the third."""
@@ -48,7 +51,9 @@ LAYERS = {"conv1": "0", "bn1": "1", "layer1": "3", "layer2": "4", "layer3": "5",
 DRAWS = ("pre-training", "shadow", "references", "probe", "test")
 """What images are drawn for, each with a seed of its own."""
 SHADOW, TARGET_POOL = 10_000, 1_000
-PROBED, TESTED = 5_000, 2_000
+PROBED, TESTED, UNLABELED = 5_000, 2_000, 2_500
+ADAPTING = ("ft", "sft")
+"""Recipes that put a head on the encoder, and whose images are labeled."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,13 @@ class Images:
         return images.select(torch.randperm(len(images), generator=generator)[:count])
 
 
-def small_encoder(seed: int) -> Classifier:
+def small_encoder(seed: int, network: str = "resnet18") -> Classifier:
     """The encoder, with random weights, that the clean one and all others start from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "clean"))
-        network = ResidualNetwork((2, 2, 2, 2), WIDTHS, WIDTHS[0], 10)
-    network.fc = nn.Identity()  # type: ignore[assignment]
-    return Classifier(network, parse_preprocess("cifar10"))
+        made = ResidualNetwork(NETWORKS[network], WIDTHS, WIDTHS[0], 10)
+    made.fc = nn.Identity()  # type: ignore[assignment]
+    return Classifier(made, parse_preprocess("cifar10"))
 
 
 def write(encoder: Classifier, projector: Mapping[str, Tensor], out: Path) -> None:
@@ -94,10 +99,10 @@ def write(encoder: Classifier, projector: Mapping[str, Tensor], out: Path) -> No
     partial_file.replace(out)
 
 
-def read(file: Path) -> tuple[Classifier, dict[str, Tensor]]:
+def read(file: Path, network: str = "resnet18") -> tuple[Classifier, dict[str, Tensor]]:
     """What `write` wrote: the encoder, in evaluation mode, and the projector's tensors."""
     parts = {number: part for part, number in LAYERS.items()}
-    encoder, inside, projector = small_encoder(0), {}, {}
+    encoder, inside, projector = small_encoder(0, network), {}, {}
     for name, tensor in load_file(file).items():
         if name.startswith("g."):
             projector[name.removeprefix("g.")] = tensor
@@ -121,27 +126,62 @@ def telling(name: str) -> Tell:
     return tell
 
 
+def folders(source: Path, work: Path, split: str, count: int, seed: int, last: bool = False) -> Path:
+    """A folder of links to a seeded draw of `count` images of a split, one folder a class.
+
+    `last`: those at the end of the same order, so that two draws have no image in common.
+    """
+    folder = work / f"{split}-{count}{'-last' if last else ''}-seed{seed}"
+    if not folder.is_dir():
+        files = sorted((source / split).glob("*/*"))
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+        unfinished = folder.with_suffix(".part")
+        for index in order[-count:] if last else order[:count]:
+            place = unfinished / files[index].parent.name
+            place.mkdir(parents=True, exist_ok=True)
+            (place / files[index].name).symlink_to(files[index].resolve())
+        unfinished.replace(folder)
+    return folder
+
+
+def flat(source: Path) -> Path:
+    """Links to the images of class folders side by side: unlabeled, nothing in the names."""
+    folder = source.with_name(f"{source.name}-unlabeled")
+    if not folder.is_dir():
+        unfinished = folder.with_suffix(".part")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        # By the files' own names, which say nothing of a class: by folders the order would.
+        for number, file in enumerate(sorted(source.glob("*/*"), key=lambda path: path.name)):
+            (unfinished / f"{number:05d}{file.suffix}").symlink_to(file.resolve())
+        unfinished.replace(folder)
+    return folder
+
+
 @dataclass(frozen=True)
 class Bench:
-    """What all cells have in common, and how each of them is made."""
+    """What all cells have in common, and how each of them is made. One folder is for one pre-training."""
 
     work: Path
     images: Images
     method: str
+    network: str
     epochs: float
     pretraining: int
+    unlabeled: int
     seed: int
     device: torch.device
 
     def file(self, name: str) -> Path:
-        return self.work / f"{self.method}-{cell(name)}.safetensors"
+        network = "" if self.network == "resnet18" else f"-{self.network}"
+        seed = f"-seed{self.seed}" if self.seed else ""
+        return self.work / f"{self.method}{network}{seed}-{cell(name)}.safetensors"
 
     def run(self, name: str) -> Run:
         return Run(self.device, Precision(bf16=True, channels_last=True), self.seed, telling(name))
 
     def pretrain(self, name: str, training: ImageSet) -> None:
         """Pre-train an encoder on `training`."""
-        encoder = small_encoder(self.seed)
+        encoder = small_encoder(self.seed, self.network)
         found = METHODS[self.method](epochs=self.epochs)(
             encoder, training, self.run(name), f"pretrain {name}"
         )
@@ -157,7 +197,7 @@ class Bench:
             return
         if attack.kind != "encoder":
             raise Refused(f"{attack.name} poisons labels, which no encoder is trained on.")
-        clean, projector = read(self.file("clean"))
+        clean, projector = read(self.file("clean"), self.network)
         pool = self.images.draw("train", TARGET_POOL, "references")
         assert pool.labels is not None
         poisoned, _ = attack(
@@ -166,62 +206,107 @@ class Bench:
         )  # fmt: skip
         write(poisoned, projector, self.file(name))
 
-    def measured(self, name: str, attack: Any | None) -> dict[str, float]:
-        """Shares of `measure`, kept in a file beside the encoder."""
-        record = self.file(name).with_suffix(".json")
-        if not record.exists():
-            found = measure(read(self.file(name))[0], self.images, attack, self.device)
-            if attack is not None:
-                floor = measure(read(self.file("clean"))[0], self.images, attack, self.device)
-                found["clean_encoder_asr"] = floor["asr"]
-            record.write_text(json.dumps(found, indent=1) + "\n")
-        shares: dict[str, float] = json.loads(record.read_text())
-        return shares
+    def scanned(self, file: Path, attack: Any) -> RunRecord:
+        """The record of a scan of `file` with the attack's trigger and target, beside the clean encoder."""
+        record = self.work / f"{file.stem}-by-{cell(attack.trigger.spec())}.json"
+        if not finished(record):
+            bdclean(
+                "scan", str(file), *self._common(attack), "--data", str(self._test), "--target", str(attack.target),
+                "--reference", str(self.file("clean")), "--record", str(record),
+            )  # fmt: skip
+        return _read(record)
+
+    def cleansed(self, name: str, attack: Any, recipe: str) -> tuple[Path, RunRecord]:
+        """What `recipe`, NAME[:KEY=VALUE[/KEY=VALUE...]], wrote, and the record of that run."""
+        share = "" if self.unlabeled == UNLABELED else f"-{self.unlabeled}"
+        out = self.work / f"{self.file(name).stem}-{cell(recipe)}{share}.safetensors"
+        if not finished(out.with_suffix(".json")):
+            method, _, settings = recipe.partition(":")
+            given = folders(self.images.folder, self.work, "train", self.unlabeled, self.seed)
+            data = given if method in ADAPTING else flat(given)
+            bdclean(
+                "cleanse", str(self.file(name)), *self._common(attack), "--data", str(data), "--test", str(self._test),
+                "--recipe", method, *(("--head", "new") if method in ADAPTING else ()),
+                *(part for pair in filter(None, settings.split("/")) for part in ("--set", pair)),
+                "--out", str(out), "--resume",
+            )  # fmt: skip
+        return out, _read(out.with_suffix(".json"))
+
+    def lines(self, name: str, attack: Any, recipes: Sequence[str]) -> Iterator[str]:
+        """Rows of the table: an encoder as it is, then cleansed by each recipe."""
+        before = self.scanned(self.file(name), attack)
+        yield line(name, "none", before)
+        for recipe in recipes:
+            out, made = self.cleansed(name, attack, recipe)
+            after = self.scanned(out, attack) if made.outcome == RAN else made
+            yield line(name, recipe, after, before, made.seconds)
+
+    @property
+    def _test(self) -> Path:
+        return folders(self.images.folder, self.work, "test", TESTED, self.seed)
+
+    def _common(self, attack: Any) -> tuple[str, ...]:
+        labeled = folders(self.images.folder, self.work, "train", PROBED, self.seed, last=True)
+        return (
+            "--labeled", str(labeled), "--limit", "0", "--trigger", attack.trigger.spec(), "--seed", str(self.seed),
+            "--device", str(self.device), "--no-pictures",
+        )  # fmt: skip
 
 
-def measure(
-    encoder: Classifier, images: Images, attack: Any | None, device: torch.device
-) -> dict[str, float]:
-    """Accuracy of a linear probe and of nearest neighbours on test images, and what the attack's trigger does.
-
-    Attack success and base rate are shares of the test images of other classes that the probe sees as the target, with
-    and without the trigger. Features have length one, as in BadEncoder's protocol.
-    """
-    training, test = images.draw("train", PROBED, "probe"), images.draw("test", TESTED, "test")
-    assert training.labels is not None and test.labels is not None and training.classes is not None
-    classes = len(training.classes)
-    known, asked = (F.normalize(features(encoder, some.images, device), dim=1) for some in (training, test))
-    head = linear(known, training.labels, classes)
-    answers = head(asked)
-    found = {
-        "probe": share(answers == test.labels),
-        "knn": share(knn(known, training.labels, asked, classes) == test.labels),
-        "images": float(len(test)),
-    }
-    if attack is not None:
-        others = test.labels != attack.target
-        stamped = F.normalize(features(encoder, attack.trigger(test.images[others]), device), dim=1)
-        found["asr"] = share(head(stamped) == attack.target)
-        found["base_rate"] = share(answers[others] == attack.target)
-        found["n"] = float(others.sum())
-    return found
+def _read(record: Path) -> RunRecord:
+    if not record.exists():
+        raise Refused(f"the command wrote no {record}: what it said is above.")
+    return RunRecord.from_json(json.loads(record.read_text()))
 
 
-def share(of: Tensor) -> float:
-    return float(of.double().mean())
+COLUMNS = (
+    "encoder", "recipe", "probe accuracy", "attack success: linear probe", "MLP", "kNN", "linear probe, clean encoder",
+    "base rate", "DER", "balanced score", "seconds", "n",
+)  # fmt: skip
 
 
-def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
-    """Markdown: a row for each encoder, shares in percent."""
-    lines = [
-        "| encoder | probe accuracy | kNN | attack success | of the clean encoder | base rate | n |",
-        "|---|---|---|---|---|---|---|",
+def line(
+    name: str, recipe: str, record: RunRecord, before: RunRecord | None = None, seconds: float | None = None
+) -> str:
+    """A row of the table: shares in percent, of the MLP's seeds the median. `before`: the scan of what was cleansed."""
+    if record.outcome != RAN or not record.triggers:
+        said = record.problem.message if record.problem is not None else record.verdict
+        return f"| {name} | {recipe} | {said} |" + " |" * (len(COLUMNS) - 3)
+    row = record.triggers[0]
+    heads = [rate.value or 0.0 for probe, rate in row.probes.items() if probe.startswith("mlp/")]
+    middle = statistics.median(heads) if heads else None
+    shares = [_accuracy(record), row.asr.value, middle]
+    shares += [
+        of.value if of is not None else None
+        for of in (row.probes.get("knn"), row.reference_rate, row.base_rate)
     ]
-    for name, shares in rows:
-        keys = ("probe", "knn", "asr", "clean_encoder_asr", "base_rate")
-        cells = [f"{100 * shares[key]:.1f}" if key in shares else "" for key in keys]
-        lines.append(f"| {name} | {' | '.join(cells)} | {shares.get('n', shares['images']):.0f} |")
-    return "\n".join(lines)
+    cells = [*(_number(share and 100 * share, 1) for share in shares), *scores(before, record)]
+    return f"| {name} | {recipe} | {' | '.join(cells)} | {_number(seconds, 0)} | {row.asr.n} |"
+
+
+def scores(before: RunRecord | None, after: RunRecord) -> tuple[str, str]:
+    """DER and balanced score by the linear probe; empty where there was no backdoor before."""
+    if before is None or not before.triggers:
+        return "", ""
+    old, new = before.triggers[0], after.triggers[0]
+    accuracies = (_accuracy(before) or 0.0, _accuracy(after) or 0.0)
+    excess = [
+        (row.asr.value or 0.0) - (row.base_rate.value or 0.0 if row.base_rate else 0.0) for row in (old, new)
+    ]
+    balanced = metrics.balanced_score(*accuracies, excess[0], excess[1])
+    if balanced is None:
+        return "", ""
+    der = metrics.defence_effectiveness(*accuracies, old.asr.value or 0.0, new.asr.value or 0.0)
+    return f"{der:.2f}", f"{balanced:.2f}"
+
+
+def _accuracy(record: RunRecord) -> float | None:
+    found = record.measure("clean_accuracy")
+    return found.value if found is not None else None
+
+
+def _number(of: float | None, digits: int) -> str:
+    return "" if of is None else f"{of:.{digits}f}"
 
 
 def attacks_of(text: str) -> dict[str, Any]:
@@ -241,23 +326,34 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--work", type=Path, required=True, help="where cells are kept")
     parser.add_argument("--method", choices=tuple(METHODS), default="simclr")
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet18")
     parser.add_argument("--epochs", type=float, default=15, help="of pre-training")
     parser.add_argument("--images", type=int, default=50_000, help="how many images are pre-trained on")
     parser.add_argument(
         "--attacks", default=DEFAULT_ATTACKS, help="names, with settings if wanted: ctrl:target=9/rate=0.5"
     )
+    parser.add_argument(
+        "--recipes", default="", help="names, with settings if wanted: distill:student=void/loss=sp"
+    )
+    parser.add_argument("--unlabeled", type=int, default=UNLABELED, help="how many images the recipes get")
+    parser.add_argument("--clean", action="store_true", help="measure and cleanse the clean encoder, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     attacks = attacks_of(options.attacks)
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(
-        options.work, Images(unpack(options.data, options.work), options.seed), options.method, options.epochs,
-        options.images, options.seed, torch.device(options.device),
+        options.work, Images(unpack(options.data, options.work), options.seed), options.method, options.network,
+        options.epochs, options.images, options.unlabeled, options.seed, torch.device(options.device),
     )  # fmt: skip
-    rows = []
-    for name, attack in [("clean", None), *attacks.items()]:
+    recipes = list(filter(None, options.recipes.split(",")))
+    bench.make("clean", None)
+    cells = list(attacks.items())
+    if options.clean:
+        cells += [("clean", attack) for attack in list(attacks.values())[:1]]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for name, attack in cells:
         bench.make(name, attack)
-        rows.append((name, bench.measured(name, attack)))
-    print(table(rows))
+        lines += bench.lines(name, attack, recipes)
+    print("\n".join(lines))
     return 0

@@ -1,7 +1,5 @@
 """The bench of encoders: names in its files, cells that are kept, and the table."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,7 @@ from safetensors.torch import load_file
 
 from bdclean.bench import encoders
 from bdclean.errors import Refused, UsageError
+from bdclean.record.run import REFUSED, Problem, RunRecord
 
 
 @pytest.fixture
@@ -41,32 +40,50 @@ def test_a_file_has_badencoder_s_names_and_is_read_back(tmp_path):
     assert torch.equal(kept["0.weight"], projector["0.weight"])
 
 
+@pytest.mark.slow
 def test_cells_are_made_once_and_end_in_a_table(pictures, tmp_path, capsys):
     work = tmp_path / "work"
     arguments = [
-        "--data", str(pictures), "--work", str(work), "--epochs", "1", "--device", "cpu",
-        "--attacks", "badencoder:target=1/epochs=1/batch_size=16,ctrl:target=1/rate=0.5",
+        "--data", str(pictures), "--work", str(work), "--epochs", "1", "--device", "cpu", "--clean",
+        "--attacks", "badencoder:target=1/epochs=1/batch_size=16",
+        "--recipes", "inoculate:epochs=1/least_steps=1", "--unlabeled", "24",
     ]  # fmt: skip
     assert encoders.main(arguments) == 0
     first = capsys.readouterr().out
     lines = first.strip().splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == [
-        "| clean", "| badencoder:target=1/epochs=1/batch_size=16", "| ctrl:target=1/rate=0.5",
-    ]  # fmt: skip
+    names = ["badencoder:target=1/epochs=1/batch_size=16", "clean"]
+    assert [tuple(line.split(" | ")[:2]) for line in lines[2:]] == [
+        (f"| {name}", recipe) for name in names for recipe in ("none", "inoculate:epochs=1/least_steps=1")
+    ]
     assert len({line.count("|") for line in lines}) == 1
+    assert all(line.endswith("| 10 |") for line in lines[2:])
     files = {file: file.stat().st_mtime_ns for file in work.iterdir()}
-    assert len(files) == 6
     assert encoders.main(arguments) == 0
     assert capsys.readouterr().out == first
     assert {file: file.stat().st_mtime_ns for file in work.iterdir()} == files
-    record = json.loads((work / "simclr-ctrl-target-1-rate-0.5.json").read_text())
-    assert record["n"] == 10 and record["images"] == 20 and 0 <= record["asr"] <= 1
+
+
+def test_a_run_that_was_refused_is_a_row_that_says_so():
+    record = RunRecord("cleanse", outcome=REFUSED, problem=Problem("no images.", 3))
+    said = encoders.line("clean", "bcu", record)
+    assert said.startswith("| clean | bcu | no images. |") and said.count("|") == len(encoders.COLUMNS) + 1
+
+
+def test_the_images_of_two_draws_are_others_and_the_flat_ones_say_no_class(pictures, tmp_path):
+    first = encoders.folders(pictures, tmp_path, "train", 24, 0)
+    last = encoders.folders(pictures, tmp_path, "train", 24, 0, last=True)
+    held = [{file.resolve() for file in folder.glob("*/*")} for folder in (first, last)]
+    assert len(held[0]) == len(held[1]) == 24 and not held[0] & held[1]
+    plain = encoders.flat(first)
+    assert {file.resolve() for file in plain.iterdir()} == held[0]
+    classes = [file.resolve().parent.name for file in sorted(plain.iterdir())]
+    assert 2 < sum(a != b for a, b in zip(classes, classes[1:], strict=False))
 
 
 def test_an_attack_that_cannot_be_used_here_is_refused(pictures, tmp_path):
     with pytest.raises(Refused, match="badnets poisons labels"):
         bench = encoders.Bench(
-            tmp_path, encoders.Images(pictures, 0), "simclr", 1, 48, 0, torch.device("cpu")
+            tmp_path, encoders.Images(pictures, 0), "simclr", "resnet18", 1, 48, 24, 0, torch.device("cpu")
         )
         bench.make("badnets", encoders.attacks_of("badnets")["badnets"])
     with pytest.raises(UsageError, match="no attack is called"):

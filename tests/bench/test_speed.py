@@ -16,6 +16,7 @@ from torch import nn
 from bdclean.bench.speed import speed
 from bdclean.bench.speed.pairs import Cell, Worker, interleaved, process, ratios
 from bdclean.bench.speed.plain_bcu import PillowImages, PlainBCU, augmentation
+from bdclean.bench.speed.plain_distillation import PlainDistillation, views
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.record.run import RunRecord
 from bdclean.training.losses import distillation_kl
@@ -109,6 +110,20 @@ def test_the_plain_reference_learns_the_teacher_and_leaves_it_alone(tmp_path, fr
         plain.step()
     assert plain.epoch == 14 and sum(plain.losses[-5:]) < sum(plain.losses[:5]) / 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in plain.teacher.state_dict().items())
+
+
+def test_the_plain_distillation_learns_the_teacher_and_leaves_it_alone(tmp_path):
+    images = PillowImages(pictures(tmp_path, 32), views(parse_preprocess("half"), 8), False)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    plain = PlainDistillation(network, images, ["0", "2"], 8, torch.device("cpu"), batch_size=16)
+    before = {name: tensor.clone() for name, tensor in plain.teacher.state_dict().items()}
+    for _ in range(40):
+        plain.step()
+    assert sum(plain.losses[-5:]) < 0.8 * sum(plain.losses[:5])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in plain.teacher.state_dict().items())
+    assert not plain.teacher[0]._forward_hooks
 
 
 def test_the_plain_reference_minimises_the_recipes_loss(tmp_path):

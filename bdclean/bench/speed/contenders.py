@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from bdclean import registry
 from bdclean.bench.speed.pairs import CLOCKS, settled
 from bdclean.bench.speed.plain_bcu import PillowImages, PlainBCU, augmentation
+from bdclean.bench.speed.plain_distillation import PlainDistillation, views
 from bdclean.data.imageset import ImageSet
 from bdclean.data.loading import load_images
 from bdclean.data.sources.folder import search
@@ -45,9 +46,10 @@ class Subject:
     limit: int
     device: str
     clock: str = "wall"
+    kind: str = "classifier"
 
     def read(self) -> tuple[Suspect, ImageSet]:
-        checkpoint = Checkpoint.read(self.file)
+        checkpoint = Checkpoint.read(self.file, kind=self.kind)
         size = (checkpoint.arch.input[1], checkpoint.arch.input[2])
         images = load_images(self.images, size, limit=self.limit, tell=quiet)
         choices = choose(checkpoint, images.images)
@@ -55,7 +57,7 @@ class Subject:
 
     @property
     def inputs(self) -> Inputs:
-        return Inputs(data=self.images, device=self.device, limit=self.limit)
+        return Inputs(data=self.images, device=self.device, limit=self.limit, kind=self.kind)
 
 
 def bare_forward(subject: Subject) -> Callable[[], float]:
@@ -184,7 +186,7 @@ def recipe_steps(
     suspect, images = subject.read()
     classifier = suspect.classifier(suspect.choices[0])
     precision = probe_precision(classifier, images.images, suspect.device)
-    recipe = registry.configure(registry.load(registry.RECIPES, name), settings)
+    recipe = registry.configure(registry.load_recipe(name, subject.kind), settings)
     clock = CLOCKS[subject.clock]
 
     def run() -> dict[str, tuple[int, float]]:
@@ -218,27 +220,47 @@ def plain_steps(
 ) -> Callable[[], float]:
     """Seconds of an update of the plain BCU, in the mean over `steps` after the first."""
     suspect, _ = replace(subject, limit=min(subject.limit, 512)).read()
-    found = search(subject.images)
-    files = [found.root / file for file in found.files]
-    files = [files[k] for k in torch.randperm(len(files))[: subject.limit].tolist()]
-    preprocess = suspect.choices[0].preprocess
+    files = drawn_files(subject)
     size = (suspect.arch.input[1], suspect.arch.input[2])
     plain = PlainBCU(
         suspect.checkpoint.build("cpu", suspect.arch),
-        PillowImages(files, augmentation(preprocess, size), from_disk),
+        PillowImages(files, augmentation(suspect.choices[0].preprocess, size), from_disk),
         suspect.device,
         batch_size=min(256, len(files)),
         teacher_gradients=teacher_gradients,
     )
-    clock = CLOCKS[subject.clock]
+    return partial(seconds_a_step, plain.step, suspect.device, CLOCKS[subject.clock], steps)
 
-    def run() -> float:
-        plain.step()
-        settled(suspect.device)
-        start = clock()
-        for _ in range(steps):
-            plain.step()
-        settled(suspect.device)
-        return (clock() - start) / steps
 
-    return run
+def plain_distillation(subject: Subject, steps: int) -> Callable[[], float]:
+    """Seconds of an update of the plain distillation, in the mean over `steps` after the first."""
+    suspect, _ = replace(subject, limit=min(subject.limit, 512)).read()
+    arch = suspect.arch
+    plain = PlainDistillation(
+        suspect.checkpoint.build("cpu", arch),
+        PillowImages(drawn_files(subject), views(suspect.choices[0].preprocess, arch.input[1]), False),
+        arch.taps,
+        arch.width,
+        suspect.device,
+    )
+    return partial(seconds_a_step, plain.step, suspect.device, CLOCKS[subject.clock], steps)
+
+
+def drawn_files(subject: Subject) -> list[Path]:
+    """As many image files of `subject` as it is timed on."""
+    found = search(subject.images)
+    files = [found.root / file for file in found.files]
+    return [files[k] for k in torch.randperm(len(files))[: subject.limit].tolist()]
+
+
+def seconds_a_step(
+    step: Callable[[], None], device: torch.device, clock: Callable[[], float], steps: int
+) -> float:
+    """Seconds of `step`, in the mean over `steps` after the first."""
+    step()
+    settled(device)
+    start = clock()
+    for _ in range(steps):
+        step()
+    settled(device)
+    return (clock() - start) / steps

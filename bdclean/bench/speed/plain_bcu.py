@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,10 +24,10 @@ from torchvision import transforms
 from bdclean.networks.normalisation import Preprocess
 
 
-class PillowImages(Dataset[Tensor]):
+class PillowImages(Dataset[Any]):
     """Images of `files` under `transform`, decoded once, or at every look where `from_disk`."""
 
-    def __init__(self, files: Sequence[Path], transform: Callable[[Image.Image], Tensor], from_disk: bool):
+    def __init__(self, files: Sequence[Path], transform: Callable[[Image.Image], Any], from_disk: bool):
         self.transform = transform
         self.files = list(files)
         self.kept = None if from_disk else [self.open(file) for file in files]
@@ -39,7 +40,7 @@ class PillowImages(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Any:
         return self.transform(self.open(self.files[index]) if self.kept is None else self.kept[index])
 
 

@@ -27,6 +27,7 @@ from torch import nn
 
 from bdclean.bench import tables
 from bdclean.bench.cifar10 import unpack
+from bdclean.bench.encoders import small_encoder, write
 from bdclean.bench.speed.contenders import (
     CountingControls,
     Subject,
@@ -34,6 +35,7 @@ from bdclean.bench.speed.contenders import (
     forwarded_through,
     measuring,
     open_bench,
+    plain_distillation,
     plain_steps,
     recipe_steps,
     whole_scan,
@@ -135,6 +137,47 @@ def bcu(place: Place) -> Iterator[Cell]:
                     ours=mine,
                     theirs=theirs,
                 )
+
+
+def encoders(place: Place) -> Iterator[Cell]:
+    """(8) An encoder's scan over bare forward passes, and seconds of an update of a plain distillation over ours.
+
+    The weights are random: what is timed does not depend on them.
+    """
+    file = place.work / "encoder.safetensors"
+    write(small_encoder(0), {}, file)
+    subject = replace(place.subjects[0], name="encoder", file=file, kind="encoder")
+    with Worker(bare_forward, subject) as bare, Worker(whole_scan, subject) as ours:
+        mine, theirs = interleaved(ours, bare, place.repetitions)
+    yield Cell.of(
+        "scan-whole-encoder",
+        "scan over bare forward passes, file to record, encoder",
+        ratios(mine, theirs),
+        ">= 0.9",
+        f"{sorted(mine)[len(mine) // 2]:,.0f} over {sorted(theirs)[len(theirs) // 2]:,.0f} images/s, "
+        f"{subject.limit} images of {subject.images.name}",
+        ours=mine,
+        theirs=theirs,
+    )
+    steps = 4
+    with Worker(plain_distillation, subject, steps) as plain:
+        for name, settings, stage in (
+            ("distill", {"student": "void"}, "distill-0"),
+            ("mimic", {"mi": "uniform"}, "mimic"),
+        ):
+            with Worker(recipe_steps, subject, name, settings, stage, steps) as recipe:
+                found, others = interleaved(recipe, plain, place.repetitions)
+            seconds = [stages[stage][1] for stages in found]
+            yield Cell.of(
+                f"{name}-encoder",
+                f"plain distillation over {name}, an update, encoder",
+                ratios(others, seconds),
+                ">= 4",
+                "Pillow images in memory, teacher with gradients, three passes of the student, hooks set anew; "
+                f"{sorted(others)[len(others) // 2]:.3g} over {sorted(seconds)[len(seconds) // 2]:.3g} s",
+                ours=seconds,
+                theirs=others,
+            )
 
 
 def inoculation(place: Place) -> Iterator[Cell]:
@@ -332,6 +375,7 @@ DRIVERS: dict[str, Callable[[Place], Iterator[Cell]]] = {
     "scan": scanning,
     "bcu": bcu,
     "inoculate": inoculation,
+    "encoders": encoders,
     "memory": memory,
 }
 
