@@ -164,7 +164,7 @@ def mlp(features: Tensor, labels: Tensor, classes: int, seed: int) -> Head:
         torch.manual_seed(seed)
         first, second, third = nn.Linear(features.shape[1], 512), nn.Linear(512, 256), nn.Linear(256, classes)
     network = nn.Sequential(first, nn.ReLU(), nn.Identity(), second, nn.ReLU(), third)
-    optimiser = torch.optim.Adam(network.parameters(), MLP_RATE)
+    optimiser = torch.optim.Adam(network.parameters(), MLP_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, MLP_RATE, MLP_STEPS)
     for _ in range(MLP_STEPS):
         drawn = torch.randint(len(features), (MLP_BATCH,), generator=generator)
