@@ -37,6 +37,24 @@ def frozen(suspect: Classifier, run: Run) -> Classifier:
     return teacher.to(memory_format=torch.channels_last) if run.precision.channels_last else teacher
 
 
+def keep_trained(model: nn.Module, name: str, train: Callable[[], object], run: Run) -> None:
+    """Trains `model` in place by `train`, unless the resume state holds the weights that this led to.
+
+    For what comes before a recipe's last stage: a resumed run takes it up at the stage at which it was stopped.
+    """
+
+    def trained() -> Tensor:
+        train()
+        flat = [tensor.detach().cpu().contiguous().reshape(-1) for tensor in model.state_dict().values()]
+        return torch.cat([tensor.view(torch.uint8) for tensor in flat])
+
+    kept, first = run.keep(name, trained).cpu(), 0
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            part = kept[first : (first := first + tensor.numel() * tensor.element_size())]
+            tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """Per-image random crops after padding, and mirroring where the suspect does not mind it."""
