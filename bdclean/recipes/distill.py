@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 from bdclean.data.imageset import ImageSet
@@ -93,14 +94,15 @@ class Distill:
         teacher, stages = self._teacher(suspect, arch, labeled, run)
         curve: list[dict[str, float]] = []
         for number in range(self.rounds):
-            student = self._student(teacher, arch, unlabeled, run, number)
+            student, stage = self._student(teacher, arch, unlabeled, run, number), f"distill-{number}"
             terms = self._terms(arch)
             lesson = EncoderLesson(teacher, student, arch, unlabeled.images, terms, Views(), run)
-            more = train_encoder(
-                lesson, f"distill-{number}", unlabeled.images, self.epochs, self.batch_size,
+            train = partial(
+                train_encoder, lesson, stage, unlabeled.images, self.epochs, self.batch_size,
                 self.weight_decay, lambda step, steps: self.rate, self.rate, run,
             )  # fmt: skip
-            curve, teacher = [*curve, *more], lesson.student.eval()
+            curve += keep_trained(lesson.model, stage, train, run)
+            teacher = lesson.student.eval()
             stages.append(f"round {number + 1}: {self.student} student, {self.loss}")
         return Cleansed(teacher, arch, curve, asdict(self), [*stages, *halvings(curve)])
 
@@ -121,17 +123,16 @@ class Distill:
         model, images, stage = with_head(suspect, labeled, run), labeled, f"teacher by {self.teacher}"
         before = copy.deepcopy(model)
 
-        def adapt() -> None:
+        def adapt() -> list[dict[str, float]]:
             if self.teacher == "ft":
-                fine_tune(model, images, run, stage, self.teacher_epochs)
-            elif self.teacher == "fp":
+                return fine_tune(model, images, run, stage, self.teacher_epochs)
+            if self.teacher == "fp":
                 layer = f"{ENCODER}.{arch.stages[-1].modules[-1]}"
-                FinePruning(self.pruned, epochs=self.teacher_epochs)(model, layer, images, run, stage)
-            elif self.teacher == "anp":
-                NeuronPruning(self.pruned, steps=self.anp_steps)(model, images, run, stage)
-            else:
-                harden = DistanceHardening(epochs=self.moth_epochs, fit_steps=self.moth_steps)
-                harden(model, images, run, stage)
+                return FinePruning(self.pruned, epochs=self.teacher_epochs)(model, layer, images, run, stage)
+            if self.teacher == "anp":
+                return NeuronPruning(self.pruned, steps=self.anp_steps)(model, images, run, stage)
+            harden = DistanceHardening(epochs=self.moth_epochs, fit_steps=self.moth_steps)
+            return harden(model, images, run, stage)
 
         keep_trained(model, stage, adapt, run)
         said = f"{stage} on {len(images)} labeled images"
@@ -147,7 +148,7 @@ class Distill:
         student = void(teacher, arch, run, number)
         if self.student == "warmup":
             warm, stage = SimCLR(epochs=self.warmup_epochs, batch_size=self.batch_size), f"warm up {number}"
-            keep_trained(student, stage, lambda: warm(student, unlabeled, run, stage), run)
+            keep_trained(student, stage, lambda: warm(student, unlabeled, run, stage).curve, run)
         return student
 
     def _terms(self, arch: Arch) -> Terms:

@@ -37,8 +37,8 @@ class FinePruning:
 
     def __call__(
         self, model: Classifier, layer: str, labeled: ImageSet, run: Run, stage: str = "fine-pruning"
-    ) -> None:
-        """Prune the module `layer` of `model.network` and fine-tune all of `model`, in place.
+    ) -> list[dict[str, float]]:
+        """Prune the module `layer` of `model.network`, fine-tune all of `model` in place, and return the curve.
 
         `layer` is a convolution or linear layer. Pruned channels are zeros in the weights and stay so.
         """
@@ -64,9 +64,10 @@ class FinePruning:
         kept[order[:count]] = False
         for name, tensor in tensors.items():
             prune.custom_from_mask(part, name, kept.view(-1, *[1] * (tensor.ndim - 1)).expand_as(tensor))
-        fine_tune(model, labeled, run, stage, self.epochs, self.batch_size, self.rate)
+        curve = fine_tune(model, labeled, run, stage, self.epochs, self.batch_size, self.rate)
         for name in tensors:
             prune.remove(part, name)
+        return curve
 
 
 def whole(model: Classifier, layer: str, images: Tensor) -> nn.Module:

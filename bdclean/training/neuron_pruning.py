@@ -23,6 +23,7 @@ from bdclean.training.students import choose_augmentation
 THRESHOLDS = [round(0.05 * k, 2) for k in range(19)]
 """Of masks, in [0, 1]: the authors' sweep to 0.9."""
 
+Curve = list[dict[str, float]]
 Factors = list[tuple[Tensor, Tensor]]
 """By which the scale and the shift of each norm are multiplied, [channels] each."""
 
@@ -47,9 +48,12 @@ class NeuronPruning:
     budget: float = 0.4  # of the perturbation, as a share of scales and shifts
     clean: float = 0.2  # weight of the unperturbed loss; the perturbed one has the rest
 
-    def __call__(self, model: Classifier, labeled: ImageSet, run: Run, stage: str = "neuron pruning") -> None:
-        """Prune `model` in place; raises Refused where it has no batch norm with a scale."""
-        masks = torch.cat(self.masks(model, labeled, run, stage))
+    def __call__(
+        self, model: Classifier, labeled: ImageSet, run: Run, stage: str = "neuron pruning"
+    ) -> Curve:
+        """Prune `model` in place, and return the curve of its masks; raises Refused where it has no batch norm."""
+        found, curve = self.masks(model, labeled, run, stage)
+        masks = torch.cat(found)
         norms = scaled_norms(model)
         before = [norm.weight.detach().clone() for norm in norms]
 
@@ -70,9 +74,10 @@ class NeuronPruning:
             place = masks.argsort(stable=True).argsort()
             silence(place < round(self.share * len(masks)))
         model.eval()
+        return curve
 
-    def masks(self, model: Classifier, labeled: ImageSet, run: Run, stage: str) -> list[Tensor]:
-        """The masks [channels] of the batch norms of `model`, which is left as it was."""
+    def masks(self, model: Classifier, labeled: ImageSet, run: Run, stage: str) -> tuple[list[Tensor], Curve]:
+        """Masks [channels] of the batch norms of `model`, which is left as it was, and the curve of their training."""
         if not scaled_norms(model):
             raise Refused("adversarial neuron pruning needs batch norm, and this network has none.")
         augment = choose_augmentation(model, labeled.images, run)
@@ -108,12 +113,12 @@ class NeuronPruning:
             return self.clean * plain + (1 - self.clean) * perturbed, {"accuracy": right}
 
         optimiser = torch.optim.SGD(masks.parameters(), self.rate, momentum=self.momentum)
-        fit(
+        curve = fit(
             step,
             State(stage, masks, optimiser, labeled.images, labeled.labels, self.batch_size, self.steps),
             run,
         )
-        return [mask.detach().clamp(0, 1) for mask in masks]
+        return [mask.detach().clamp(0, 1) for mask in masks], curve
 
 
 def scaled_norms(model: nn.Module) -> list[_BatchNorm]:

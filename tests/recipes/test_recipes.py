@@ -267,6 +267,7 @@ STOPPED = {
     "byol": ("pretrain", {"method": "byol"}, "pretrain"),
     "warm up": ("distill", {"warmup_epochs": "1"}, "warm up 0"),
     "after the warm-up": ("distill", {}, "distill-0"),
+    "in the second round": ("distill", {"rounds": "2"}, "distill-1"),
     **{f"in {teacher}": ("distill", {"teacher": teacher, "student": "raw"}, f"teacher by {teacher}")
        for teacher in ("ft", "fp", "anp", "moth")},
     **{f"after {teacher}": ("distill", {"teacher": teacher, "student": "raw"}, "distill-0")

@@ -50,6 +50,13 @@ def model(out=20.0):
     return made.eval()
 
 
+def masks_of(method, made, seed=0):
+    """Of the one norm."""
+    ((masks,), curve) = method.masks(made, labeled(), run(seed), "masks")
+    assert curve[-1]["step"] == method.steps
+    return masks
+
+
 def state(network):
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
@@ -71,7 +78,7 @@ def test_scales_and_shifts_are_multiplied(training):
 def test_the_mask_of_a_planted_neuron_falls_first():
     made = model()
     before = state(made)
-    (masks,) = NeuronPruning(steps=40, batch_size=16).masks(made, labeled(), run(), "masks")
+    masks = masks_of(NeuronPruning(steps=40, batch_size=16), made)
     assert masks.argmin() == PLANTED and masks[PLANTED] < 0.3 < masks[:2].min()
     assert bool((masks >= 0).all() and (masks <= 1).all())
     after = state(made)
@@ -80,12 +87,12 @@ def test_the_mask_of_a_planted_neuron_falls_first():
 
 def test_masks_are_repeatable():
     short = NeuronPruning(steps=10, batch_size=16, rate=0.02)
-    one, again, other = (short.masks(model(), labeled(), run(seed), "masks")[0] for seed in (1, 1, 0))
+    one, again, other = (masks_of(short, model(), seed) for seed in (1, 1, 0))
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
 def test_without_a_perturbation_nothing_falls():
-    (masks,) = NeuronPruning(steps=20, batch_size=16, budget=0.0).masks(model(), labeled(), run(), "masks")
+    masks = masks_of(NeuronPruning(steps=20, batch_size=16, budget=0.0), model())
     assert masks.min() > 0.9
 
 
