@@ -127,8 +127,8 @@ class Distill:
             if self.teacher == "ft":
                 return fine_tune(model, images, run, stage, self.teacher_epochs)
             if self.teacher == "fp":
-                layer = f"{ENCODER}.{arch.stages[-1].modules[-1]}"
-                return FinePruning(self.pruned, epochs=self.teacher_epochs)(model, layer, images, run, stage)
+                layers = [f"{ENCODER}.{name}" for name in arch.stages[-1].modules]
+                return FinePruning(self.pruned, epochs=self.teacher_epochs)(model, layers, images, run, stage)
             if self.teacher == "anp":
                 return NeuronPruning(self.pruned, steps=self.anp_steps)(model, images, run, stage)
             harden = DistanceHardening(epochs=self.moth_epochs, fit_steps=self.moth_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune
 
 from bdclean.data.imageset import ImageSet
+from bdclean.errors import Refused
 from bdclean.networks.classifier import Classifier
 from bdclean.training.pruning import accuracy, prune_while_accurate
 from bdclean.training.run import Run
@@ -36,13 +38,19 @@ class FinePruning:
     rate: float = 0.01
 
     def __call__(
-        self, model: Classifier, layer: str, labeled: ImageSet, run: Run, stage: str = "fine-pruning"
+        self,
+        model: Classifier,
+        layers: Sequence[str],
+        labeled: ImageSet,
+        run: Run,
+        stage: str = "fine-pruning",
     ) -> list[dict[str, float]]:
-        """Prune the module `layer` of `model.network`, fine-tune all of `model` in place, and return the curve.
+        """Prune the last of `layers`, fine-tune all of `model` in place, and return the curve.
 
-        `layer` is a convolution or linear layer. Pruned channels are zeros in the weights and stay so.
+        `layers` name modules of `model.network` in the order in which they run. Pruned channels are zeros in the
+        weights and stay so. Raises Refused where no layer is a convolution or a linear one.
         """
-        part = whole(model, layer, labeled.images[:2].to(run.device))
+        part = last_part(model, layers, labeled.images[:2].to(run.device))
         order = activity(model, part, labeled.images, run).argsort(stable=True)
         tensors = {name: t for name, t in part.named_parameters(recurse=False) if name in ("weight", "bias")}
         before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -70,8 +78,8 @@ class FinePruning:
         return curve
 
 
-def whole(model: Classifier, layer: str, images: Tensor) -> nn.Module:
-    """The batch norm that runs right after the module `layer` of `model.network`, where one does, else `layer`."""
+def last_part(model: Classifier, layers: Sequence[str], images: Tensor) -> nn.Module:
+    """The batch norm that runs right after the last convolution or linear layer of `layers`, or else that layer."""
     ran: list[nn.Module] = []
     leaves = [module for module in model.network.modules() if not list(module.children())]
     handles = [module.register_forward_hook(lambda module, *_: ran.append(module)) for module in leaves]
@@ -81,12 +89,15 @@ def whole(model: Classifier, layer: str, images: Tensor) -> nn.Module:
     finally:
         for handle in handles:
             handle.remove()
-    found = model.network.get_submodule(layer)
-    following = ran[ran.index(found) + 1 :][:1]
-    channels = found.get_parameter("weight").shape[0]
-    if following and isinstance(following[0], _BatchNorm) and following[0].affine:
-        return following[0] if following[0].num_features == channels else found
-    return found
+    modules = [model.network.get_submodule(name) for name in layers]
+    able = [module for module in modules if isinstance(module, (nn.Conv2d, nn.Linear)) and module in ran]
+    if not able:
+        raise Refused("fine-pruning needs a convolution or a linear layer at the end, and there is none.")
+    layer = able[-1]
+    for following in ran[ran.index(layer) + 1 :][:1]:
+        if isinstance(following, _BatchNorm) and following.affine:
+            return following if following.num_features == len(layer.weight) else layer
+    return layer
 
 
 def activity(model: Classifier, part: nn.Module, images: Tensor, run: Run, size: int = 256) -> Tensor:

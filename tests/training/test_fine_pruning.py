@@ -7,16 +7,17 @@ import torch
 from torch import nn
 
 from bdclean.data.imageset import ImageSet
+from bdclean.errors import Refused
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
-from bdclean.training.fine_pruning import FinePruning, activity, whole
+from bdclean.training.fine_pruning import FinePruning, activity, last_part
 from bdclean.training.pruning import accuracy, prune_while_accurate, pruned_channels
 from bdclean.training.run import Precision, Run
 from bdclean.training.students import set_batch_statistics
 
 N = 24
-LAYER = "layer3.0.conv2"
+LAYERS = ["layer3.0.conv1", "layer3.0.conv2"]
 
 
 def run():
@@ -42,13 +43,16 @@ def state(network):
 
 def test_a_norm_that_follows_belongs_to_the_layer():
     made = model()
-    assert whole(made, LAYER, labeled().images) is made.network.get_submodule("layer3.0.bn2")
+    assert last_part(made, LAYERS, labeled().images) is made.network.get_submodule("layer3.0.bn2")
     plain = Classifier(
         nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)), parse_preprocess("half")
     )
     plain(labeled().images)
-    assert whole(plain, "0", labeled().images) is plain.network[0]
-    assert whole(plain, "3", labeled().images) is plain.network[3]
+    assert last_part(plain, ["0"], labeled().images) is plain.network[0]
+    assert last_part(plain, ["0", "3"], labeled().images) is plain.network[3]
+    assert last_part(plain, ["0", "1"], labeled().images) is plain.network[0]
+    with pytest.raises(Refused, match="needs a convolution or a linear layer"):
+        last_part(plain, ["1"], labeled().images)
 
 
 @pytest.mark.parametrize("size", [5, 256])
@@ -79,7 +83,7 @@ def test_the_quietest_share_is_silent_and_stays_so(share):
     part = made.network.get_submodule("layer3.0.bn2")
     quiet = activity(made, part, images.images, run()).argsort()[: round(8 * share)]
     before, was = state(made), copy.deepcopy(made)
-    FinePruning(share, epochs=0.5, batch_size=8)(made, LAYER, images, run())
+    FinePruning(share, epochs=0.5, batch_size=8)(made, LAYERS, images, run())
     after = state(made)
     assert after.keys() == before.keys() and not made.training
     assert (part.weight == 0).nonzero()[:, 0].tolist() == sorted(quiet.tolist())
@@ -92,9 +96,9 @@ def test_the_quietest_share_is_silent_and_stays_so(share):
 def test_as_many_channels_go_as_accuracy_allows():
     made, images = model(), labeled()
     images = ImageSet(images.images, made(images.images).argmax(1), images.classes)  # it is right on all
-    FinePruning(tolerance=0.0, epochs=1e-3, batch_size=4, rate=1e-9)(made, LAYER, images, run())
+    FinePruning(tolerance=0.0, epochs=1e-3, batch_size=4, rate=1e-9)(made, LAYERS, images, run())
     loose = model()
-    FinePruning(tolerance=1.0, epochs=1e-3, batch_size=4, rate=1e-9)(loose, LAYER, images, run())
+    FinePruning(tolerance=1.0, epochs=1e-3, batch_size=4, rate=1e-9)(loose, LAYERS, images, run())
     few, most = (pruned_channels(model(), network) for network in (made, loose))
     assert few < most == 7  # 19 twentieths of 8
 
@@ -103,7 +107,7 @@ def test_pruning_again_gives_the_same_bits():
     found = []
     for _ in range(2):
         made = model()
-        FinePruning(0.5, epochs=0.5, batch_size=8)(made, LAYER, labeled(), run())
+        FinePruning(0.5, epochs=0.5, batch_size=8)(made, LAYERS, labeled(), run())
         found.append(state(made))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
