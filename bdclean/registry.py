@@ -42,6 +42,7 @@ RECIPES: dict[str, Entry] = {
     "bcu": Entry(
         "bdclean.recipes.bcu:BCU",
         "blind unlearning: layer-wise re-initialisation and distillation on unlabeled images (2211.12044)",
+        encoder="bdclean.recipes.bcu_encoder:BCUEncoder",
     ),
     "distill": Entry(
         "",
@@ -59,6 +60,11 @@ RECIPES: dict[str, Entry] = {
         "",
         "an encoder's clone with new weights, attention weighted by mutual information (2406.03508)",
         encoder="bdclean.recipes.mimic:Mimic",
+    ),
+    "pretrain": Entry(
+        "",
+        "an encoder's pre-training, continued or from scratch, on the given images (SimCLR, MoCo v2, BYOL)",
+        encoder="bdclean.recipes.pretrain:Pretrain",
     ),
     "sft": Entry("bdclean.recipes.sft:SFT", "super-fine-tuning on labeled images, cyclic rates (2212.09067)"),
 }

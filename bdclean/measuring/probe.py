@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from bdclean.errors import Refused
 from bdclean.measuring.predictor import Predictor
+from bdclean.training.linear_head import logistic_regression
 from bdclean.training.pretraining.knn import NEIGHBOURS
 from bdclean.training.pretraining.knn import knn as vote
 
@@ -29,9 +30,6 @@ REMEMBERED = 256 << 20
 """Bytes of features that are kept: enough for all probes to see a trigger's images after the first one has."""
 SEEDS = 3
 """Of the probe whose training is drawn."""
-
-DECAY, ITERATIONS = 1e-3, 100
-"""Of the linear probe, on standardised features: weight decay of a mean loss, and steps of L-BFGS."""
 
 MLP_STEPS, MLP_BATCH, MLP_RATE = 3_000, 64, 1e-3
 """BadEncoder trains 500 epochs at 1e-4, which is 39,000 steps with 5,000 images; a one-cycle rate needs fewer."""
@@ -139,19 +137,8 @@ def linear(features: Tensor, labels: Tensor, classes: int) -> Head:
     """Multinomial logistic regression on standardised `features` [n d], fitted to the end: nothing of it is drawn."""
     mean, spread = features.mean(0), features.std(0).clamp_min(1e-6)
     x = (features - mean) / spread
-    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss = F.cross_entropy(F.linear(x, weight, bias), labels) + DECAY / 2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    fitted, offset = weight.detach(), bias.detach()
-    return Standardised(mean, spread, lambda z: F.linear(z, fitted, offset))
+    weight, bias = logistic_regression(x, labels, classes)
+    return Standardised(mean, spread, lambda z: F.linear(z, weight, bias))
 
 
 def mlp(features: Tensor, labels: Tensor, classes: int, seed: int) -> Head:

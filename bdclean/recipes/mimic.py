@@ -32,7 +32,8 @@ class Mimic:
 
     What it does: trains a network with new weights to have the suspect's features on clean images, and to look where
     its stages look, each stage weighted by the mutual information of its maps with the features.
-    When to use it: to compare with the paper.
+    When to use it: to compare with the paper. `mi=uniform` weights all stages alike; `least=0 shared=0 contrast=0` is a
+    clone alone, `clone=0 contrast=0` attention alone.
     What it needs: unlabeled images of the kind that the encoder is for, 2,000 in the paper, and long training.
     Known limits: loses accuracy with few images, as every student with new weights.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,29 @@ def frozen(suspect: Classifier, run: Run) -> Classifier:
     """A copy of `suspect` as a teacher: on the run's device, in evaluation mode, without gradients."""
     teacher = copy.deepcopy(suspect).to(run.device).eval().requires_grad_(False)
     return teacher.to(memory_format=torch.channels_last) if run.precision.channels_last else teacher
+
+
+Curve = list[dict[str, float]]
+
+
+def keep_trained(model: nn.Module, name: str, train: Callable[[], Curve], run: Run) -> Curve:
+    """Trains `model` in place by `train` and returns its curve, unless the resume state holds what this led to.
+
+    For what comes before a recipe's last stage: a resumed run takes it up at the stage at which it was stopped.
+    """
+
+    def trained() -> Tensor:
+        curve = torch.frombuffer(bytearray(json.dumps(train()), "ascii"), dtype=torch.uint8)
+        flat = [tensor.detach().cpu().contiguous().reshape(-1) for tensor in model.state_dict().values()]
+        return torch.cat([*(tensor.view(torch.uint8) for tensor in flat), curve])
+
+    kept, first = run.keep(name, trained).cpu(), 0
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            part = kept[first : (first := first + tensor.numel() * tensor.element_size())]
+            tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+    curve: Curve = json.loads(bytes(kept[first:].tolist()))
+    return curve
 
 
 @dataclass(frozen=True)

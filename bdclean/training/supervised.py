@@ -1,4 +1,4 @@
-"""Training a classifier on a labeled, possibly poisoned, image set: how victims and sample models are made."""
+"""Training a classifier on labeled images, as victims and sample models are made, and fine-tuning one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bdclean.data.imageset import ImageSet
 from bdclean.networks.classifier import Classifier
 from bdclean.training.loop import Batch, State, fit
 from bdclean.training.run import Run
-from bdclean.training.students import one_cycle
+from bdclean.training.students import choose_augmentation, one_cycle
 
 
 @dataclass(frozen=True)
@@ -62,3 +62,22 @@ class Supervised:
         curve = fit(step, state, run)
         model.eval()
         return curve
+
+
+def fine_tune(
+    model: Classifier,
+    labeled: ImageSet,
+    run: Run,
+    stage: str,
+    epochs: float = 20,
+    batch_size: int = 128,
+    rate: float = 0.01,
+) -> list[dict[str, float]]:
+    """Fine-tunes all of `model` in place, with the augmentation that it does not mind, and returns the curve.
+
+    Rate, momentum and decay are those of BCU's plain fine-tuning (2211.12044), which BackdoorBench shares. Departures:
+    see `Supervised`; batches of 128 for 256, and 20 epochs for 100, unless told otherwise.
+    """
+    augment = choose_augmentation(model, labeled.images, run)
+    tune = Supervised(epochs, batch_size, rate, padding=augment.padding, mirrored=augment.mirrored)
+    return tune(model, labeled, run, stage)

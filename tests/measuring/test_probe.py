@@ -11,7 +11,6 @@ from bdclean.errors import Refused
 from bdclean.measuring import probe
 from bdclean.measuring.predictor import Predictor
 from bdclean.measuring.probe import (
-    DECAY,
     Encoded,
     Features,
     Probing,
@@ -22,6 +21,7 @@ from bdclean.measuring.probe import (
     mlp,
     nearest_mean,
 )
+from bdclean.training.linear_head import DECAY
 
 CLASSES, WIDTH = 3, 6
 HEADS = {

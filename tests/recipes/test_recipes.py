@@ -18,10 +18,13 @@ from bdclean.errors import Interrupted, Refused, UsageError
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.encoder import headless
 from bdclean.networks.families.residual import ResidualNetwork
+from bdclean.networks.families.token_transformer import Form, TokenTransformer
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.stages import describe
 from bdclean.recipes.bcu import by_depth, reinitialise
 from bdclean.training import adversaries
+from bdclean.training.encoder_lesson import EncoderLesson, Terms
+from bdclean.training.map_losses import attention, scaled_attention
 from bdclean.training.resume import Saved
 from bdclean.training.run import Precision, Run
 from bdclean.training.students import set_batch_statistics
@@ -43,10 +46,13 @@ QUICK = {
 
 
 QUICK_ENCODER = {
+    "bcu": {"epochs": "0.2", "batch_size": "32"},
     "distill": {"epochs": "0.2", "batch_size": "32", "warmup_epochs": "0.2"},
     "inoculate": {"epochs": "0.2", "least_steps": "1", "batch_size": "32"},
     "mimic": {"epochs": "0.2", "batch_size": "32", "mi_epochs": "2"},
+    "pretrain": {"epochs": "0.2", "batch_size": "32"},
 }
+QUICK_TEACHER = {"teacher_epochs": "0.2", "anp_steps": "2", "moth_epochs": "0.1", "moth_steps": "2"}
 
 
 def network():
@@ -137,32 +143,163 @@ def test_contract_of_encoders(name, suspect, arch, images):
     assert not same(after, tensors(other.model))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("bcu", "encoder"), ("mimic", "classifier")])
+@pytest.mark.parametrize(("name", "kind"), [("ft", "encoder"), ("mimic", "classifier")])
 def test_a_recipe_for_the_other_kind_names_those_that_fit(name, kind):
     with pytest.raises(UsageError, match=f"{name} does not work on {kind}s: use one of .*inoculate"):
         registry.load_recipe(name, kind)
 
 
-@pytest.mark.parametrize("loss", ["at", "afd", "fitnet", "cc", "kd", "sp", "pkt", "rkd"])
-@pytest.mark.parametrize("student", ["raw", "void"])
-def test_every_loss_of_distill_trains(loss, student, suspect, arch, images):
+def encoder_of(suspect, arch):
+    """The suspect without its head, and what is known of it."""
     encoder_arch = headless(arch)
     encoder = Classifier(encoder_arch.build(), suspect.preprocess).eval()
-    settings = {"epochs": "0.2", "batch_size": "32", "loss": loss, "student": student, "rounds": "2"}
-    recipe = registry.configure(registry.load_recipe("distill", "encoder"), settings)
-    cleansed = recipe(encoder, encoder_arch, images.unlabeled(), None, Run(CPU, Precision(), 0))
+    encoder.network.load_state_dict(suspect.network.state_dict(), strict=False)
+    return encoder, encoder_arch
+
+
+def transformer():
+    """An encoder of tokens, without batch norm."""
+    form = Form(width=16, depth=4, heads=2, patch=8, inner=32, positions=17)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = headless(describe("tokens", lambda: TokenTransformer(form, 4), (3, 32, 32)))
+        return Classifier(made.build(), parse_preprocess("half")).eval(), made
+
+
+def cleansed_encoder(name, settings, encoder, arch, images, labeled=None, run=None):
+    recipe = registry.configure(registry.load_recipe(name, "encoder"), QUICK_ENCODER[name] | settings)
+    return recipe(encoder, arch, images.unlabeled(), labeled, run or Run(CPU, Precision(), 0))
+
+
+@pytest.mark.parametrize("loss", ["at", "afd", "fitnet", "cc", "kd", "sp", "pkt", "rkd", "none"])
+@pytest.mark.parametrize("student", ["raw", "void"])
+def test_every_loss_of_distill_trains(loss, student, suspect, arch, images):
+    settings = {"loss": loss, "student": student, "rounds": "2"}
+    cleansed = cleansed_encoder("distill", settings, *encoder_of(suspect, arch), images)
     assert len(cleansed.stages) == 2 and math.isfinite(cleansed.curve[-1]["loss"])
 
 
-def test_a_fine_tuned_teacher_needs_labels(suspect, arch, images):
-    encoder_arch = headless(arch)
-    encoder = Classifier(encoder_arch.build(), suspect.preprocess).eval()
-    settings = QUICK_ENCODER["distill"] | {"teacher": "ft", "teacher_epochs": "0.2", "student": "void"}
-    recipe = registry.configure(registry.load_recipe("distill", "encoder"), settings)
-    run = Run(CPU, Precision(), 0)
-    with pytest.raises(Refused, match="needs labels"):
-        recipe(encoder, encoder_arch, images.unlabeled(), None, run)
-    assert "fine-tuned" in recipe(encoder, encoder_arch, images.unlabeled(), images, run).stages[0]
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"loss": "none", "contrast": "0"}, Terms(contrast=0)),
+        ({"clone": "0", "contrast": "0"}, Terms(clone=0, contrast=0, maps=scaled_attention)),
+        ({"loss": "at", "weights": "paper"}, Terms(maps=attention)),
+    ],
+    ids=["clone only", "attention only", "as the code"],
+)
+def test_what_distill_asks_of_the_student(settings, expected, suspect, arch, images, monkeypatch):
+    asked = []
+
+    def lesson(teacher, student, arch, pixels, terms, *rest):
+        asked.append(terms)
+        return EncoderLesson(teacher, student, arch, pixels, terms, *rest)
+
+    monkeypatch.setattr("bdclean.recipes.distill.EncoderLesson", lesson)
+    cleansed_encoder("distill", {"student": "void"} | settings, *encoder_of(suspect, arch), images)
+    (found,) = asked
+    assert (found.clone, found.contrast, found.maps) == (expected.clone, expected.contrast, expected.maps)
+    if found.maps:
+        weight = 1000 if settings.get("weights") else 10
+        assert found.map_weights == dict.fromkeys(headless(arch).taps, weight)
+
+
+def test_uniform_weights_of_mimic_are_alike(suspect, arch, images):
+    cleansed = cleansed_encoder("mimic", {"mi": "uniform"}, *encoder_of(suspect, arch), images)
+    assert cleansed.stages[0].count(" 33 %") == len(headless(arch).taps) == 3
+
+
+@pytest.mark.parametrize("teacher", ["ft", "fp", "anp", "moth"])
+def test_a_teacher_that_is_adapted_needs_labels(teacher, suspect, arch, images):
+    encoder, encoder_arch = encoder_of(suspect, arch)
+    before = tensors(encoder)
+    settings = QUICK_TEACHER | {"teacher": teacher, "student": "raw", "pruned": "0.5"}
+    with pytest.raises(Refused, match=f"teacher={teacher} needs labels"):
+        cleansed_encoder("distill", settings, encoder, encoder_arch, images)
+    cleansed = cleansed_encoder("distill", settings, encoder, encoder_arch, images, images)
+    assert f"teacher by {teacher} on 96 labeled images" in cleansed.stages[0]
+    assert ("channels pruned" in cleansed.stages[0]) == (teacher in ("fp", "anp"))
+    plain = cleansed_encoder("distill", settings | {"teacher": "raw"}, encoder, encoder_arch, images)
+    assert not same(tensors(plain.model), tensors(cleansed.model)) and same(before, tensors(encoder))
+
+
+def test_a_transformer_has_no_neurons_to_prune_by_norm(images):
+    encoder, tokens = transformer()
+    settings = QUICK_TEACHER | {"student": "raw"}
+    with pytest.raises(Refused, match="teacher=anp needs batch norm, and this encoder has none"):
+        cleansed_encoder("distill", settings | {"teacher": "anp"}, encoder, tokens, images, images)
+    pruned = cleansed_encoder(
+        "distill", settings | {"teacher": "fp", "pruned": "0.25"}, encoder, tokens, images, images
+    )
+    assert pruned.stages[0].endswith("4 channels pruned")
+
+
+def test_bcu_redraws_an_encoder_of_tokens_by_depth(images):
+    encoder, tokens = transformer()
+    still = {"ratios": "0/0.5", "rate": "1e-12", "weight_decay": "0"}
+    cleansed = cleansed_encoder("bcu", still, encoder, tokens, images)
+    before, after = tensors(encoder), tensors(cleansed.model)
+    depth = [
+        sum(int((~torch.isclose(before[f"network.{m}.weight"], after[f"network.{m}.weight"])).sum())
+            for m in stage.modules if f"network.{m}.weight" in before)
+        for stage in tokens.stages
+    ]  # fmt: skip
+    assert depth[0] == 0 and depth == sorted(depth) and depth[-1] > 0
+
+
+@pytest.mark.parametrize("method", ["simclr", "moco", "byol"])
+@pytest.mark.parametrize("start", ["suspect", "void"])
+def test_pretraining_starts_where_it_is_told(method, start, suspect, arch, images):
+    encoder, encoder_arch = encoder_of(suspect, arch)
+    still = {"method": method, "start": start, "peak": "1e-12", "weight_decay": "0"}
+    cleansed = cleansed_encoder("pretrain", still, encoder, encoder_arch, images)
+    weight = "network.layer1.0.conv1.weight"
+    assert torch.allclose(tensors(cleansed.model)[weight], tensors(encoder)[weight], atol=1e-3) == (
+        start == "suspect"
+    )
+    assert method in cleansed.stages[0] and math.isfinite(cleansed.curve[-1]["loss"])
+
+
+STOPPED = {
+    "bcu": ("bcu", {}, "bcu"),
+    "simclr": ("pretrain", {"method": "simclr"}, "pretrain"),
+    "moco": ("pretrain", {"method": "moco", "start": "void"}, "pretrain"),
+    "byol": ("pretrain", {"method": "byol"}, "pretrain"),
+    "warm up": ("distill", {"warmup_epochs": "1"}, "warm up 0"),
+    "after the warm-up": ("distill", {}, "distill-0"),
+    "in the second round": ("distill", {"rounds": "2"}, "distill-1"),
+    **{f"in {teacher}": ("distill", {"teacher": teacher, "student": "raw"}, f"teacher by {teacher}")
+       for teacher in ("ft", "fp", "anp", "moth")},
+    **{f"after {teacher}": ("distill", {"teacher": teacher, "student": "raw"}, "distill-0")
+       for teacher in ("ft", "fp", "anp", "moth")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STOPPED)
+def test_an_encoder_recipe_that_was_stopped_ends_in_the_same_weights(case, suspect, arch, images, tmp_path):
+    name, settings, where = STOPPED[case]
+    settings = (
+        QUICK_TEACHER | {"teacher_epochs": "3", "pruned": "0.2"} | settings if name == "distill" else settings
+    )
+    settings = {"epochs": "1"} | settings
+    given = (*encoder_of(suspect, arch), images, images)
+    whole = cleansed_encoder(name, settings, *given)
+
+    def stop(stage, done, total, **measures):
+        if (stage, done) == (where, 1):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    state, arguments = tmp_path / "s.safetensors", {"recipe": name}
+    with pytest.raises(Interrupted, match=f"of {where}"):
+        run = Run(CPU, Precision(), 0, stop, Saved(state, arguments))
+        cleansed_encoder(name, settings, *given, run=run)
+    saved, told = Saved(state, arguments), []
+    saved.open()
+    run = Run(CPU, Precision(), 0, lambda stage, done, total, **m: told.append((stage, done)), saved)
+    resumed = cleansed_encoder(name, settings, *given, run=run)
+    assert same(tensors(resumed.model), tensors(whole.model))
+    assert resumed.stages == whole.stages and resumed.curve == whole.curve
+    assert told[0][0] == where and (where, 1) not in told  # nothing is done twice
 
 
 @pytest.mark.parametrize(
@@ -214,6 +351,20 @@ def test_labels_that_are_needed_and_missing_are_asked_for(name, suspect, arch, i
 def test_settings_out_of_range_are_wrong_usage(name, setting):
     with pytest.raises(UsageError, match=name):
         registry.configure(registry.load(registry.RECIPES, name), dict([setting.split("=")]))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("bcu", {"ratios": "0/2"}), ("bcu", {"epochs": "0"}), ("distill", {"pruned": "1"}),
+        ("distill", {"anp_steps": "0"}), ("distill", {"moth_epochs": "0"}),
+        ("distill", {"loss": "none", "clone": "0", "contrast": "0"}), ("pretrain", {"peak": "0"}),
+        ("pretrain", {"batch_size": "1"}), ("mimic", {"mi_epochs": "0"}),
+    ],
+)  # fmt: skip
+def test_settings_of_encoders_out_of_range_are_wrong_usage(name, settings):
+    with pytest.raises(UsageError, match=name):
+        registry.configure(registry.load_recipe(name, "encoder"), settings)
 
 
 def test_families_that_are_left_out_are_not_trained_on(suspect, arch, images, monkeypatch):

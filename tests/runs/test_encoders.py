@@ -88,11 +88,11 @@ def test_what_is_written_is_a_drop_in_replacement(tmp_path):
 
 
 def test_a_recipe_of_classifiers_is_refused_before_images_are_read(tmp_path):
-    with pytest.raises(UsageError, match="bcu does not work on encoders"):
+    with pytest.raises(UsageError, match="ft does not work on encoders"):
         cleanse(
             SAMPLES / "signs-clean.safetensors",
             inputs(UNLABELED),
-            recipe="bcu",
+            recipe="ft",
             out=tmp_path / "o",
             tell=quiet,
         )
