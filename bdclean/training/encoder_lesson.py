@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -29,19 +29,16 @@ class Terms:
     """What is asked of the student; a weight of 0 leaves a term out.
 
     `clone`: the cosine with the teacher's feature; `centred`: both without the teacher's mean feature, for the cosine
-    of any two images is over 0.95 otherwise; `answers`: views of an image over which the teacher's feature is averaged;
-    `contrast`: SimCLR's loss on the student at `temperature`; `maps`: a loss a tap, with a weight for each;
-    `length`: the squared difference of the features' log lengths, which keeps the scale that a head expects.
+    of any two images is over 0.95 otherwise; `contrast`: SimCLR's loss on the student at `temperature`; `maps`: a loss
+    a tap, with a weight for each.
     """
 
     clone: float = 1.0
     centred: bool = False
-    answers: int = 1
     contrast: float = 1.0
     temperature: float = 0.5
     maps: MapLoss | None = None
     map_weights: Mapping[str, float] = field(default_factory=dict)
-    length: float = 0.0
 
 
 def void(suspect: Classifier, arch: Arch, run: Run, *part: object) -> Classifier:
@@ -115,12 +112,11 @@ class EncoderLesson:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Measures]:
         terms, n = self.terms, len(batch.images)
-        views = [
-            self.views(batch.images, batch.generator)
-            for _ in range(max(terms.answers, 1 + (terms.contrast > 0)))
-        ]
-        answers, lengths = self._answers(views)
-        shown = torch.cat(views[:2]) if terms.contrast else views[0]
+        shown = torch.cat(
+            [self.views(batch.images, batch.generator) for _ in range(2 if terms.contrast else 1)]
+        )
+        with torch.no_grad():
+            answers = F.normalize(self.run.forward(self.teacher, shown[:n]).float(), dim=1) - self.centre
         features = self.run.forward(self.model.encoder, shown).float()
         measures: dict[str, Tensor | float] = {}
         likeness = F.cosine_similarity(F.normalize(features[:n], dim=1) - self.centre, answers, dim=1).mean()
@@ -130,23 +126,10 @@ class EncoderLesson:
             with self.run.precision.autocast(self.run.device):
                 projected = self.model.projector(features)
             loss = loss + terms.contrast * nt_xent(projected[:n], projected[n:], terms.temperature)
-        if terms.length:
-            loss = (
-                loss
-                + terms.length * (features[:n].norm(dim=1).clamp_min(1e-6).log() - lengths).square().mean()
-            )
         if terms.maps is not None:
             for tap, weight in terms.map_weights.items():
-                loss = loss + weight * terms.maps(self.ours.maps[tap][:n], self.theirs.maps[tap][:n])
+                loss = loss + weight * terms.maps(self.ours.maps[tap][:n], self.theirs.maps[tap])
         return loss, measures
-
-    @torch.no_grad()
-    def _answers(self, views: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The teacher's centred features [n d], a mean over the first `answers` views, and their log lengths [n]."""
-        found = self.run.forward(self.teacher, torch.cat(list(views[: self.terms.answers]))).float()
-        parts = found.view(self.terms.answers, -1, found.shape[1])
-        answers = (F.normalize(parts, dim=2) - self.centre).mean(0)
-        return answers, parts.norm(dim=2).clamp_min(1e-6).log().mean(0)
 
 
 def train_encoder(

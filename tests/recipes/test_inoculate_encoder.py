@@ -5,9 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bdclean.data.imageset import ImageSet
 from bdclean.networks.classifier import Classifier
+from bdclean.networks.encoder import headless
+from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
-from bdclean.recipes.inoculate_encoder import averaged, unminded
+from bdclean.networks.stages import describe
+from bdclean.recipes.inoculate_encoder import InoculateEncoder, averaged, unminded
 from bdclean.training.encoder_lesson import mean_feature
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.run import Precision, Run
@@ -78,3 +82,23 @@ def test_answers_are_means_over_views_of_the_same_image():
     assert float((answers - both).abs().max()) < 0.02  # a mean over 400 coins
     again, _ = averaged(teacher, PHOTOS[:4], zero, mirrored, 400, run())
     assert torch.equal(answers, again)
+
+
+def test_the_student_has_features_as_long_as_the_suspects():
+    arch = headless(describe("tiny", lambda: ResidualNetwork((1, 1, 1), (4, 8, 8), 4, 4), (3, 16, 16)))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = arch.build()
+    with torch.no_grad():
+        for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
+            norm.weight.mul_(3)
+    suspect = Classifier(network, parse_preprocess("half")).eval()
+    images = ImageSet(PHOTOS, None)
+
+    def apart(length):
+        recipe = InoculateEncoder(least_steps=60, epochs=1, batch_size=30, length=length)
+        student = recipe(suspect, arch, images, None, run()).model
+        with torch.no_grad():
+            return float((student(PHOTOS).norm(dim=1).log() - suspect(PHOTOS).norm(dim=1).log()).abs().mean())
+
+    assert apart(1.0) < 0.5 * apart(0.0)
