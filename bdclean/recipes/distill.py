@@ -16,12 +16,13 @@ from bdclean.errors import Refused, UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.encoder_lesson import EncoderLesson, Terms, train_encoder, void
+from bdclean.training.encoder_lesson import EncoderLesson, Terms, train_encoder
 from bdclean.training.loop import Batch, Measures, State, fit, halvings
 from bdclean.training.map_losses import MAPS
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.pretraining.simclr import SimCLR
 from bdclean.training.run import Run
+from bdclean.training.students import void
 
 LAST = ("kd", "sp", "pkt", "rkd")
 """Losses of the last stage alone; the others are of every stage."""

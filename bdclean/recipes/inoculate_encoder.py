@@ -10,11 +10,11 @@ from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.encoder_lesson import EncoderLesson, Terms, train_encoder, void
+from bdclean.training.encoder_lesson import EncoderLesson, Terms, train_encoder
 from bdclean.training.loop import halvings
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.run import Run
-from bdclean.training.students import one_cycle
+from bdclean.training.students import one_cycle, void
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bdclean.data.augment import crop, mirror
+from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.training.run import Run
 
@@ -35,6 +36,14 @@ def frozen(suspect: Classifier, run: Run) -> Classifier:
     """A copy of `suspect` as a teacher: on the run's device, in evaluation mode, without gradients."""
     teacher = copy.deepcopy(suspect).to(run.device).eval().requires_grad_(False)
     return teacher.to(memory_format=torch.channels_last) if run.precision.channels_last else teacher
+
+
+def void(suspect: Classifier, arch: Arch, run: Run, *part: object) -> Classifier:
+    """A network of the suspect's architecture with weights drawn anew, by the run's seed and `part`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.generator("void", *part).initial_seed())
+        network = arch.build()
+    return Classifier(network, suspect.preprocess)
 
 
 @dataclass(frozen=True)
