@@ -21,12 +21,15 @@ class Entry:
     """Where a name's class lives, the line of `bdclean ls`, and the corruption families it trains on.
 
     Of a recipe: `encoder` is where the class for encoders lives, if it has one; without a `path` it is for them alone.
+    `new_head`: it can train a head that was drawn anew, so that `--head new` works with it, whatever kind the suspect
+    is of.
     """
 
     path: str
     line: str
     families: tuple[str, ...] = ()
     encoder: str = ""
+    new_head: bool = False
 
 
 FAMILIES = ("patch", "blend", "wave", "low", "noise", "warp", "tone", "quantise", "blur")
@@ -49,7 +52,7 @@ RECIPES: dict[str, Entry] = {
         "distillation of an encoder: teacher, student and loss by choice, unlabeled images (2403.03846)",
         encoder="bdclean.recipes.distill:Distill",
     ),
-    "ft": Entry("bdclean.recipes.ft:FT", "plain fine-tuning on labeled images (2212.09067)"),
+    "ft": Entry("bdclean.recipes.ft:FT", "plain fine-tuning on labeled images (2212.09067)", new_head=True),
     "inoculate": Entry(
         "bdclean.recipes.inoculate:Inoculate",
         "distillation under random counterfeit triggers, adversaries and inverted triggers, unlabeled images",
@@ -66,7 +69,11 @@ RECIPES: dict[str, Entry] = {
         "an encoder's pre-training, continued or from scratch, on the given images (SimCLR, MoCo v2, BYOL)",
         encoder="bdclean.recipes.pretrain:Pretrain",
     ),
-    "sft": Entry("bdclean.recipes.sft:SFT", "super-fine-tuning on labeled images, cyclic rates (2212.09067)"),
+    "sft": Entry(
+        "bdclean.recipes.sft:SFT",
+        "super-fine-tuning on labeled images, cyclic rates (2212.09067)",
+        new_head=True,
+    ),
 }
 
 TRIGGERS: dict[str, Entry] = {
@@ -146,15 +153,22 @@ def load(table: Mapping[str, Entry], name: str) -> type[Any]:
     return found
 
 
-def load_recipe(name: str, kind: str) -> type[Any]:
-    """The recipe called `name` for a network of this `kind`, classifier or encoder; raises UsageError for another's."""
+def load_recipe(name: str, kind: str, new_head: bool = False) -> type[Any]:
+    """The recipe called `name` for a network of this `kind`, classifier or encoder; raises UsageError for another's.
+
+    `new_head`: for any network that is given a fresh head.
+    """
     entry = find(RECIPES, name)
-    path = entry.encoder if kind == "encoder" else entry.path
+    fresh = [each for each, known in RECIPES.items() if known.new_head]
+    if new_head and not entry.new_head:
+        raise UsageError(f"{name} cannot train a new head: with --head new use one of {', '.join(fresh)}.")
+    path = entry.encoder if kind == "encoder" and not new_head else entry.path
     if not path:
         others = [
             each for each, known in RECIPES.items() if (known.encoder if kind == "encoder" else known.path)
         ]
-        raise UsageError(f"{name} does not work on {kind}s: use one of {', '.join(others)}.")
+        more = ", or give --head new and labeled images" if entry.new_head else ""
+        raise UsageError(f"{name} does not work on {kind}s: use one of {', '.join(others)}{more}.")
     module, _, attribute = path.partition(":")
     found: type[Any] = getattr(importlib.import_module(module), attribute)
     return found

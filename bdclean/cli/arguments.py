@@ -39,6 +39,12 @@ def check_target(text: str) -> str:
     return text
 
 
+def check_head(name: str) -> None:
+    """Raises on anything but a head that is kept and a new one."""
+    if name not in ("keep", "new"):
+        raise UsageError(f"there is no --head {name!r}: give keep or new.")
+
+
 def expand_models(models: Sequence[str]) -> list[str]:
     """Returns the paths, those of standard input in the place of `-`."""
     paths: list[str] = []

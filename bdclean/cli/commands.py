@@ -184,6 +184,12 @@ def cleanse(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the recipe.")
     ] = None,
+    head: Annotated[
+        str,
+        typer.Option(
+            "--head", metavar="NAME", help="keep, or new: for the classes of the labeled images (ft, sft)."
+        ),
+    ] = "keep",
     trigger: Triggers = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="PATH", help="Default: MODEL with .clean.safetensors.")
@@ -222,7 +228,7 @@ def cleanse(
     )  # fmt: skip
 
     def job() -> int:
-        from bdclean.cli.arguments import check_inputs, check_triggers
+        from bdclean.cli.arguments import check_head, check_inputs, check_triggers
         from bdclean.cli.batch import run_all
         from bdclean.cli.console import Shown
         from bdclean.cli.places import Records
@@ -237,6 +243,7 @@ def cleanse(
         shown.check()
         triggers, chosen = check_triggers(trigger), parse_settings(settings or ())
         find(RECIPES, recipe)
+        check_head(head)
         if data is None and labeled is None:
             raise UsageError(
                 "cleanse needs images: give --data PATH (they need no labels), or --labeled PATH."
@@ -265,6 +272,7 @@ def cleanse(
                 inputs,
                 recipe=recipe,
                 settings=chosen,
+                new_head=head == "new",
                 triggers=triggers,
                 out=output,
                 force=force,

@@ -44,6 +44,11 @@ class ImageSet:
             hashed.update(self.labels.to(torch.int64).contiguous().numpy().astype("<i8").data)
         return hashed.hexdigest()
 
+    @property
+    def sure(self) -> bool:
+        """Whether the labels are the user's word or matched known class names: nothing has to confirm them."""
+        return self.labels is not None and self.labels_source in ("names", "forced")
+
     def select(self, indices: Tensor) -> ImageSet:
         """The images at `indices` (or where a boolean mask is true), in that order."""
         if indices.dtype == torch.bool:

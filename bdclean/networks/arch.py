@@ -42,11 +42,13 @@ class Arch:
     # A variant that nobody names: it counts only where it fits clearly better than the usual network.
     unusual: bool = False
     # Of an encoder alone: the feature's size, what it is (pooled, class token, ...), which authors' layout the file
-    # has, and the normalisation that they use, by name or SPEC, where nothing else says one.
+    # has, the normalisation that they use, by name or SPEC, where nothing else says one, and the module, an identity,
+    # that is the head of such a network where it has one.
     width: int = 0
     feature: str = ""
     layout: str = ""
     usual_preprocess: str = ""
+    head_place: str = ""
 
     @property
     def kind(self) -> str:

@@ -13,7 +13,7 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training.distance_hardening import DistanceHardening
-from bdclean.training.encoder_lesson import EncoderLesson, Terms, train_encoder, void
+from bdclean.training.encoder_lesson import EncoderLesson, Terms, train_encoder
 from bdclean.training.fine_pruning import FinePruning
 from bdclean.training.linear_head import ENCODER, with_head, without_head
 from bdclean.training.loop import halvings
@@ -23,7 +23,7 @@ from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.pretraining.simclr import SimCLR
 from bdclean.training.pruning import pruned_channels
 from bdclean.training.run import Run
-from bdclean.training.students import keep_trained
+from bdclean.training.students import keep_trained, void
 from bdclean.training.supervised import fine_tune
 
 LAST = ("kd", "sp", "pkt", "rkd")

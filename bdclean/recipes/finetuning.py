@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
 from bdclean.training.run import Run
-from bdclean.training.students import choose_augmentation, frozen
+from bdclean.training.students import choose_augmentation, frozen, void
+
+Start = Literal["suspect", "void"]
+"""What is trained: the suspect, or for comparison a network of its architecture with weights drawn anew."""
 
 
 def require_labels(labeled: ImageSet | None, name: str) -> ImageSet:
@@ -34,14 +37,19 @@ def fine_tune(
     steps: int,
     rate: Callable[[int], float],
     optimise: tuple[int, float, float],
+    start: Start,
     settings: dict[str, Any],
     run: Run,
 ) -> Cleansed:
-    """SGD with cross-entropy on `labeled`; `optimise` is batch size, momentum and weight decay."""
+    """SGD with cross-entropy on `labeled`; `optimise` is batch size, momentum and weight decay.
+
+    Whatever it starts from, images are augmented as the suspect allows, so that results compare.
+    """
     batch_size, momentum, weight_decay = optimise
     teacher = frozen(suspect, run)
     augment = choose_augmentation(teacher, labeled.images, run)
-    student = copy.deepcopy(teacher).requires_grad_(True).train()
+    student = copy.deepcopy(teacher) if start == "suspect" else frozen(void(suspect, arch, run), run)
+    student.requires_grad_(True).train()
 
     def step(batch: Batch) -> tuple[Tensor, Measures]:
         with run.precision.autocast(run.device):
@@ -67,7 +75,8 @@ def fine_tune(
         run,
     )
     stages = [
-        f"fine-tuned for {steps} updates on {len(labeled)} labeled images, {augment.describe()}",
+        f"{'fine-tuned' if start == 'suspect' else 'trained from scratch'} for {steps} updates on {len(labeled)} "
+        f"labeled images, {augment.describe()}",
         *halvings(curve),
     ]
     return Cleansed(student.eval(), arch, curve, settings, stages)

@@ -10,7 +10,7 @@ from bdclean.data.imageset import ImageSet
 from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
-from bdclean.recipes.finetuning import fine_tune, require_labels
+from bdclean.recipes.finetuning import Start, fine_tune, require_labels
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training.run import Run
 
@@ -20,7 +20,8 @@ class FT:
     """Fine-tunes the whole network with cross-entropy; the baseline that every defence must beat.
 
     What it does: SGD on labeled clean images with a cosine learning rate.
-    When to use it: to see whether a backdoor is of the kind that any training removes.
+    When to use it: to see whether a backdoor is of the kind that any training removes; with --head new, to adapt an
+    encoder or another task's classifier, where 2212.09067 says that it suffices.
     What it needs: labeled images, 5 % of the training set in most papers.
     Known limits: blended and clean-label backdoors often survive; accuracy falls with few images.
 
@@ -37,6 +38,7 @@ class FT:
     rate: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    start: Start = "suspect"  # or void: from scratch, for comparison
 
     def __post_init__(self) -> None:
         if self.epochs <= 0 or self.batch_size < 2 or self.rate <= 0:
@@ -52,4 +54,6 @@ class FT:
             return self.rate * (1 + math.cos(math.pi * step / steps)) / 2
 
         optimise = (self.batch_size, self.momentum, self.weight_decay)
-        return fine_tune(self.name, suspect, arch, images, steps, rate, optimise, asdict(self), run)
+        return fine_tune(
+            self.name, suspect, arch, images, steps, rate, optimise, self.start, asdict(self), run
+        )

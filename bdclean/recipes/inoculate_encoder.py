@@ -15,11 +15,11 @@ from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.encoder_lesson import mean_feature, void
+from bdclean.training.encoder_lesson import mean_feature
 from bdclean.training.loop import Batch, Measures, State, fit, halvings
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.run import Run
-from bdclean.training.students import frozen, one_cycle
+from bdclean.training.students import frozen, one_cycle, void
 
 ASKED_AT_ONCE = 256
 """Views that go through the suspect together."""

@@ -15,12 +15,13 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.taps import seeing
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.encoder_lesson import EncoderLesson, Terms, train_encoder, void
+from bdclean.training.encoder_lesson import EncoderLesson, Terms, train_encoder
 from bdclean.training.loop import halvings
 from bdclean.training.map_losses import attention, scaled_attention
 from bdclean.training.mutual_information import ESTIMATORS, mutual_information
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.run import Run
+from bdclean.training.students import void
 
 POOLED = 2
 """The side that a stage's maps are pooled to before their information is estimated."""

@@ -11,12 +11,12 @@ from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.encoder_lesson import void
 from bdclean.training.loop import halvings
 from bdclean.training.pretraining.byol import BYOL
 from bdclean.training.pretraining.moco import MoCo
 from bdclean.training.pretraining.simclr import SimCLR
 from bdclean.training.run import Run
+from bdclean.training.students import void
 
 METHODS = {"simclr": SimCLR, "moco": MoCo, "byol": BYOL}
 

@@ -10,7 +10,7 @@ from bdclean.data.imageset import ImageSet
 from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
-from bdclean.recipes.finetuning import fine_tune, require_labels
+from bdclean.recipes.finetuning import Start, fine_tune, require_labels
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training.run import Run
 from bdclean.training.students import triangular
@@ -22,7 +22,7 @@ class SFT:
 
     What it does: fine-tunes the whole network with a triangular learning rate: high peaks first, so that the trigger is
     forgotten, then low ones, so that accuracy comes back.
-    When to use it: with labeled images, standalone or when adapting to another task.
+    When to use it: with labeled images, standalone or, with --head new, when adapting to another task.
     What it needs: labeled images; the paper assumes the whole clean training set.
     Known limits: with few images a peak of 0.1 may be too low for blended triggers and costs accuracy.
 
@@ -46,6 +46,7 @@ class SFT:
     down: int = 10  # and back
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    start: Start = "suspect"  # or void: from scratch, for comparison
 
     def __post_init__(self) -> None:
         if not 0 <= self.first_epochs <= self.epochs or self.epochs <= 0:
@@ -65,4 +66,6 @@ class SFT:
             return triangular(step, self.up, self.down, self.base_rate, peak)
 
         optimise = (self.batch_size, self.momentum, self.weight_decay)
-        return fine_tune(self.name, suspect, arch, images, steps, rate, optimise, asdict(self), run)
+        return fine_tune(
+            self.name, suspect, arch, images, steps, rate, optimise, self.start, asdict(self), run
+        )

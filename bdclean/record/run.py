@@ -210,11 +210,21 @@ class Side:
 
 
 @dataclass
+class NewHead:
+    """The head that a network was given for another task, in place of its own if it had one."""
+
+    name: str  # of the module
+    classes: list[str]
+    left_out: list[str] = field(default_factory=list)  # tensors of the suspect's file that the output's lacks
+
+
+@dataclass
 class OutputEntry:
-    """The file that was written."""
+    """The file that was written. `new_head`: it is a classifier of other classes than the suspect."""
 
     path: str
     sha256: str
+    new_head: NewHead | None = None
 
 
 @dataclass

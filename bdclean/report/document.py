@@ -151,8 +151,7 @@ def summary(record: RunRecord) -> list[tuple[str, str]]:
         found.append(("fires after", _still(record, fired(record.after.triggers))))
     kept = record.measure("agreement")
     if (said := accuracy(record)) != wording.NOTHING:
-        probed = " of a linear probe on the features" if record.checkpoint.kind == "encoder" else ""
-        found.append(("accuracy", f"{said} %{probed}"))
+        found.append(("accuracy", f"{said} %{_measured_by(record)}"))
     elif kept is not None and kept.value is not None:
         found.append(("agreement", f"{wording.measure(kept)} % of the suspect's clean answers are kept"))
     if record.output is not None:
@@ -173,6 +172,13 @@ def fired(rows: Sequence[TriggerRow]) -> str:
     of = f"{len(failing)} of {len(rows)} triggers"
     worst = worst_row(failing)
     return of if worst is None else f"{of}; {evidence(worst)}"
+
+
+def _measured_by(record: RunRecord) -> str:
+    """Returns what an accuracy is of, where it is not the network's own on both sides."""
+    if record.output is not None and record.output.new_head is not None:
+        return f", {wording.PROBED_BEFORE}"
+    return " of a linear probe on the features" if record.checkpoint.kind == "encoder" else ""
 
 
 def _still(record: RunRecord, said: str) -> str:
@@ -254,6 +260,9 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
         found.append(("trains on", ", ".join(record.recipe.families)))
     if record.output is not None:
         found.append(("written", _joined([record.output.path, f"sha256 {record.output.sha256}"])))
+        if (head := record.output.new_head) is not None:
+            found.append(("new head", f"{head.name}, {len(head.classes)} classes: {', '.join(head.classes)}"))
+            found.append(("not in it", ", ".join(head.left_out)))
     version = record.versions.get("bdclean")
     seed = None if record.seed is None else f"seed {record.seed}"
     found.append(

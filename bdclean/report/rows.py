@@ -60,7 +60,9 @@ def tables(record: RunRecord) -> list[Table]:
             _triggers(title, unseen),
             _triggers("Triggers of families that the recipe trained on", seen),
         ]
-    found.append(_probes(record.rows()))
+    found.append(_probes(record.rows(), "Other probes"))
+    if record.output is not None and record.output.new_head is not None and record.before is not None:
+        found.append(_probes(record.before.triggers, "Other probes on the suspect"))
     found.append(
         Table(
             "Findings without a known trigger",
@@ -83,7 +85,9 @@ def _measures(record: RunRecord) -> Table:
     after = {m.name: m for m in [*record.measures, *record.after.measures]}
     names = list(dict.fromkeys([*before, *after]))
     rows = [[name, wording.measure(before.get(name)), wording.measure(after.get(name))] for name in names]
-    return Table("Measures", ["measure", "before", "after"], rows, whole_calm=True)
+    adapted = record.output is not None and record.output.new_head is not None
+    note = f"Accuracy {wording.PROBED_BEFORE}." if adapted else ""
+    return Table("Measures", ["measure", "before", "after"], rows, note, whole_calm=True)
 
 
 def _triggers(title: str, rows: Sequence[TriggerRow]) -> Table:
@@ -108,7 +112,7 @@ def _triggers(title: str, rows: Sequence[TriggerRow]) -> Table:
     )
 
 
-def _probes(rows: Sequence[TriggerRow]) -> Table:
+def _probes(rows: Sequence[TriggerRow], title: str) -> Table:
     """What other probes on an encoder's features say of its triggers; without rows for a classifier."""
     probed = sorted((row for row in rows if row.probes), key=rank)
     names = list(dict.fromkeys(name for row in probed for name in row.probes))
@@ -127,7 +131,7 @@ def _probes(rows: Sequence[TriggerRow]) -> Table:
         "ASR with other probes; over all images, those of the target class, too, as BadEncoder counts; of the clean "
         "encoder of --reference."
     )
-    return _without_empty(Table("Other probes", columns, cells, note, whole_calm=True))
+    return _without_empty(Table(title, columns, cells, note, whole_calm=True))
 
 
 def _pairs(before: Side, after: Side, families: Sequence[str]) -> list[Table]:

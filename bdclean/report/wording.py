@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 SCORES = ("balanced_score", "defence_effectiveness_rating")  # measures that are no shares of images
 NOTHING = "-"  # was not measured: never 0
+# Of a network that was given a new head.
+PROBED_BEFORE = (
+    "before: a linear probe on the suspect's frozen features, after: the written classifier's own answers"
+)
 
 
 def markdown(text: object) -> str:

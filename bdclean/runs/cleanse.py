@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from bdclean import __version__, registry
-from bdclean.errors import Refused, attach
+from bdclean.errors import Refused, UsageError, attach
 from bdclean.measuring import pictures
 from bdclean.measuring.assessment import assess, in_order
 from bdclean.measuring.encoders import judged_as_encoder
@@ -19,6 +19,7 @@ from bdclean.measuring.trial import SCREENED_OUT, Target, Trial
 from bdclean.measuring.verdict import clean_measures, compare, pair, verdict
 from bdclean.networks.ambiguity.normalisation import LABELS
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
+from bdclean.networks.checkpoint.new_head import with_new_head
 from bdclean.networks.classifier import Classifier
 from bdclean.progress import Tell
 from bdclean.recipes.recipe import Cleansed, Recipe
@@ -34,7 +35,7 @@ from bdclean.record.run import (
     Side,
     TriggerRow,
 )
-from bdclean.runs.images import at_own_size, keep_plausible_labels
+from bdclean.runs.images import at_own_size, keep_plausible_labels, new_classes
 from bdclean.runs.options import Inputs
 from bdclean.runs.places import default_output, resume_state
 from bdclean.runs.split import Images, open_images
@@ -64,6 +65,7 @@ def cleanse(
     *,
     recipe: str = "auto",
     settings: dict[str, str] | None = None,
+    new_head: bool = False,
     triggers: tuple[str, ...] = (),
     out: Path | None = None,
     force: bool = False,
@@ -71,27 +73,38 @@ def cleanse(
     fail_on: tuple[str, ...] = (),
     tell: Tell,
 ) -> RunRecord:
-    """Write a cleansed copy of `model` to `out`, measured before and after; raises BdcleanError carrying the record."""
+    """Write a cleansed copy of `model` to `out`, measured before and after; raises BdcleanError carrying the record.
+
+    `new_head`: the copy is a classifier of the classes of the labeled images, `--data` where `--labeled` gives none;
+    the suspect is measured as an encoder, by probes for these classes on its frozen features.
+    """
+    if new_head and inputs.labeled is None:
+        inputs = replace(inputs, data=None, labeled=inputs.data)
     repair = _Repair(model, inputs, gate.parse(fail_on).threshold, tell)
     try:
         checkpoint, place = repair.open_checkpoint(out, force)
-        chosen = registry.load_recipe(recipe, checkpoint.arch.kind)
+        chosen = registry.load_recipe(recipe, checkpoint.arch.kind, new_head)
         method: Recipe = registry.configure(chosen, settings or {})
         usual = checkpoint.arch.input[1:]
         checkpoint = repair.at_own_size(checkpoint)
         made = make_triggers(triggers, input_size(checkpoint, inputs))
-        images = repair.open_images(checkpoint)
-        suspect = repair.understand(checkpoint, images)
-        before, images = repair.open_trial(suspect, images)
+        classes = repair.new_classes() if new_head else None
+        images = repair.open_images(with_new_head(checkpoint, classes, 0) if classes else checkpoint)
+        suspect = repair.understand(checkpoint, images, classes is None)
+        probed = trained = suspect
+        if classes:
+            probed, trained = suspect.without_head(), suspect.with_new_head(classes, inputs.seed, inputs.arch)
+        before, images = repair.open_trial(probed, images)
         if method.needs_labels and images.labeled is None:
             raise Refused(
                 f"{recipe} needs labels and {inputs.data} has none: give --labeled, with images in one "
-                "folder per class or a CSV as --classes, or use --recipe bcu."
+                "folder per class or a CSV as --classes (--head new where they are of other classes than the "
+                "network's), or use --recipe bcu."
             )
         found = repair.measure_before(before, made)
-        cleansed = repair.run(recipe, method, suspect, images, place, resume)
-        repair.write(cleansed, recipe, suspect, before, usual, place, force)
-        after = after_writing(place, suspect, before, inputs)
+        cleansed = repair.run(recipe, method, trained, images, place, resume)
+        repair.write(cleansed, recipe, trained, before, usual, place, force)
+        after = after_writing(place, trained, before, inputs)
         rows = repair.measure_after(after, made, found, cleansed.families)
         return repair.conclude(before, after, made, *rows, cleansed)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
@@ -127,20 +140,30 @@ class _Repair:
         self._note(checkpoint.warnings)
         return checkpoint
 
+    def new_classes(self) -> tuple[str, ...]:
+        """The classes of the task that the network is adapted to."""
+        if self.inputs.labeled is None:
+            raise UsageError("--head new needs images with labels: give --data PATH or --labeled PATH.")
+        return new_classes(self.inputs.labeled, self.inputs)
+
     def open_images(self, checkpoint: Checkpoint) -> Images:
         images, data, doubts = open_images(checkpoint, self.inputs, self.tell)
         self._note(doubts, data=data)
         return images
 
-    def understand(self, checkpoint: Checkpoint, images: Images) -> Suspect:
-        """The suspect as it is to be read; raises Refused where that is unclear."""
+    def understand(self, checkpoint: Checkpoint, images: Images, own_labels: bool) -> Suspect:
+        """The suspect as it is to be read; raises Refused where that is unclear.
+
+        `own_labels`: the labels are of the suspect's own classes, so that its accuracy may tell.
+        """
         device, told_by, sure = (
             resolve_device(self.inputs.device),
             images.telling(),
             self.inputs.arch is not None,
         )
         self._note(device=str(device))
-        suspect = understand(checkpoint, told_by.images, self.inputs.preprocess, told_by.labels, sure, device)
+        labels = told_by.labels if own_labels else None
+        suspect = understand(checkpoint, told_by.images, self.inputs.preprocess, labels, sure, device)
         entry = describe_suspect(self.record.checkpoint, suspect, told_by.images.shape[2:])
         self._note(suspect.warnings, checkpoint=entry)
         if suspect.doubt:
@@ -168,7 +191,8 @@ class _Repair:
             if not before.labeled:
                 data = replace(data, labeled=False, labels_source=None, classes=None)
             self._note(doubts, data=data)
-            with_labels = probing if before.labeled and probing.labels is not None else None
+            labels_count = probing.sure or (before.labeled and probing.labels is not None)
+            with_labels = probing if labels_count else None
             return before, Images(images.unlabeled, images.labeled or with_labels, images.held_out)
         unlabeled, more = keep_plausible_labels(images.unlabeled, suspect, before.predict)
         labeled = images.labeled
@@ -235,8 +259,10 @@ class _Repair:
         provenance = {
             "recipe": recipe, "seed": str(self.inputs.seed), "version": __version__, "preprocess": said.spec(),
         }  # fmt: skip
+        if suspect.new_head is not None:
+            provenance["head"] = "new"
         digest = suspect.checkpoint.write(cleansed.model, place, provenance, force)
-        self._note(output=OutputEntry(str(place), digest))
+        self._note(output=OutputEntry(str(place), digest, suspect.new_head))
 
     def measure_after(
         self, after: Trial, made: Sequence[Trigger], found: Sequence[Measured], families: Sequence[str]
@@ -262,7 +288,7 @@ class _Repair:
         told, advice = verdict(new, findings)
         strips = pictures.strips([*old, *new], made, before, after) if self.inputs.pictures else []
         self._note(
-            damage(measures, after),
+            damage(measures, before, after),
             before=replace(
                 self.record.before or Side(),
                 verdict=verdict(old, suspected)[0],
@@ -281,16 +307,17 @@ class _Repair:
         return self.record
 
 
-def damage(measures: Sequence[Measure], after: Trial) -> list[str]:
-    """A warning where the output keeps too little of the suspect's answers; of an encoder, where probes lose much."""
+def damage(measures: Sequence[Measure], before: Trial, after: Trial) -> list[str]:
+    """A warning where the output keeps too little of the suspect's answers, or of the accuracy of probes on it."""
     values = {m.name: m.value for m in measures}
-    if after.encoded is not None:
+    if before.encoded is not None:
         lost = -(values.get("clean_accuracy_change") or 0.0)
         if lost <= MOST_LOST:
             return []
+        now = "a probe on the written encoder" if after.encoded is not None else "the written classifier"
         return [
-            f"a probe on the written encoder is right on {100 * lost:.0f} % fewer images than on the suspect: it is "
-            "damaged, do not use it; try more images or other settings."
+            f"{now} is right on {100 * lost:.0f} % fewer images than a probe on the suspect: it is damaged, do not use "
+            "it; try more images or other settings."
         ]
     kept = values["agreement"]
     if kept is None or kept >= LEAST_AGREEMENT:
@@ -321,6 +348,7 @@ def open_run(
         "bdclean": __version__,
         "preprocess": classifier.preprocess.spec(),
         "architecture": suspect.arch.name,
+        "new_head": suspect.new_head.classes if suspect.new_head is not None else None,
     }
     saved = Saved(resume_state(out), arguments)
     if resume and saved.open():

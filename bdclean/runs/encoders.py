@@ -34,8 +34,8 @@ def open_encoder_trial(
 ) -> tuple[Trial, list[str]]:
     """An encoder with a probe on `images`, and what is to be warned of.
 
-    Probes are trained on `probing`, else on a seeded half of `images`, and the other half is measured. Labels count
-    where nearest neighbours do better than chance on them.
+    Probes are trained on `probing`, else on a seeded half of `images`, and the other half is measured. Labels that are
+    not sure count where nearest neighbours do better than chance on them.
     """
     features = Features(encode)
     check_features(features(images.images[:TELLING]))
@@ -75,8 +75,8 @@ def _probing(
         if len(probing.labels.unique()) < 2:
             raise Refused("the labeled images are all of one class: a probe needs two or more.")
         known = Probing(probing.images, probing.labels, classes, True)
-        if images.labels is None:
-            return known, None, doubts
+        if images.labels is None or images.sure:
+            return known, images.labels, doubts
         vote = knn(features(probing.images), probing.labels, classes)
         if labels_plausible(vote(features(images.images)), images.labels, classes):
             return known, images.labels, doubts

@@ -12,8 +12,9 @@ from bdclean.data.duplicates import repeated
 from bdclean.data.imageset import ImageSet
 from bdclean.data.labels.classfile import FileLabels, read_class_file
 from bdclean.data.labels.folders import labels_plausible
-from bdclean.data.labels.labelling import claimed_names
+from bdclean.data.labels.labelling import claimed_names, label_listing
 from bdclean.data.loading import load_images
+from bdclean.data.sources.opening import open_images as open_listing
 from bdclean.errors import Refused
 from bdclean.measuring.trial import Predict
 from bdclean.networks.ambiguity.size import own_size
@@ -56,6 +57,18 @@ def read_images(
             f"{path} has {len(images)} readable images: at least {LEAST_IMAGES} are needed, 200 or more are better."
         )
     return images
+
+
+def new_classes(path: Path, inputs: Inputs) -> tuple[str, ...]:
+    """The names of the classes of the labeled images of `path`, in the order of a head for them; none is decoded.
+
+    Raises Refused where there are no labels, or only one.
+    """
+    labels = label_listing(
+        open_listing(path), inputs.classes, None, None, forced=True, csv_must=inputs.test is None
+    )
+    assert labels.classes is not None
+    return labels.classes
 
 
 def at_own_size(checkpoint: Checkpoint, path: Path, inputs: Inputs) -> Checkpoint:

@@ -17,10 +17,11 @@ from bdclean.networks.ambiguity.variant import read_off
 from bdclean.networks.arch import Arch
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.checkpoint.claims import claim, claimed_resize
+from bdclean.networks.checkpoint.new_head import check_recognised, with_new_head, without_head
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.recognition.identify import accepts
-from bdclean.record.run import CheckpointEntry
+from bdclean.record.run import CheckpointEntry, NewHead
 from bdclean.runs.options import Inputs
 from bdclean.training.pretraining.augmentations import Views
 
@@ -59,11 +60,27 @@ class Suspect:
     doubt: str = ""
     """Why it is unclear which architecture it is, where it is."""
     warnings: list[str] = field(default_factory=list)
+    new_head: NewHead | None = None
+    """Of a network that was given one for another task."""
 
     def classifier(self, choice: Choice) -> Classifier:
         """The network behind `choice`, in evaluation mode on the device."""
         network = self.checkpoint.build(self.device, self.arch)
         return Classifier(network, choice.preprocess).eval().to(self.device)
+
+    def without_head(self) -> Suspect:
+        """The encoder that it is; raises Refused where it is none."""
+        checkpoint = without_head(self.checkpoint)
+        return replace(self, checkpoint=checkpoint, arch=checkpoint.arch)
+
+    def with_new_head(self, classes: Sequence[str], seed: int, spec: str | None) -> Suspect:
+        """The same network as a classifier of other `classes`, whose file would be recognised; raises Refused else."""
+        checkpoint = with_new_head(self.checkpoint, classes, seed)
+        check_recognised(checkpoint, spec)
+        own = self.checkpoint
+        left_out = [entry.name for entry in own.entries if entry.name not in own.names]
+        head = NewHead(checkpoint.arch.head, list(classes), left_out)
+        return replace(self, checkpoint=checkpoint, arch=checkpoint.arch, new_head=head)
 
 
 def input_size(checkpoint: Checkpoint, inputs: Inputs) -> tuple[int, int]:

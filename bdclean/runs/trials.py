@@ -44,6 +44,6 @@ def after_writing(out: Path, suspect: Suspect, before: Trial, inputs: Inputs) ->
     predict = make_predictor(
         written.classifier(suspect.choices[0]), suspect.device, inputs.batch_size, before.images
     )
-    if before.encoded is not None:
+    if suspect.arch.kind == "encoder":
         return again(before, predict)
-    return replace(before, predict=predict, clean=predict(before.images), own_reference=False)
+    return replace(before, predict=predict, clean=predict(before.images), own_reference=False, encoded=None)

@@ -41,14 +41,6 @@ class Terms:
     map_weights: Mapping[str, float] = field(default_factory=dict)
 
 
-def void(suspect: Classifier, arch: Arch, run: Run, *part: object) -> Classifier:
-    """A network of the suspect's architecture with weights drawn anew, by the run's seed and `part`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.generator("void", *part).initial_seed())
-        network = arch.build()
-    return Classifier(network, suspect.preprocess)
-
-
 def mean_feature(teacher: Classifier, images: Tensor, run: Run, size: int = 256) -> Tensor:
     """The mean of the teacher's features of length one over `images` uint8 [n 3 h w], float32 [d]."""
 

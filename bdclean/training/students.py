@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bdclean.data.augment import crop, mirror
+from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.training.run import Run
 
@@ -59,6 +60,14 @@ def keep_trained(model: nn.Module, name: str, train: Callable[[], Curve], run: R
             tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
     curve: Curve = json.loads(bytes(kept[first:].tolist()))
     return curve
+
+
+def void(suspect: Classifier, arch: Arch, run: Run, *part: object) -> Classifier:
+    """A network of the suspect's architecture with weights drawn anew, by the run's seed and `part`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.generator("void", *part).initial_seed())
+        network = arch.build()
+    return Classifier(network, suspect.preprocess)
 
 
 @dataclass(frozen=True)

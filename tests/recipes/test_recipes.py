@@ -1,4 +1,5 @@
 import ast
+import copy
 import math
 import os
 import signal
@@ -336,6 +337,29 @@ def test_no_recipe_imports_what_it_is_measured_with(path):
 def test_labels_that_are_needed_and_missing_are_asked_for(name, suspect, arch, images):
     with pytest.raises(Refused, match="needs labels.*one folder per class"):
         made(name)(suspect, arch, images.unlabeled(), None, Run(CPU, Precision(), 0))
+
+
+@pytest.mark.parametrize("name", ["ft", "sft"])
+def test_from_scratch_nothing_of_the_suspect_is_left(name, suspect, arch, images):
+    """The same images in the same order and as many updates, from weights that the run's seed draws."""
+    recipe = registry.load(registry.RECIPES, name)
+    settings = QUICK[name] | {"start": "void"}
+
+    def trained(model, seed=0, **more):
+        made = registry.configure(recipe, settings | more)
+        return made(model, arch, images.unlabeled(), images, Run(CPU, Precision(), seed))
+
+    fresh = trained(suspect)
+    assert fresh.settings["start"] == "void" and fresh.stages[0].startswith(
+        "trained from scratch for 3 updates"
+    )
+    assert not same(tensors(fresh.model), tensors(trained(suspect, start="suspect").model))
+    other = copy.deepcopy(suspect)  # other weights, and the same answers: it allows the same augmentation
+    with torch.no_grad():
+        for tensor in other.network.fc.parameters():
+            tensor.mul_(2)
+    assert same(tensors(fresh.model), tensors(trained(other).model))
+    assert not same(tensors(fresh.model), tensors(trained(suspect, seed=1).model))
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.stages import describe
 from bdclean.networks.taps import seeing
-from bdclean.training.encoder_lesson import EncoderLesson, Terms, mean_feature, void
+from bdclean.training.encoder_lesson import EncoderLesson, Terms, mean_feature
 from bdclean.training.loop import Batch
 from bdclean.training.losses import nt_xent
 from bdclean.training.map_losses import MAPS, fitnet
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.run import Precision, Run
-from bdclean.training.students import set_batch_statistics
+from bdclean.training.students import set_batch_statistics, void
 
 CPU = torch.device("cpu")
 NOTHING = Views(1.0, 1.0, 0, 0, 0, 0, 0, 0, 0, 0)

@@ -30,8 +30,10 @@ from bdclean.networks.recognition.matching import Match, Part, twins
 SOURCE_KEY = "bdclean.source_sha256"
 # What an output says of its network, as the config.json beside its input did: it must stand alone.
 CONFIG_KEY = "bdclean.config"
+# What its classes are called, in the head's order: a JSON list.
+CLASSES_KEY = "bdclean.classes"
 # The claims that an output keeps from its input.
-CLAIM_KEYS = ("bdclean.preprocess", CONFIG_KEY)
+CLAIM_KEYS = ("bdclean.preprocess", CONFIG_KEY, CLASSES_KEY)
 # The parts of a config that say which network it is, and what its classes are called.
 CONFIG_PARTS = ("architecture", "num_classes", "model_args", "global_pool", "model_type", "num_attention_heads",
                 "layer_norm_eps", "hidden_act", "downsample_in_bottleneck", "image_size", "id2label",
@@ -124,7 +126,7 @@ class Checkpoint:
 
         `arch`: one of `candidates` instead of the first.
         """
-        state = self._state()
+        state = self.state()
         # All weights come from the file. A user's code may draw in ways of its own: aside, so that a seeded run is the
         # same with or without it.
         wanted = arch or self.arch
@@ -148,7 +150,7 @@ class Checkpoint:
         network.load_state_dict(state, strict=True)
         return network.float().eval().to(device)
 
-    def _state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """The network's tensors in float32, of one or several of the file's each; whole numbers as they are."""
         pieces: dict[str, list[tuple[int, Tensor]]] = {}
         for key, name in self.names.items():

@@ -15,6 +15,7 @@ from bdclean.files.text import shown
 from bdclean.networks.arch import COUNTER, Family, Proposal, Shape, Shapes
 from bdclean.networks.families import (
     builders,
+    clip_resnet,
     convnext,
     densenet,
     imagenet_resnet,
@@ -24,6 +25,7 @@ from bdclean.networks.families import (
     regnet,
     residual,
     swin,
+    token_transformer,
     vgg,
     vit,
 )
@@ -46,6 +48,8 @@ FAMILIES: tuple[Family, ...] = (
     densenet,
     builders,
 )
+# Networks that are mostly found as encoders, and have a head once one was trained on them. None is known by name.
+OF_ENCODERS: tuple[Family, ...] = (token_transformer, clip_resnet)
 
 
 def recognise(shapes: Mapping[str, Shape]) -> list[Match]:
@@ -53,7 +57,7 @@ def recognise(shapes: Mapping[str, Shape]) -> list[Match]:
 
     Raises Refused, naming the nearest network and what differs.
     """
-    found, near = fitting(shapes)
+    found, near = fitting(shapes, (*FAMILIES, *OF_ENCODERS))
     if found:
         return found
     near += near_misses(shapes)

@@ -10,6 +10,7 @@ import importlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -225,11 +226,20 @@ def match_at_size(
         try:
             full = (3, size[0], size[1])
             if config.get("num_classes") == 0:
-                return Match(describe_encoder(name, build, full, PRE_LOGITS), names, unread)
+                arch = describe_encoder(name, build, full, PRE_LOGITS)
+                return Match(replace(arch, head_place=head_place(network)), names, unread)
             return Match(describe(name, build, full, (), network), names, unread)
         except Exception as error:  # a network may refuse a size in any way
             failure = failure or f"{type(error).__name__}: {error}"
     raise Refused(f"{name} cannot be run as a classifier of RGB images ({shown(failure)}).")
+
+
+def head_place(network: nn.Module) -> str:
+    """The identity that timm left in place of the head; empty where there is none."""
+    place = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
+    if not isinstance(place, str) or place not in dict(network.named_modules()):
+        return ""
+    return place if isinstance(network.get_submodule(place), nn.Identity) else ""
 
 
 def convnextv2(shapes: Shapes) -> Proposal | None:

@@ -61,12 +61,13 @@ def head(record: RunRecord) -> list[Number]:
         if after is not None and after.value is not None:
             before = of_suspect(record, name)
             change, change_interval = bars.signed(record.measure(f"{name}_change"))
+            title, note = words.measure(record, name)
             found.append(
                 Number(
-                    words.MEASURES[name][0],
+                    title,
                     f"{wording.percent(after.value)}\u00a0%",
                     bars.interval(after),
-                    words.MEASURES[name][1],
+                    note,
                     f"{wording.percent(before.value)}\u00a0%" if before is not None else "",
                     change,
                     change_interval,
@@ -100,11 +101,13 @@ def of_suspect(record: RunRecord, name: str) -> Measure | None:
 def measures(record: RunRecord) -> list[Row]:
     """Each measure, for a cleansing before, after and the difference; scores and what has no other side alone."""
     after = {m.name: m for m in [*record.measures, *(record.after.measures if record.after else [])]}
+    names = [m.name for m in record.before.measures] if record.before is not None else []
     rows = []
-    for name, measure in after.items():
+    for name in dict.fromkeys([*after, *names]):
         if name.endswith("_change"):
             continue
-        title, note = words.MEASURES.get(name, (name.replace("_", " "), ""))
+        measure = after.get(name)
+        title, note = words.measure(record, name)
         cells = [cell(measure)]
         if record.before is not None:
             before = of_suspect(record, name)
@@ -113,6 +116,7 @@ def measures(record: RunRecord) -> list[Row]:
                 not change[0]
                 and before is not None
                 and before.value is not None
+                and measure is not None
                 and measure.value is not None
             ):
                 change = (bars.signed(Measure(name, measure.value - before.value))[0], "no paired interval")

@@ -50,6 +50,13 @@ MEASURES = {
 }
 
 
+def measure(record: RunRecord, name: str) -> tuple[str, str]:
+    """Returns what a measure is called, and what it is."""
+    title, note = MEASURES.get(name, (name.replace("_", " "), ""))
+    adapted = record.output is not None and record.output.new_head is not None
+    return title, wording.PROBED_BEFORE if adapted and name == "clean_accuracy" else note
+
+
 def heading(record: RunRecord) -> str:
     """Returns the verdict in words; a run that did not end has none."""
     if record.outcome != RAN:
