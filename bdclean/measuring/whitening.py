@@ -1,9 +1,10 @@
 """Whitened features of an encoder: how far stamped images lie from clean ones, and which given images crowd together.
 
 The Mahalanobis norm of a feature of length one weighs each direction by how little clean images spread along it, where
-a trigger's signal was said to lie. Measured here (sample_models/tables/inversion.md): attacks that draw stamped images
-to a reference leave them about as far as clean ones, so that the distance tells little of a single image; but they
-draw them to one place, where they are unusually near to each other.
+a trigger's signal was said to lie. Measured here (sample_models/tables/inversion.md): where one in a hundred images is
+stamped, the features that a poisoned classifier rests on lie farther for it; where one in twenty is, they are in the
+covariance themselves. Attacks on encoders leave stamped images as far as clean ones, or nearer, but draw them to one
+place, where they are unusually near to each other.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ IMAGES = 500
 """Stamped with each trigger, at most."""
 BEYOND = 0.95
 """The quantile of clean images' distances that stamped ones are held against."""
-NEIGHBOURS, NEAR, MANY = 3, 0.5, 0.002
+NEIGHBOURS, NEAR, MANY = 3, 0.5, 0.004
 """An image crowds if its NEIGHBOURS-th nearest among the others is nearer than NEAR of the median image's. Of clean
-images up to 0.0016 did: from MANY on they are too many."""
+images up to 0.0025 did, with eight encoders: from MANY on they are too many."""
 LEAST = 100
 """Images of a half: with fewer nothing is said of single ones."""
 

@@ -10,7 +10,7 @@ from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused, UsageError, attach
 from bdclean.measuring import pictures
 from bdclean.measuring.assessment import assess, in_order
-from bdclean.measuring.encoders import judged_as_encoder
+from bdclean.measuring.encoders import judged_as_encoder, unsaid
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import Trial, make_predictor
 from bdclean.measuring.verdict import clean_measures, verdict
@@ -150,7 +150,7 @@ def _conclude(
             *(pictures.strips(worst.rows, made, worst.trial) if shown else []),
             *worst.looked.pictures,
         ],
-        skipped=[*record.skipped, *worst.looked.skipped],
+        skipped=[*record.skipped, *worst.looked.skipped, *unsaid(worst.trial)],
         precision=worst.looked.precision or record.precision,
         confusion=pictures.confusions(worst.rows, made, worst.trial),
     )

@@ -14,9 +14,9 @@ SIGNS = torch.randn((WIDTH, 3, SIDE, SIDE), generator=torch.Generator().manual_s
 
 
 class Planted(nn.Module):
-    """Answers to WIDTH patterns over the whole picture; with a backdoor a bright 3x3 corner outweighs them all."""
+    """Answers to WIDTH patterns over the whole picture; a bright 3x3 corner outweighs them by `backdoor`."""
 
-    def __init__(self, backdoor=True):
+    def __init__(self, backdoor=60.0):
         super().__init__()
         self.register_buffer("weight", 0.1 * SIGNS)
         self.backdoor = backdoor
@@ -24,8 +24,8 @@ class Planted(nn.Module):
     def forward(self, x):
         found = torch.einsum("nchw,kchw->nk", x - 0.5, self.weight)
         if self.backdoor:
-            bright = (x[:, :, -3:, -3:].mean((1, 2, 3)) - 0.7).relu()
-            found = found + 300 * bright[:, None] * nn.functional.one_hot(torch.tensor(2), WIDTH)
+            bright = (x[:, :, -3:, -3:].mean((1, 2, 3)) - 0.5).relu()
+            found = found + self.backdoor * bright[:, None] * nn.functional.one_hot(torch.tensor(2), WIDTH)
         return found
 
 
@@ -67,7 +67,7 @@ def test_the_cluster_that_a_backdoor_leads_to_is_the_outlier():
 
 @pytest.mark.slow
 def test_an_encoder_without_a_backdoor_has_no_outlier():
-    found = InversionEncoder(clusters=WIDTH, steps=100)(Planted(False), None, pictures(), run())
+    found = InversionEncoder(clusters=WIDTH, steps=100)(Planted(0.0), None, pictures(), run())
     assert not found.outliers and [f["verdict"] for f in found.findings] == ["no-outlier"]
 
 
@@ -104,16 +104,16 @@ def test_the_pairwise_cosine_is_the_double_loop_and_has_both_extremes():
 
 @pytest.mark.slow
 def test_decree_finds_the_patch_and_tells_its_norm_without_a_verdict():
-    found = Decree(steps=300, batch_size=64)(Planted(), None, pictures(), run())
+    found = Decree(steps=300, batch_size=64)(Planted(600.0), None, pictures(), run())
     (finding,), (picture,) = found.findings, found.pictures.values()
     assert 0 < finding["score"] < 0.2 and finding["threshold"] == 0.1 and corner(picture) > 1
     assert finding["verdict"] == "undecided" and "Weak" in finding["reason"] and not found.outliers
-    without = Decree(steps=300, batch_size=64)(Planted(False), None, pictures(), run())
+    without = Decree(steps=300, batch_size=64)(Planted(0.0), None, pictures(), run())
     assert without.findings[0]["score"] is None or without.findings[0]["score"] > 2 * finding["score"]
 
 
 def test_decree_without_a_successful_mask_has_no_norm():
-    found = Decree(steps=2, batch_size=16)(Planted(False), None, pictures(), run())
+    found = Decree(steps=2, batch_size=16)(Planted(0.0), None, pictures(), run())
     assert found.findings[0]["score"] is None and not found.pictures
     assert "no mask pulls" in found.findings[0]["reason"]
 

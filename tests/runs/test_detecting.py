@@ -47,7 +47,9 @@ def test_what_a_detector_lacks_is_listed_and_the_scan_goes_on():
     assert record.outcome == "ran" and record.triggers
     (said,) = (each.reason for each in record.skipped if each.what == "detector inversion")
     assert said == "120 images are too few for 16 clusters: give 160 or more."
-    assert "inversion" not in {finding.detector for finding in record.findings}
+    assert not {"inversion", "crowding"} & {finding.detector for finding in record.findings}
+    (said,) = (each.reason for each in record.skipped if each.what == "whitened features")
+    assert said.startswith("60 images in a half are too few")
 
 
 @pytest.mark.slow
