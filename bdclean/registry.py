@@ -20,9 +20,10 @@ from bdclean.files.text import closest
 class Entry:
     """Where a name's class lives, the line of `bdclean ls`, and the corruption families it trains on.
 
-    Of a recipe: `encoder` is where the class for encoders lives, if it has one; without a `path` it is for them alone.
-    `new_head`: it can train a head that was drawn anew, so that `--head new` works with it, whatever kind the suspect
-    is of.
+    Of a recipe or detector: `encoder` is where the class for encoders lives, if it has one; without a `path` it is for
+    them alone. Of a recipe: `new_head`: it can train a head that was drawn anew, so that `--head new` works with it,
+    whatever kind the suspect is of. Of a detector: `scan` runs `quick` ones unasked, which take under ten seconds with
+    a small network.
     """
 
     path: str
@@ -30,6 +31,7 @@ class Entry:
     families: tuple[str, ...] = ()
     encoder: str = ""
     new_head: bool = False
+    quick: bool = False
 
 
 FAMILIES = ("patch", "blend", "wave", "low", "noise", "warp", "tone", "quantise", "blur")
@@ -120,12 +122,18 @@ ATTACKS: dict[str, Entry] = {
 }
 
 DETECTORS: dict[str, Entry] = {
+    "decree": Entry(
+        "",
+        "encoders: the smallest mask that pulls all features together (2303.15180); weak",
+        encoder="bdclean.detectors.decree:Decree",
+    ),
     "inversion": Entry(
         "bdclean.detectors.inversion:Inversion",
         "the smallest mask, pattern or smooth pattern that sends images to a class (after Neural Cleanse)",
+        encoder="bdclean.detectors.inversion_encoder:InversionEncoder",
     ),
     "stripes": Entry(
-        "bdclean.detectors.stripes:Stripes", "stripes along an axis that send images to a class"
+        "bdclean.detectors.stripes:Stripes", "stripes along an axis that send images to a class", quick=True
     ),
 }
 
@@ -162,16 +170,25 @@ def load_recipe(name: str, kind: str, new_head: bool = False) -> type[Any]:
     fresh = [each for each, known in RECIPES.items() if known.new_head]
     if new_head and not entry.new_head:
         raise UsageError(f"{name} cannot train a new head: with --head new use one of {', '.join(fresh)}.")
-    path = entry.encoder if kind == "encoder" and not new_head else entry.path
+    return load_for(RECIPES, name, "classifier" if new_head else kind)
+
+
+def load_for(table: Mapping[str, Entry], name: str, kind: str) -> type[Any]:
+    """The class called `name` for a network of this `kind`, classifier or encoder; raises UsageError for another's."""
+    entry = find(table, name)
+    path = path_for(entry, kind)
     if not path:
-        others = [
-            each for each, known in RECIPES.items() if (known.encoder if kind == "encoder" else known.path)
-        ]
+        others = [each for each, known in table.items() if path_for(known, kind)]
         more = ", or give --head new and labeled images" if entry.new_head else ""
         raise UsageError(f"{name} does not work on {kind}s: use one of {', '.join(others)}{more}.")
     module, _, attribute = path.partition(":")
     found: type[Any] = getattr(importlib.import_module(module), attribute)
     return found
+
+
+def path_for(entry: Entry, kind: str) -> str:
+    """Where the class for networks of this `kind` lives; empty where there is none."""
+    return entry.encoder if kind == "encoder" else entry.path
 
 
 # --- settings -----------------------------------------------------------------------------------------------

@@ -5,6 +5,13 @@
 
 `--network FILE TARGET IMAGES [ARCH]`, once for each; a TARGET of `-` is a network without a backdoor. The suspect is
 read as `cleanse` reads it, without labels; images and settings are `inoculate`'s.
+
+    python -m bdclean.bench inversion --seeds 5 --encoder badencoder.safetensors badencoder IMAGES \\
+        --encoder clean.safetensors - IMAGES [--detector decree|pull|whitened]
+
+`--encoder FILE TRIGGER IMAGES`, once for each; a TRIGGER of `-` is an encoder without a backdoor. `pull`
+counts the alarms of the test of encoders without labels over the stock bank; `whitened` how well stamped images among
+the given ones are told by whitened features.
 """
 
 from __future__ import annotations
@@ -16,14 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdclean import registry
-from bdclean.networks.checkpoint.checkpoint import Checkpoint
-from bdclean.progress import quiet
+from bdclean.bench import inversion_encoders
+from bdclean.bench.opened import Opened
 from bdclean.recipes.inoculate import Inoculate
-from bdclean.runs.images import at_own_size, read_images
-from bdclean.runs.options import Inputs
-from bdclean.runs.suspect import Suspect, resolve_device, understand
 from bdclean.training.inversion import Detected
-from bdclean.training.run import Run, probe_precision
+from bdclean.training.run import Run
 from bdclean.training.students import frozen
 
 FORMS = ("mask", "pattern", "smooth")
@@ -48,18 +52,12 @@ class Network:
 
 def detections(network: Network, seeds: int, limit: int) -> Iterator[Detected]:
     """What the detector finds from each of `seeds` seeds, with the suspect and its images read once."""
-    inputs = Inputs(data=network.images, arch=network.arch, limit=limit)
-    checkpoint = at_own_size(Checkpoint.read(network.file, network.arch), network.images, inputs)
-    images = read_images(network.images, checkpoint, inputs, quiet).images
-    device = resolve_device("auto")
-    suspect: Suspect = understand(checkpoint, images, "auto", None, network.arch is not None, device)
-    classifier = suspect.classifier(suspect.choices[0])
-    precision = probe_precision(classifier, images, device)
+    opened = Opened.of(network.file, network.images, network.arch, "auto", limit)
     recipe = Inoculate()
     detector = registry.load(registry.DETECTORS, "inversion")(recipe.inversion_steps, recipe.families)
     for seed in range(seeds):
-        run = Run(device, precision, seed)
-        yield detector(frozen(classifier, run), suspect.arch, images, run)
+        run = Run(opened.device, opened.precision, seed)
+        yield detector(frozen(opened.classifier, run), opened.arch, opened.images, run)
 
 
 def row(network: Network, found: Sequence[Detected]) -> str:
@@ -80,20 +78,35 @@ def row(network: Network, found: Sequence[Detected]) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bdclean.bench inversion", description=__doc__)
-    parser.add_argument("--network", nargs="+", action="append", required=True, metavar="WORD")
+    parser.add_argument("--network", nargs="+", action="append", default=[], metavar="WORD")
+    parser.add_argument("--encoder", nargs="+", action="append", default=[], metavar="WORD")
+    parser.add_argument(
+        "--detector", choices=inversion_encoders.DETECTORS, default="inversion", help="of encoders"
+    )
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--limit", type=int, default=5000, help="images at most; `cleanse` takes 5,000")
     options = parser.parse_args(arguments)
     networks = [Network.parse(words) for words in options.network]
+    encoders = [inversion_encoders.Encoder.parse(words) for words in options.encoder]
+    if not networks and not encoders:
+        parser.error("give --network or --encoder.")
+    if networks:
+        _networks(networks, options.seeds, options.limit)
+    if encoders:
+        inversion_encoders.table(encoders, options.detector, options.seeds, options.limit)
+    return 0
+
+
+def _networks(networks: Sequence[Network], seeds: int, limit: int) -> None:
+    """Prints a row of Markdown for each network, and what each seed found on standard error."""
     columns = ["network", "target", "missed", *FORMS, "share of the limit", "others named in", "which"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for network in networks:
         found = []
-        for seed, detected in enumerate(detections(network, options.seeds, options.limit)):
+        for seed, detected in enumerate(detections(network, seeds, limit)):
             found.append(detected)
             said = ", ".join(
                 f"{o.form.name} {o.target}: {o.size:.1f} < {o.limit:.1f}" for o in detected.outliers
             )
             print(f"{network.file.stem} seed {seed}: {said or 'nothing'}", file=sys.stderr, flush=True)
         print(row(network, found), flush=True)
-    return 0

@@ -85,7 +85,12 @@ def scan(
         str,
         typer.Option("--target", metavar="CLASS", help="auto, a number, each (class) or next (label + 1)."),
     ] = "auto",
-    detector: Annotated[list[str] | None, typer.Option("--detector", hidden=True)] = None,
+    detector: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--detector", metavar="NAME", help="Runs it, else those under ten seconds; bdclean ls detectors."
+        ),
+    ] = None,
     reference: Annotated[
         Path | None,
         typer.Option(
@@ -143,7 +148,7 @@ def scan(
         shown = Shown(choose_format(form, out), out, verbose)
         shown.check()
         triggers = check_triggers(trigger)
-        check_detectors(detector or ())
+        detectors = check_detectors(detector)
         if data is None and test is None and labeled is None:
             raise UsageError("scan needs images: give --data PATH (or --test, or --labeled).")
         aim = check_target(target)
@@ -162,6 +167,7 @@ def scan(
                 inputs,
                 triggers=triggers,
                 target=aim,
+                detectors=detectors,
                 fail_on=tuple(fail_on or (gate.DEFAULT,)),
                 tell=progress,
             )

@@ -60,7 +60,7 @@ class Inversion:
             small, index, limit = outliers(inverted)
             for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
                 target, parameters = int(inverted.classes[k]), inverted.parameters[k]
-                found.findings.append(_finding(inverted, bool(small[k]), index, limit, k))
+                found.findings.append(described(inverted, bool(small[k]), index, limit, k))
                 found.pictures[f"{form.name} inverted for class {target}, on grey"] = form.picture(parameters)
                 if small[k]:
                     found.outliers.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
@@ -78,7 +78,11 @@ class Inversion:
         return drawn.topk(MOST_INVERTED).indices.sort().values
 
 
-def _finding(inverted: Inverted, outlying: bool, index: Tensor, limit: float, k: int) -> dict[str, Any]:
+def described(
+    inverted: Inverted, outlying: bool, index: Tensor, limit: float, k: int, aim: str = "class"
+) -> dict[str, Any]:
+    """The finding on change `k` of `inverted`; `aim` is what its classes are: an encoder's are clusters."""
+    plural = {"class": "classes", "cluster": "clusters"}[aim]
     sizes = inverted.sizes
     others = torch.cat([sizes[:k], sizes[k + 1 :]])
     return {
@@ -86,7 +90,7 @@ def _finding(inverted: Inverted, outlying: bool, index: Tensor, limit: float, k:
         "verdict": "outlier" if outlying else "no-outlier",
         "score": float(sizes[k]),
         "threshold": limit,
-        "reason": f"{inverted.form.said.format(sizes[k])} sends images to class {int(inverted.classes[k])} "
-        f"(success {inverted.success[k]:.2f}); the next classes need {others.min():.1f} to {others.max():.1f} "
+        "reason": f"{inverted.form.said.format(sizes[k])} sends images to {aim} {int(inverted.classes[k])} "
+        f"(success {inverted.success[k]:.2f}); the next {plural} need {others.min():.1f} to {others.max():.1f} "
         f"(anomaly index {index[k]:.1f}). Not calibrated: it does not decide the verdict.",
     }

@@ -1,4 +1,4 @@
-"""What rows of an encoder have beside those of a classifier: other probes, another convention, the unlabeled test."""
+"""What rows of an encoder have beside those of a classifier: other probes, another convention, the unlabeled tests."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 
 from bdclean.measuring.intervals import rate
 from bdclean.measuring.metrics import attack_success
+from bdclean.measuring.probe import Encoded
 from bdclean.measuring.pull import Field, pull_test
 from bdclean.measuring.trial import SCREENED_OUT, Trial, halves
-from bdclean.record.run import FAILS, INCONCLUSIVE, Finding, TriggerRow
+from bdclean.measuring.whitening import LEAST, crowded, stamped_distances
+from bdclean.record.run import FAILS, INCONCLUSIVE, Finding, Skipped, TriggerRow
 from bdclean.triggers.stamping import Trigger
 
 
@@ -31,7 +33,35 @@ def judged_as_encoder(
     asked = [triggers[row.trigger] for row in rows if row.target_source != SCREENED_OUT]
     field = Field.of(trial.encoded.features, trial.encoded.first, trial.classes, trial.images, trial.seed)
     findings = pull_test(field, asked, len(rows), trial.seed, trial.tell)
-    return [_undecided(row) for row in rows], findings
+    return [_undecided(row) for row in rows], [*findings, *_whitened(trial, trial.encoded, asked)]
+
+
+def _whitened(trial: Trial, encoded: Encoded, asked: Sequence[Trigger]) -> list[Finding]:
+    """What whitened features say of stamped images, and of stamped ones among the given; see `unsaid`.
+
+    The images that probes were made of give the covariance for those that are measured on; for crowding each half
+    judges the other.
+    """
+    features, known = encoded.features, encoded.probing.images
+    if unsaid(trial):
+        return []
+    crowd = crowded(features(known), features(trial.images))
+    return [*stamped_distances(features, known, trial.images, asked), crowd]
+
+
+def unsaid(trial: Trial) -> list[Skipped]:
+    """What the tests without labels cannot say of so few images, of an encoder."""
+    if trial.encoded is None or trial.encoded.probing.labeled:
+        return []
+    fewest = min(len(trial.encoded.probing.images), len(trial.images))
+    if fewest >= LEAST:
+        return []
+    return [
+        Skipped(
+            "whitened features",
+            f"{fewest} images in a half are too few to tell single ones apart: {LEAST} are needed.",
+        )
+    ]
 
 
 def _undecided(row: TriggerRow) -> TriggerRow:

@@ -7,13 +7,11 @@ on clean images alone, anew for each encoder.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -180,14 +178,3 @@ def nearest_mean(features: Tensor, groups: Tensor, count: int) -> Head:
     means = torch.zeros(count, features.shape[1]).index_add(0, groups, centred)
     means = F.normalize(means, dim=1)
     return lambda z: (F.normalize(z - centre, dim=1) @ means.T).argmax(1)
-
-
-def clusters(features: Tensor, count: int, seed: int) -> Tensor:
-    """Up to `count` groups of centred `features` [n d] by k-means, int64 [n]; none is empty."""
-    centred = F.normalize(features - features.mean(0), dim=1)
-    with warnings.catch_warnings():
-        # Of fewer different images than clusters k-means says that some are empty: those are left out below.
-        warnings.simplefilter("ignore")
-        _, groups = kmeans2(centred.double().numpy(), count, minit="++", seed=seed, iter=30, missing="warn")
-    kept = torch.from_numpy(groups).long().unique(return_inverse=True)[1]
-    return kept

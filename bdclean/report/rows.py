@@ -71,7 +71,7 @@ def tables(record: RunRecord) -> list[Table]:
                 [f.detector, f.verdict, _number(f.score), _number(f.threshold), _number(f.p_value), f.reason]
                 for f in record.findings
             ],
-            calm=[f.verdict in ("no-outlier", "usual") for f in record.findings],
+            calm=[f.verdict in ("no-outlier", "usual", "reported") for f in record.findings],
         )
     )
     return found

@@ -11,9 +11,10 @@ from bdclean.data.imageset import ImageSet
 from bdclean.data.labels.folders import labels_plausible
 from bdclean.errors import Refused
 from bdclean.measuring.predictor import Predictor
-from bdclean.measuring.probe import Encoded, Features, Probing, check_features, clusters, knn
+from bdclean.measuring.probe import Encoded, Features, Probing, check_features, knn
 from bdclean.measuring.trial import Trial, halves
 from bdclean.progress import Tell
+from bdclean.training.clusters import clusters
 
 TELLING = 64
 """Images that show whether features differ at all."""

@@ -10,7 +10,7 @@ from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused, UsageError, attach
 from bdclean.measuring import pictures
 from bdclean.measuring.assessment import assess, in_order
-from bdclean.measuring.encoders import judged_as_encoder
+from bdclean.measuring.encoders import judged_as_encoder, unsaid
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import Trial, make_predictor
 from bdclean.measuring.verdict import clean_measures, verdict
@@ -28,6 +28,7 @@ from bdclean.record.run import (
     RunRecord,
     TriggerRow,
 )
+from bdclean.runs.detecting import Looked, choose_detectors, look
 from bdclean.runs.encoders import again
 from bdclean.runs.images import at_own_size, copies, describe_images, read_images
 from bdclean.runs.options import Inputs
@@ -51,10 +52,14 @@ def scan(
     *,
     triggers: tuple[str, ...] = (),
     target: str = "auto",
+    detectors: tuple[str, ...] = (),
     fail_on: tuple[str, ...] = (),
     tell: Tell,
 ) -> RunRecord:
-    """Measure `triggers` (the stock bank where none is given) on `model`; raises BdcleanError carrying the record."""
+    """Measure `triggers` (the stock bank where none is given) on `model`, and run `detectors` (else the quick ones).
+
+    Raises BdcleanError carrying the record.
+    """
     record = RunRecord(
         "scan", seed=inputs.seed, argv=list(inputs.argv), precision="fp32",
         threshold=gate.parse(fail_on).threshold, checkpoint=CheckpointEntry(path=str(model)),
@@ -62,6 +67,8 @@ def scan(
     try:
         checkpoint = Checkpoint.read(model, inputs.arch, inputs.allow_pickle, inputs.kind)
         record = replace(record, checkpoint=describe_checkpoint(checkpoint, model))
+        looking, left = choose_detectors(detectors, checkpoint.arch.kind)
+        record = replace(record, skipped=left)
         path = images_of(inputs, checkpoint.arch.kind)
         checkpoint = at_own_size(checkpoint, path, inputs)
         record = record.warned(checkpoint.warnings)
@@ -92,7 +99,8 @@ def scan(
             for each in assess(trial, made, aim):
                 measured.append(each)
                 found.append(each.row)
-            readings.append(_Reading.of(choice, trial, in_order(measured, made), made, floor))
+            looked = look(looking, suspect, choice, images.images, inputs, tell)
+            readings.append(_Reading.of(choice, trial, in_order(measured, made), made, floor, looked))
         return _conclude(record, readings, made, inputs.pictures)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, record)
@@ -107,6 +115,7 @@ class _Reading:
     trial: Trial
     rows: list[TriggerRow]
     findings: list[Finding]
+    looked: Looked
     verdict: str
     advice: str | None
 
@@ -117,9 +126,11 @@ class _Reading:
         measured: Sequence[Measured],
         made: Sequence[Trigger],
         floor: Trial | None,
+        looked: Looked,
     ) -> _Reading:
         rows, findings = judged_as_encoder(trial, [each.row for each in measured], made, floor)
-        return _Reading(choice, trial, rows, findings, *verdict(rows, findings))
+        findings = [*findings, *looked.findings]
+        return _Reading(choice, trial, rows, findings, looked, *verdict(rows, findings))
 
 
 def _conclude(
@@ -135,7 +146,12 @@ def _conclude(
         triggers=worst.rows,
         findings=worst.findings,
         advice=worst.advice,
-        pictures=pictures.strips(worst.rows, made, worst.trial) if shown else [],
+        pictures=[
+            *(pictures.strips(worst.rows, made, worst.trial) if shown else []),
+            *worst.looked.pictures,
+        ],
+        skipped=[*record.skipped, *worst.looked.skipped, *unsaid(worst.trial)],
+        precision=worst.looked.precision or record.precision,
         confusion=pictures.confusions(worst.rows, made, worst.trial),
     )
     if not worst.trial.labeled and record.data is not None:

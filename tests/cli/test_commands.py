@@ -63,7 +63,7 @@ def test_help_answers_at_once():
         ("scan m --data . --trigger wanet", "no trigger is called 'wanet'"),
         ("scan m --data . --trigger badnets:3", "write KEY=VALUE"),
         ("scan m --data . --target -1", "--target"),
-        ("scan m --data . --detector decree", "no detector is called 'decree'"),
+        ("scan m --data . --detector decre", "did you mean decree?"),
         ("scan m --data . --limit -1", "--limit"),
         ("scan m --data . --device gpu", "--device 'gpu'"),
         ("scan m --data . --precision int8", "--precision 'int8'"),
@@ -93,7 +93,7 @@ def test_what_is_not_there_yet_is_refused_and_not_advertised(capsys):
     run(["cleanse", "--help"])
     run(["report", "--help"])
     shown = capsys.readouterr().out
-    for word in ("sarif", "sequela", "--card", "--detector"):
+    for word in ("sarif", "sequela", "--card"):
         assert word not in shown
 
 

@@ -15,7 +15,6 @@ from bdclean.measuring.probe import (
     Features,
     Probing,
     check_features,
-    clusters,
     knn,
     linear,
     mlp,
@@ -243,33 +242,6 @@ def test_the_nearest_mean_is_the_written_out_one():
     for query, answer in zip(queries, nearest_mean(features, groups, CLASSES)(queries).tolist(), strict=True):
         cosines = [float(direction(query) @ mean / mean.norm()) for mean in means]
         assert answer == cosines.index(max(cosines))
-
-
-# --- clusters -----------------------------------------------------------------------------------------------
-
-
-def test_clusters_are_the_blobs():
-    features, labels = blobs()
-    found = clusters(features, CLASSES, 0)
-    assert found.dtype == torch.int64 and found.shape == labels.shape
-    pairs = set(zip(found.tolist(), labels.tolist(), strict=True))
-    assert len(pairs) == CLASSES == len({group for group, _ in pairs})
-    assert torch.equal(found, clusters(features, CLASSES, 0))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_no_cluster_is_empty(seed):
-    found = clusters(blobs(40, seed=seed, spread=2.0)[0], 12, seed)
-    assert sorted(set(found.tolist())) == list(range(int(found.max()) + 1))
-
-
-def test_fewer_different_images_than_clusters_are_clusters_all_the_same():
-    """Copies, say: k-means once warned of it on the terminal."""
-    features = torch.eye(3, WIDTH).repeat(20, 1)
-    for seed in range(4):
-        found = clusters(features, 8, seed)
-        assert sorted(set(found.tolist())) == [0, 1, 2]
-        assert len(set(zip(found.tolist(), [k % 3 for k in range(60)], strict=True))) == 3
 
 
 # --- all of them --------------------------------------------------------------------------------------------
