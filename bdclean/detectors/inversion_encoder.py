@@ -31,8 +31,9 @@ class InversionEncoder:
     trigger for each; a cluster whose mask is under 0.3 of the median is an outlier.
     When to use it: to look for a patch in an encoder without knowing the trigger or the downstream task.
     What it needs: 160 images or more, without labels; minutes on a processor.
-    Known limits: not calibrated, so a finding decides no verdict; how often it is right is in
-    sample_models/tables/inversion.md. Masks alone: what is added to the whole picture is not looked for.
+    Known limits: not calibrated, so a finding decides no verdict. It found BadEncoder's square from one of two seeds,
+    and DRUPE's not (sample_models/tables/inversion.md). Masks alone: what is added to the whole picture is not looked
+    for.
 
     After Neural Cleanse (Wang et al. 2019, IEEE S&P) with clusters in place of classes; departures stand in
     `training.inversion`.
