@@ -27,8 +27,9 @@ class BCUEncoder:
     into the result.
     When to use it: to compare with the paper.
     What it needs: unlabeled images of the encoder's kind.
-    Known limits: a student that keeps most of the suspect's weights keeps its backdoor (see README's figures). The
-    lengths of features are not asked for, so a head that is there already may need to be trained again.
+    Known limits: a student that keeps most of the suspect's weights keeps its backdoor, as after 8 epochs of 2,500
+    images in the one attacked encoder tried. The lengths of features are not asked for, so a head that is there
+    already may need to be trained again.
 
     Re-drawn shares, epochs and the course of the learning rate are the authors' code's for classifiers. Departures,
     since an encoder has no answers to soften: the loss is 1 - cosine of the features; Adam in place of SGD, whose rate

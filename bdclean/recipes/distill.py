@@ -40,7 +40,8 @@ class Distill:
     When to use it: to compare with the paper; a void student leaves the least of a backdoor and loses most accuracy.
     `loss=none contrast=0` is a clone alone, `clone=0 contrast=0` attention alone.
     What it needs: unlabeled images of the encoder's kind, 2,500 in the paper; for other teachers than raw labeled ones.
-    Known limits: a student that begins as a copy keeps its backdoor; so do teachers that few steps change little.
+    Known limits: a student that begins as a copy keeps its backdoor; so do teachers that few steps change little. The
+    least that anp would prune may cost more accuracy than it may, so that nothing is: `pruned` says how much.
 
     Settings are the authors' code's; of the teachers, whose settings the paper's code lacks, their own authors'.
     Departures: attention is on a scale that does not depend on a map's size (`weights=paper` is the code's); kd is of

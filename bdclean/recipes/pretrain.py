@@ -29,8 +29,9 @@ class Pretrain:
     When to use it: as the baseline of `distill`, `mimic` and `inoculate`: what the images alone are worth, without the
     suspect's features as an answer.
     What it needs: unlabeled images of the encoder's kind.
-    Known limits: from scratch a few thousand images give a poor encoder; from the suspect a backdoor that no loss
-    speaks against may stay. A head that was trained on the suspect's features does not fit those of the result.
+    Known limits: from scratch a few thousand images give a poor encoder. Continued, a high learning rate makes the
+    suspect forget accuracy and backdoor alike: no loss speaks against the backdoor. A head that was trained on the
+    suspect's features does not fit those of the result.
 
     Settings are those of `training/pretraining`, but for the epochs, which few images need more of.
     """
