@@ -14,6 +14,7 @@ from bdclean.errors import Refused, attach
 from bdclean.measuring import pictures
 from bdclean.measuring.assessment import assess, in_order
 from bdclean.measuring.encoders import judged_as_encoder
+from bdclean.measuring.feature_map import feature_map
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import SCREENED_OUT, Target, Trial
 from bdclean.measuring.verdict import clean_measures, compare, pair, verdict
@@ -277,6 +278,7 @@ class _Repair:
             triggers=new,
             pictures=[*strips, *pictures.masks(cleansed.pictures)],
             confusion=pictures.confusions([*old, *new], made, before, after),
+            feature_map=feature_map([*old, *new], made, before, after),
         )
         return self.record
 

@@ -11,6 +11,7 @@ from bdclean.errors import Refused, UsageError, attach
 from bdclean.measuring import pictures
 from bdclean.measuring.assessment import assess, in_order
 from bdclean.measuring.encoders import judged_as_encoder
+from bdclean.measuring.feature_map import feature_map
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import Trial, make_predictor
 from bdclean.measuring.verdict import clean_measures, verdict
@@ -137,6 +138,7 @@ def _conclude(
         advice=worst.advice,
         pictures=pictures.strips(worst.rows, made, worst.trial) if shown else [],
         confusion=pictures.confusions(worst.rows, made, worst.trial),
+        feature_map=feature_map(worst.rows, made, worst.trial),
     )
     if not worst.trial.labeled and record.data is not None:
         record = replace(record, data=replace(record.data, labeled=False, labels_source=None, classes=None))
