@@ -80,7 +80,7 @@ def cleanse(
         method: Recipe = registry.configure(chosen, settings or {})
         usual = checkpoint.arch.input[1:]
         checkpoint = repair.at_own_size(checkpoint)
-        made = make_triggers(triggers, input_size(checkpoint, inputs))
+        made = make_triggers(triggers, input_size(checkpoint, inputs), checkpoint.arch.kind)
         images = repair.open_images(checkpoint)
         suspect = repair.understand(checkpoint, images)
         before, images = repair.open_trial(suspect, images)
