@@ -34,7 +34,8 @@ START = 1
 """The seed of the weights that pre-training starts from, the same for all: what differs is what they are taught."""
 VIEWS = Views(mirrored=0.0)
 """SimCLR's, but for the mirror: left and right are different signs."""
-PREPROCESS = "half"
+PREPROCESS = "half,size=32/32"
+"""With the size: views that are enlarged parts of images leave statistics like those of larger ones."""
 CPU = torch.device("cpu")
 
 
