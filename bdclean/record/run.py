@@ -135,6 +135,31 @@ class Confusion:
 
 
 @dataclass
+class MappedFeatures:
+    """Where one encoder puts the images of a map: [x, y] of each, in units of features of length one.
+
+    The axes are the two along which its features of clean images differ most; `explained` is the share of their
+    variance, in [0, 1], that lies along these.
+    """
+
+    model: str  # suspect or cleansed
+    explained: float
+    clean: list[list[float]]
+    stamped: list[list[float]]
+
+
+@dataclass
+class FeatureMap:
+    """Features of some images as given and stamped with one trigger, by the suspect and its cleansed copy."""
+
+    trigger: str  # its SPEC
+    target: int | str | None
+    grouping: str  # what `groups` are: labels, answers of the probe, or clusters of features
+    groups: list[int]  # the class or cluster of each image
+    models: list[MappedFeatures]
+
+
+@dataclass
 class Skipped:
     """What was not done, and why: never folded into a verdict."""
 
@@ -259,7 +284,7 @@ class RunRecord:
     findings: list[Finding] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     confusion: list[Confusion] | None = None  # none for many classes
-    feature_map: Any = None
+    feature_map: FeatureMap | None = None  # of encoders
     calibration: Any = None
     skipped: list[Skipped] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

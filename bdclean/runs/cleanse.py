@@ -14,6 +14,7 @@ from bdclean.errors import Refused, UsageError, attach
 from bdclean.measuring import pictures
 from bdclean.measuring.assessment import assess, in_order
 from bdclean.measuring.encoders import judged_as_encoder
+from bdclean.measuring.feature_map import feature_map
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import SCREENED_OUT, Target, Trial
 from bdclean.measuring.verdict import clean_measures, compare, pair, verdict
@@ -87,7 +88,7 @@ def cleanse(
         method: Recipe = registry.configure(chosen, settings or {})
         usual = checkpoint.arch.input[1:]
         checkpoint = repair.at_own_size(checkpoint)
-        made = make_triggers(triggers, input_size(checkpoint, inputs))
+        made = make_triggers(triggers, input_size(checkpoint, inputs), checkpoint.arch.kind)
         classes = repair.new_classes() if new_head else None
         images = repair.open_images(with_new_head(checkpoint, classes, 0) if classes else checkpoint)
         suspect = repair.understand(checkpoint, images, classes is None)
@@ -303,6 +304,7 @@ class _Repair:
             triggers=new,
             pictures=[*strips, *pictures.masks(cleansed.pictures)],
             confusion=pictures.confusions([*old, *new], made, before, after),
+            feature_map=feature_map([*old, *new], made, before, after),
         )
         return self.record
 

@@ -40,6 +40,7 @@ def open_encoder_trial(
     """
     features = Features(encode)
     check_features(features(images.images[:TELLING]))
+    given = len(images if probing is None else probing)
     if probing is None:
         first, second = halves(len(images), seed)
         probing, images = images.select(first.sort().values), images.select(second.sort().values)
@@ -47,7 +48,7 @@ def open_encoder_trial(
         drawn = torch.randperm(len(probing), generator=torch.Generator().manual_seed(seed))[:MOST_PROBING]
         probing = probing.select(drawn.sort().values)
     tell("probes", 0, 1)
-    chosen, labeled, doubts = _probing(features, probing, images, seed)
+    chosen, labeled, doubts = _probing(features, probing, images, given, seed)
     encoded = Encoded.of(features, chosen)
     clean = encoded.predict(images.images)
     tell("probes", 1, 1)
@@ -67,16 +68,32 @@ def again(trial: Trial, encode: Predictor) -> Trial:
 
 
 def _probing(
-    features: Features, probing: ImageSet, images: ImageSet, seed: int
+    features: Features, probing: ImageSet, images: ImageSet, given: int, seed: int
 ) -> tuple[Probing, Tensor | None, list[str]]:
-    """What probes are trained on; the labels that they are held against, if there are such; and warnings."""
+    """What probes are trained on; the labels that they are held against, if there are such; and warnings.
+
+    `given`: how many images `probing` was taken from. Raises Refused where they are too few or all of one class.
+    """
     doubts: list[str] = []
     if probing.labels is not None:
         classes = len(probing.classes) if probing.classes else int(probing.labels.max()) + 1
         if len(probing.labels.unique()) < 2:
             raise Refused("the labeled images are all of one class: a probe needs two or more.")
+        if len(probing) < classes:
+            raise Refused(
+                f"{len(probing)} labeled images for a probe are fewer than their {classes} classes: give some of each."
+            )
         known = Probing(probing.images, probing.labels, classes, True)
-        if images.labels is None or images.sure:
+        if images.labels is None:
+            return known, None, doubts
+        named = probing.classes is not None and images.classes is not None
+        if (named and images.classes != probing.classes) or int(images.labels.max()) >= classes:
+            doubts.append(
+                "the labels of these images are of other classes than those that the probes are trained on: the images "
+                "are used as unlabeled."
+            )
+            return known, None, doubts
+        if images.sure:
             return known, images.labels, doubts
         vote = knn(features(probing.images), probing.labels, classes)
         if labels_plausible(vote(features(images.images)), images.labels, classes):
@@ -87,8 +104,9 @@ def _probing(
         )
     count = min(CLUSTERS, len(probing) // LEAST_IN_CLUSTER)
     if count < 2:
+        why = ", and nearest neighbours do no better than chance on their labels" if doubts else ""
         raise Refused(
-            f"{len(probing)} images are too few to cluster an encoder's features: give {4 * LEAST_IN_CLUSTER} or more."
+            f"{given} images are too few to cluster an encoder's features{why}: give {4 * LEAST_IN_CLUSTER} or more."
         )
     groups = clusters(features(probing.images), count, seed)
     return Probing(probing.images, groups, int(groups.max()) + 1, False), None, doubts

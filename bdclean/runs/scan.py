@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused, UsageError, attach
+from bdclean.files.text import shown
 from bdclean.measuring import pictures
 from bdclean.measuring.assessment import assess, in_order
 from bdclean.measuring.encoders import judged_as_encoder, unsaid
+from bdclean.measuring.feature_map import feature_map
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import Trial, make_predictor
 from bdclean.measuring.verdict import clean_measures, verdict
@@ -45,6 +48,8 @@ from bdclean.runs.trials import open_trial
 from bdclean.triggers.bank import make_triggers
 from bdclean.triggers.stamping import Trigger
 
+NEEDS_LABELS = "--reference is for encoders that are scanned with labeled images"
+
 
 def scan(
     model: Path,
@@ -72,7 +77,7 @@ def scan(
         path = images_of(inputs, checkpoint.arch.kind)
         checkpoint = at_own_size(checkpoint, path, inputs)
         record = record.warned(checkpoint.warnings)
-        made = make_triggers(triggers, input_size(checkpoint, inputs))
+        made = make_triggers(triggers, input_size(checkpoint, inputs), checkpoint.arch.kind)
         images = read_images(path, checkpoint, inputs, tell, forced=path == inputs.labeled)
         record = replace(record, data=describe_images(path, images))
         record = record.warned([*images.warnings, *copies(images)])
@@ -87,12 +92,13 @@ def scan(
         record = replace(record, checkpoint=entry).warned(suspect.warnings)
         if suspect.doubt:
             raise Refused(suspect.doubt)
+        reference = read_reference(suspect, images, inputs)
         readings = []
         for choice in suspect.choices:
             trial, doubts = open_trial(
                 suspect, choice, images, inputs, record.threshold or 0.0, tell, probing
             )
-            aim, floor = check_target(target, trial), open_reference(trial, suspect, images, inputs)
+            aim, floor = check_target(target, trial), floor_of(reference, trial, inputs)
             found: list[TriggerRow] = []  # in the record before all are: a run may end early
             record = replace(record, triggers=found).warned(doubts)
             measured = []
@@ -153,6 +159,7 @@ def _conclude(
         skipped=[*record.skipped, *worst.looked.skipped, *unsaid(worst.trial)],
         precision=worst.looked.precision or record.precision,
         confusion=pictures.confusions(worst.rows, made, worst.trial),
+        feature_map=feature_map(worst.rows, made, worst.trial),
     )
     if not worst.trial.labeled and record.data is not None:
         record = replace(record, data=replace(record.data, labeled=False, labels_source=None, classes=None))
@@ -177,21 +184,47 @@ def images_of(inputs: Inputs, kind: str = "classifier") -> Path:
     return path
 
 
-def open_reference(trial: Trial, suspect: Suspect, images: ImageSet, inputs: Inputs) -> Trial | None:
-    """The clean encoder of `--reference` on the images of `trial`, with probes of its own; None where none is given."""
+def read_reference(suspect: Suspect, images: ImageSet, inputs: Inputs) -> Suspect | None:
+    """The clean encoder of `--reference`, None where none is given; raises Refused where it cannot be one."""
     if inputs.reference is None:
         return None
+    if suspect.arch.kind != "encoder":
+        raise UsageError(f"{NEEDS_LABELS}: this is a classifier.")
+    with _about(inputs.reference):
+        checkpoint = Checkpoint.read(inputs.reference, inputs.arch, inputs.allow_pickle, inputs.kind)
+        if checkpoint.arch.kind != "encoder":
+            raise Refused(
+                "it is a classifier: give a clean encoder, or --kind encoder to take both without heads."
+            )
+        if checkpoint.arch.name != suspect.checkpoint.arch.name:
+            raise Refused(
+                f"it is a {checkpoint.arch.name}, the model a {suspect.checkpoint.arch.name}: give a clean encoder "
+                "of the same architecture."
+            )
+        read = understand(checkpoint, images.images, "auto", None, inputs.arch is not None, suspect.device)
+        if read.doubt:
+            raise Refused(read.doubt)
+        return read
+
+
+def floor_of(reference: Suspect | None, trial: Trial, inputs: Inputs) -> Trial | None:
+    """The clean encoder on the images of `trial`, with probes of its own; None where there is none."""
+    if reference is None:
+        return None
     if trial.encoded is None or not trial.encoded.probing.labeled:
-        raise UsageError("--reference is for encoders that are scanned with labeled images.")
-    checkpoint = Checkpoint.read(inputs.reference, inputs.arch, inputs.allow_pickle, "encoder")
-    if checkpoint.arch.name != suspect.checkpoint.arch.name:
-        raise Refused(
-            f"the reference is a {checkpoint.arch.name}, the model a {suspect.checkpoint.arch.name}: give a clean "
-            "encoder of the same architecture."
-        )
-    read = understand(checkpoint, images.images, "auto", None, inputs.arch is not None, suspect.device)
-    classifier = read.classifier(read.choices[0])
-    return again(trial, make_predictor(classifier, suspect.device, inputs.batch_size, trial.images))
+        raise UsageError(f"{NEEDS_LABELS}.")
+    with _about(inputs.reference):
+        classifier = reference.classifier(reference.choices[0])
+        return again(trial, make_predictor(classifier, reference.device, inputs.batch_size, trial.images))
+
+
+@contextmanager
+def _about(reference: Path | None) -> Iterator[None]:
+    """Says of a refusal inside that it is about the reference, not the model."""
+    try:
+        yield
+    except Refused as error:
+        raise Refused(f"--reference {shown(reference)} cannot be used: {error}") from None
 
 
 def check_target(target: str, trial: Trial) -> str | int:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from bdclean import registry
+from bdclean.triggers.badencoder import BadEncoder
 from bdclean.triggers.badnets import BadNets
 from bdclean.triggers.blend import Blend
+from bdclean.triggers.ctrl import CTRL
 from bdclean.triggers.sig import SIG
 from bdclean.triggers.stamping import Trigger
 
@@ -108,10 +110,19 @@ def _stripes() -> list[Trigger]:
     ]
 
 
-def make_triggers(specs: Sequence[str], size: tuple[int, int]) -> list[Trigger]:
-    """The triggers that were given, else the stock bank at the input size; raises where one does not fit the images."""
+def _of_encoders() -> list[Trigger]:
+    """What attacks on encoders stamp in their authors' settings, with nothing of an attacker's own: BadEncoder's and
+    DRUPE's square, CTRL's waves. SSL-Backdoor's patch is drawn by the attacker, BLTO's by a network."""
+    return [BadEncoder(), CTRL()]
+
+
+def make_triggers(specs: Sequence[str], size: tuple[int, int], kind: str = "classifier") -> list[Trigger]:
+    """The triggers that were given, else the stock bank at the input size, for an encoder with those of encoders.
+
+    Raises where one does not fit the images.
+    """
     if not specs:
-        return list(bank(size))
+        return [*bank(size), *(_of_encoders() if kind == "encoder" else [])]
     made = []
     for spec in specs:
         name, settings = registry.parse_spec(spec)

@@ -18,7 +18,9 @@ from bdclean.record.run import (
     CheckpointEntry,
     Confusion,
     DataEntry,
+    FeatureMap,
     Finding,
+    MappedFeatures,
     Measure,
     OutputEntry,
     Picture,
@@ -34,6 +36,7 @@ from bdclean.report.formats import render
 from bdclean.report.page import embedded, words
 from bdclean.report.page.embedded import png
 from bdclean.report.page.plots import curves
+from bdclean.report.page.scatter import MOST_COLOURS, MOST_POINTS, SIDE, scatter
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "wbr"}
 HOSTILE = (
@@ -114,6 +117,13 @@ def strip(trigger="badnets:size=3", after=None):
     ]
 
 
+def mapped(*models, n=6):
+    """A map of images in a row, which all lie at one place once they are stamped."""
+    clean, stamped = [[k / 10, 0.05 * k] for k in range(n)], [[0.3, 0.4]] * n
+    both = [MappedFeatures(model, 0.43, clean, stamped) for model in models]
+    return FeatureMap("badnets:size=3", 0, "labels", [k % 2 for k in range(n)], both)
+
+
 def scanned():
     rows = [row("badnets:size=3", 0.983, "fails"), row("sig:delta=40", 0.3, "inconclusive", reason="why not")]
     return RunRecord(
@@ -157,6 +167,7 @@ def cleansed():
     found.curve = [{"step": k, "loss": 1 / (k + 1), "agreement": k / 50} for k in range(50)]
     found.output = OutputEntry("m.clean.safetensors", "ef" * 32)
     found.pictures = strip(after=1)
+    found.feature_map = mapped("suspect", "cleansed")
     return found
 
 
@@ -197,6 +208,8 @@ def hostile():
         Picture("mask", '" onerror="alert(1)', caption="forged"),
     ]
     found.confusion = [Confusion(HOSTILE, HOSTILE, HOSTILE, [[1, 2], [-3, 4]])]
+    found.feature_map = mapped(HOSTILE)
+    found.feature_map.trigger = found.feature_map.target = found.feature_map.grouping = HOSTILE
     return found
 
 
@@ -401,6 +414,69 @@ def test_bars_are_as_long_as_the_rates_they_stand_for(pages):
         "width": pytest.approx(100 * (controls["highest"] - controls["median"]), abs=0.02),
     }
     assert found["threshold"] == {"left": pytest.approx(20.0)}
+
+
+def test_the_map_of_features_shows_both_encoders_and_says_what_is_seen(pages):
+    shown, page = pages["cleanse"], Page(pages["cleanse"])
+    drawings = re.findall(r'<svg [^>]*class="scatter".*?</svg>', shown, re.S)
+    assert len(drawings) == 2
+    for number, drawing in enumerate(drawings, 1):
+        assert drawing.count("<circle") == drawing.count("<path") == 6
+        assert drawing.count('class="ringed"') == 3, "those of the target class"
+        names = re.search(r'role="img" aria-labelledby="([^"]*)"', drawing).group(1).split()
+        assert names == [f"run-1-map{number}", f"run-1-map{number}-more"]
+        assert all(f'id="{name}"' in drawing for name in names) and "6 images as given" in drawing
+        assert "yield (1), stamped" in drawing
+        places = re.findall(r'c[xy]="([\d.]+)"', drawing) + re.findall(r"[M ]([\d.]+)(?= |m)", drawing)
+        assert places and all(0 <= float(place) <= SIDE for place in places)
+    for part in (
+        "Before stamped images lie 0.00 times as far apart as clean ones; two axes of clean features, 43 %",
+        "Both maps have one scale",
+        "stop (0), where stamped images go",
+    ):
+        assert part in page.words, part
+    assert "Where features lie" not in Page(pages["scan"]).words
+
+
+def test_a_map_of_one_encoder_has_no_sides_and_clusters_have_no_names():
+    record = scanned()
+    record.feature_map = mapped("suspect")
+    record.feature_map.grouping = "clusters"
+    found = scatter(record)
+    assert [panel.title for panel in found.panels] == [""] and found.target == "cluster 0"
+    assert [name for name, _ in found.legend] == ["cluster 0", "cluster 1"]
+    assert len({hue for _, hue in found.legend}) == 2
+
+
+def test_of_many_classes_the_targets_images_alone_are_coloured():
+    record = scanned()
+    record.feature_map = mapped("suspect", n=40)
+    record.feature_map.groups = [k % (MOST_COLOURS + 1) for k in range(40)]
+    found = scatter(record)
+    assert len(found.legend) == 1
+    assert all((mark.hue is not None) == mark.ringed for mark in found.panels[0].given)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clean": [[0.0, 0.0]]},
+        {"stamped": [[0.0]] * 6},
+        {"stamped": [[0.0, 1e9]] * 6},
+        {"clean": [[0.0, 0.0, 0.0]] * 6},
+    ],
+)
+def test_what_a_file_calls_a_map_and_is_none_is_left_out(change):
+    record = scanned()
+    record.feature_map = mapped("suspect")
+    for key, value in change.items():
+        setattr(record.feature_map.models[0], key, value)
+    assert scatter(record) is None
+    record.feature_map = mapped("suspect", n=MOST_POINTS + 1)
+    assert scatter(record) is None
+    record.feature_map = mapped("suspect", n=3)
+    record.feature_map.models[0].clean = record.feature_map.models[0].stamped = [[0.5, 0.5]] * 3
+    assert scatter(record).panels[0].given[0].x == SIDE / 2, "all at one place is in the middle"
 
 
 def luminance(colour):

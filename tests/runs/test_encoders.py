@@ -1,5 +1,8 @@
 """Encoders end to end: the trunk of a shipped network is one whose backdoor is known."""
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bdclean.cli.main import run
 from bdclean.errors import Refused, UsageError
 from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.progress import quiet
@@ -18,6 +22,8 @@ from bdclean.runs.scan import scan
 SAMPLES = Path(__file__).resolve().parents[2] / "sample_models"
 LABELED, UNLABELED = SAMPLES / "images" / "labeled", SAMPLES / "images" / "unlabeled"
 TRIGGER = ("blend:source=noise,alpha=0.2",)
+ENCODER = "signs-encoder-clean.safetensors"
+CLASSES = sorted(folder.name for folder in LABELED.iterdir())
 
 
 def inputs(data, **more):
@@ -111,15 +117,132 @@ def test_features_that_are_all_the_same_are_refused(tmp_path):
         scan(file, inputs(LABELED, preprocess="half"), triggers=TRIGGER, tell=quiet)
 
 
-@pytest.mark.slow
-def test_a_reference_must_be_like_the_model_and_have_labels(tmp_path):
+# --- bad input ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def put(tmp_path):
+    """Copies the first `count` shipped images of each of some classes, one folder a class."""
+
+    def made(name, classes, count):
+        for each in classes:
+            (tmp_path / name / each).mkdir(parents=True)
+            for file in sorted((LABELED / each).iterdir())[:count]:
+                shutil.copy(file, tmp_path / name / each)
+        return tmp_path / name
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return load_file(SAMPLES / ENCODER)
+
+
+def saved(tensors, path):
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"bdclean.preprocess": "half"}
+    )
+    return path
+
+
+def flat(tensors):
+    """An encoder without a feature that depends on the image: the last block adds nothing, and its input is gone."""
+    silent = {name: tensor.clone() for name, tensor in tensors.items()}
+    for name, tensor in silent.items():
+        if name.startswith("f.f.6.") and name.endswith(("bn2.weight", "bn2.bias", "downsample.1.weight")):
+            tensor.zero_()
+    return silent
+
+
+def refused(match, model, data, problem=Refused, **more):
+    triggers = more.pop("triggers", ("badencoder",))
+    with pytest.raises(problem, match=match) as found:
+        scan(model, replace(inputs(data, **more), kind="auto"), triggers=triggers, tell=quiet)
+    assert str(found.value).count("\n") == 0
+    return found.value
+
+
+def test_files_that_hold_no_whole_encoder_are_named(tmp_path, encoder):
+    head = {name: tensor for name, tensor in encoder.items() if name.startswith("g.")}
+    model = saved(head, tmp_path / "projector.safetensors")
+    refused("tensors .* are a projector alone: give the file with its backbone", model, LABELED)
+    with pytest.raises(Refused, match="projector alone"):
+        cleanse(model, replace(inputs(UNLABELED), kind="auto"), out=tmp_path / "out.safetensors", tell=quiet)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_features_that_are_no_numbers_or_all_the_same_are_refused(tmp_path, encoder):
+    broken = {name: tensor.clone() for name, tensor in encoder.items()}
+    broken["f.f.0.weight"][0, 0, 0, 0] = float("nan")
+    refused("f.f.0.weight holds 1 NaN", saved(broken, tmp_path / "nan.safetensors"), LABELED)
+    for name in ("f.f.1.weight", "f.f.3.0.conv1.weight"):
+        broken[name] = encoder[name] * 1e38
+    broken["f.f.0.weight"] = encoder["f.f.0.weight"]
+    refused("not all finite numbers", saved(broken, tmp_path / "huge.safetensors"), LABELED)
+    refused("every image the same features", saved(flat(encoder), tmp_path / "flat.safetensors"), LABELED)
+
+
+def test_labels_that_no_probe_can_be_trained_on_are_refused(put):
+    model = SAMPLES / ENCODER
+    refused("all images are in one folder, 'stop'", model, UNLABELED, labeled=put("one", ["stop"], 30))
+    refused("24 images are too few .* better than chance", model, put("few", CLASSES, 2))
+    for k, file in enumerate(sorted(put("many", CLASSES, 2).rglob("*.png"))):
+        (file.parents[2] / "each" / f"class {k}").mkdir(parents=True)
+        shutil.copy(file, file.parents[2] / "each" / f"class {k}")
+    fewer = "12 labeled images for a probe are fewer than their 24 classes"
+    refused(fewer, model, file.parents[2] / "each")
+
+
+def test_a_reference_that_cannot_be_one_is_refused_by_name(tmp_path, encoder):
     torch.manual_seed(0)
     other = ResidualNetwork((1, 1, 1), (8, 16, 32), 8, 12).state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in other.items()}, tmp_path / "other.safetensors")
-    with pytest.raises(Refused, match="of the same architecture"):
-        scanned("signs-clean.safetensors", LABELED, reference=tmp_path / "other.safetensors")
-    with pytest.raises(UsageError, match="--reference is for encoders that are scanned with labeled"):
-        scanned("signs-clean.safetensors", UNLABELED, reference=SAMPLES / "signs-clean.safetensors")
+    bare = {name: tensor for name, tensor in other.items() if not name.startswith("fc.")}
+    saved(bare, tmp_path / "other.safetensors")
+    saved({"g.0.weight": torch.ones(4, 4)}, tmp_path / "projector.safetensors")
+    for name, why in {
+        tmp_path / "other.safetensors": "it is a resnet8-cifar-b-w8, the model a .*: give a clean encoder",
+        SAMPLES / "signs-clean.safetensors": "it is a classifier: give a clean encoder",
+        tmp_path / "projector.safetensors": "tensors .* are a projector alone",
+        tmp_path / "nowhere.safetensors": "does not exist",
+    }.items():
+        refused(
+            f"--reference .*{name.name} cannot be used: .*{why}", SAMPLES / ENCODER, LABELED, reference=name
+        )
+
+
+@pytest.mark.slow
+def test_a_reference_with_constant_features_is_refused_by_name(tmp_path, encoder):
+    file = saved(flat(encoder), tmp_path / "flat.safetensors")
+    refused("--reference .*flat.* every image the same features", SAMPLES / ENCODER, LABELED, reference=file)
+
+
+def test_a_reference_needs_labels():
+    match = "--reference is for encoders that are scanned with labeled"
+    refused(match, SAMPLES / ENCODER, UNLABELED, UsageError, reference=SAMPLES / ENCODER)
+
+
+@pytest.mark.slow
+def test_images_of_classes_that_the_probes_do_not_know_are_used_as_unlabeled(put):
+    known = put("known", CLASSES[:10], 50)
+    given = replace(inputs(LABELED, labeled=known), kind="auto")
+    record = scan(SAMPLES / ENCODER, given, triggers=("badnets:size=3",), tell=quiet)
+    assert any("of other classes than those that the probes" in warning for warning in record.warnings)
+    assert not record.data.labeled and record.triggers[0].probes is not None
+
+
+@pytest.mark.slow
+def test_other_models_of_a_scan_go_on(tmp_path, encoder, capfd):
+    head = {name: tensor for name, tensor in encoder.items() if name.startswith("g.")}
+    saved(head, tmp_path / "projector.safetensors")
+    words = ["scan", str(tmp_path / "projector.safetensors"), str(SAMPLES / ENCODER), "--data", str(LABELED)]
+    code = run(
+        [*words, "--trigger", "badencoder", "--limit", "200", "--device", "cpu", "--format", "jsonl", "-q"]
+    )
+    printed = capfd.readouterr()
+    verdicts = [json.loads(line)["verdict"] for line in printed.out.splitlines()]
+    assert code == 3 and verdicts == ["not-assessed", "no-evidence"]
+    assert printed.err.count("projector alone") == 1
 
 
 def test_a_target_needs_labels():

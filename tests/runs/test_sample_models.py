@@ -17,9 +17,13 @@ from bdclean.measuring.predictor import Predictor
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.normalisation import parse_preprocess
+from bdclean.progress import quiet
 
 FOLDER = Path(__file__).resolve().parents[2] / "sample_models"
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
+CLASSIFIERS, ENCODERS = (
+    [entry for entry in MANIFEST if entry["kind"] == kind] for kind in ("classifier", "encoder")
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,7 @@ def test_the_slice_stays_small():
     images = sum(path.stat().st_size for path in (FOLDER / "images").rglob("*.png"))
     assert images < 6e6
     assert all(path.stat().st_size < 1.5e6 for path in FOLDER.glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 30e6
 
 
 def test_the_manifest_lists_every_model():
@@ -115,7 +120,7 @@ def test_the_manifest_lists_every_model():
             assert entry["attack"] in registry.ATTACKS
 
 
-@pytest.mark.parametrize("entry", MANIFEST, ids=lambda entry: entry["file"])
+@pytest.mark.parametrize("entry", CLASSIFIERS, ids=lambda entry: entry["file"])
 def test_the_manifest_tells_the_truth(entry, labeled):
     checkpoint = Checkpoint.read(FOLDER / entry["file"])
     assert checkpoint.arch.name == entry["architecture"] and checkpoint.arch.classes == 12
@@ -133,6 +138,50 @@ def test_the_manifest_tells_the_truth(entry, labeled):
     success = attack_success(predict(trigger(labeled.images)), labeled.labels, entry["target"], 12)
     assert success.float().mean().item() == pytest.approx(entry["attack_success_rate"], abs=2.5 / 550)
     assert entry["attack_success_rate"] > 0.95 and entry["base_rate"] < 0.05
+
+
+def test_the_manifest_tells_the_truth_of_encoders(make, labeled):
+    """A probe trained again on the file's features says the same, and the floor is that of the clean encoder."""
+    known = make.signs(make.UNLABELED_PER_CLASS, "unlabeled")
+    assert {entry["attack"] for entry in ENCODERS} >= {None, "badencoder"}
+    for sample in make.encoders.SAMPLES:
+        (entry,) = [each for each in ENCODERS if each["file"] == sample.file]
+        again = make.encoders.measure_encoder(sample, FOLDER, known, labeled)
+        assert again.keys() == entry.keys()
+        for key, value in entry.items():
+            # Another processor may decide two images in 600 otherwise.
+            same = pytest.approx(value, abs=2.5 / 550) if isinstance(value, float) else value
+            assert again[key] == same, (sample.file, key)
+        assert entry["clean_accuracy"] > 0.6 and entry["knn_accuracy"] > 0.5, "chance is 0.08"
+        if sample.attack is not None:
+            floors = entry["clean_encoder_attack_success_rate"], entry["base_rate"]
+            assert entry["attack_success_rate"] > 0.9 and max(floors) < 0.1
+
+
+def test_encoders_are_read_as_what_they_are():
+    for entry in ENCODERS:
+        checkpoint = Checkpoint.read(FOLDER / entry["file"])
+        assert checkpoint.arch.kind == "encoder" and checkpoint.arch.name == entry["architecture"]
+        assert checkpoint.arch.layout == "BadEncoder, DRUPE or MIMIC" and checkpoint.arch.width == 64
+        assert checkpoint.unread and all(name.startswith("g.") for name in checkpoint.unread)
+
+
+def test_pre_training_repeats_to_the_bit_and_is_written_and_read_back(make, tmp_path):
+    training, parts = make.signs(8, "train"), []
+    for seed in (1, 1, 2):
+        encoder, projector = make.encoders.pretrain(training, seed, 1, make.Precision(), quiet)
+        file = tmp_path / f"{len(parts)}.safetensors"
+        make.encoders.write_encoder(encoder, projector.state_dict(), file, seed)
+        parts.append(file.read_bytes())
+    assert parts[0] == parts[1] != parts[2]
+    again, head = make.encoders.read_encoder(file)
+    pairs = [
+        (encoder.network.state_dict(), again.network.state_dict()),
+        (projector.state_dict(), head),
+    ]
+    for before, after in pairs:
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_training_repeats_to_the_bit(make):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from bdclean.errors import Refused, UsageError
 from bdclean.registry import FAMILIES, TRIGGERS, configure, load, parse_spec
 from bdclean.triggers.badnets import BadNets
-from bdclean.triggers.bank import bank
+from bdclean.triggers.bank import bank, make_triggers
 from bdclean.triggers.blend import Blend
 from bdclean.triggers.content import picture, surrogate
 from bdclean.triggers.file import File
@@ -106,6 +106,9 @@ def test_the_bank_is_of_the_expected_size_and_scales() -> None:
         images = torch.full((1, 3, *size), 100, dtype=torch.uint8)
         stamped = {trigger(images).numpy().tobytes() for trigger in bank(size)}
         assert len(stamped) == len(bank(size)) >= 30
+    assert [trigger.spec() for trigger in make_triggers((), (32, 32))] == [t.spec() for t in bank((32, 32))]
+    more = [trigger.spec() for trigger in make_triggers((), (32, 32), "encoder")][len(bank((32, 32))) :]
+    assert more == ["badencoder", "ctrl:magnitude=100"], "what encoders are attacked with joins their bank"
     large = bank((224, 224))[0](torch.full((1, 3, 224, 224), 100, dtype=torch.uint8))[0, 0, -21:, -21:]
     assert torch.equal(
         large[::7, ::7], torch.tensor([[0, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)

@@ -11,7 +11,7 @@ from bdclean.files import text
 from bdclean.record.run import RunRecord
 from bdclean.report import wording
 from bdclean.report.document import LIMITS, facts, page
-from bdclean.report.page import bars, comparison, embedded, numbers, plots, words
+from bdclean.report.page import bars, comparison, embedded, numbers, plots, scatter, words
 from bdclean.report.page.numbers import Number, Row
 from bdclean.report.rows import Table
 
@@ -36,6 +36,7 @@ class Run:
     strips: list[embedded.Strip]
     masks: list[tuple[str, str]]
     heats: list[embedded.Heat]
+    scatter: scatter.Scatter | None
     curves: list[tuple[str, Any, float, float]]
     facts: list[tuple[str, str]]
     command: str
@@ -101,6 +102,7 @@ def _run(record: RunRecord, number: int) -> Run:
         strips=embedded.strips(record),
         masks=embedded.masks(record),
         heats=embedded.heats(record),
+        scatter=scatter.scatter(record),
         curves=plots.curves(record.curve or [], f"run-{number}"),
         facts=_provenance(record),
         command=words.command(record),
