@@ -90,6 +90,7 @@ def cleanse(
         checkpoint = repair.at_own_size(checkpoint)
         made = make_triggers(triggers, input_size(checkpoint, inputs), checkpoint.arch.kind)
         classes = repair.new_classes() if new_head else None
+        # Images are labeled for the head that is to be: here nothing but its classes counts.
         images = repair.open_images(with_new_head(checkpoint, classes, 0) if classes else checkpoint)
         suspect = repair.understand(checkpoint, images, classes is None)
         probed = trained = suspect

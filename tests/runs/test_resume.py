@@ -12,17 +12,13 @@ from pathlib import Path
 import pytest
 
 SAMPLES = Path(__file__).resolve().parents[2] / "sample_models"
-BOTH = [
-    "cleanse", str(SAMPLES / "signs-badnets.safetensors"), "--limit", "100", "--trigger", "badnets:size=3",
-    "--precision", "fp32", "--device", "cpu", "--format", "json", "-q", "--set", "epochs=1", "--set", "batch_size=8",
+ARGUMENTS = [
+    "cleanse", str(SAMPLES / "signs-badnets.safetensors"), "--data", str(SAMPLES / "images" / "unlabeled"),
+    "--limit", "100", "--recipe", "inoculate", "--set", "epochs=1", "--set", "least_steps=1",
+    "--set", "inversion_steps=2",
+    "--set", "batch_size=8", "--set", "adversary_steps=1", "--trigger", "badnets:size=3", "--precision", "fp32",
+    "--device", "cpu", "--format", "json", "-q",
 ]  # fmt: skip
-RUNS = {
-    "inoculate": [
-        *BOTH, "--data", str(SAMPLES / "images" / "unlabeled"), "--recipe", "inoculate", "--set", "least_steps=1",
-        "--set", "inversion_steps=2", "--set", "adversary_steps=1",
-    ],
-    "new head": [*BOTH, "--data", str(SAMPLES / "images" / "labeled"), "--recipe", "ft", "--head", "new"],
-}  # fmt: skip
 
 # Imports once, then forks a child for every run: `bdclean` as it is, but saving after every step. A run is
 # (out, resume, step, signal): once the state on disk has reached the step, the signal is sent after a random while.
@@ -69,7 +65,7 @@ def call(command, **how):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=300,
         check=False,
         **how,
     )
@@ -80,12 +76,10 @@ def digest(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_killed_and_interrupted_goes_on_to_the_same_file(name, tmp_path):
-    arguments = RUNS[name]
+def test_a_run_killed_and_interrupted_goes_on_to_the_same_file(tmp_path):
     (tmp_path / "whole").mkdir()
     whole = tmp_path / "whole" / "out.safetensors"
-    done = call(["-m", "bdclean", *arguments, "--out", str(whole)])
+    done = call(["-m", "bdclean", *ARGUMENTS, "--out", str(whole)])
     record = json.loads(whole.with_name("out.json").read_text())
     assert record["outcome"] == "ran", done.stderr
     assert sorted(p.name for p in whole.parent.iterdir()) == ["out.json", "out.safetensors"]
@@ -99,7 +93,7 @@ def test_a_run_killed_and_interrupted_goes_on_to_the_same_file(name, tmp_path):
         (str(out), True, third, signal.SIGKILL),
         (str(out), True, 0, 0),
     ]
-    done = call(["-c", DRIVER], input=json.dumps([arguments, runs]))
+    done = call(["-c", DRIVER], input=json.dumps([ARGUMENTS, runs]))
     assert done.returncode == 0, done.stderr
     codes = json.loads(done.stdout)
     assert codes[:3] == [-signal.SIGKILL, 130, -signal.SIGKILL], done.stderr
