@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,8 @@ class Bench:
     pretraining: int
     seed: int
     device: torch.device
+    start: str = "random"
+    """What poisoned encoders are pre-trained from: "random" weights, or the "clean" encoder."""
 
     def file(self, name: str) -> Path:
         return self.work / f"{self.method}-{cell(name)}.safetensors"
@@ -141,11 +143,18 @@ class Bench:
 
     def pretrain(self, name: str, training: ImageSet) -> None:
         """Pre-train an encoder on `training`."""
-        encoder = small_encoder(self.seed)
+        go_on = self.start == "clean" and name != "clean"
+        encoder = read(self.file("clean"))[0] if go_on else small_encoder(self.seed)
         found = METHODS[self.method](epochs=self.epochs)(
             encoder, training, self.run(name), f"pretrain {name}"
         )
         write(encoder, found.projector.state_dict(), self.file(name))
+
+    def placed(self, name: str, attack: Any) -> Any:
+        """`attack`, whose trigger, if it is one that is learnt, is kept in a file beside the encoder."""
+        if not hasattr(attack, "path"):
+            return attack
+        return replace(attack, path=str(self.file(name).with_suffix(".trigger.safetensors")))
 
     def make(self, name: str, attack: Any | None) -> None:
         """The encoder called `name`, unless it is there: clean without `attack`."""
@@ -153,6 +162,8 @@ class Bench:
             return
         if attack is None or attack.kind == "pre-training":
             training = self.images.draw("train", self.pretraining, "pre-training")
+            if attack is not None and hasattr(attack, "learn"):
+                attack.learn(read(self.file("clean"))[0], training, self.run(f"learn {name}"))
             self.pretrain(name, training if attack is None else attack(training))
             return
         if attack.kind != "encoder":
@@ -246,6 +257,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--attacks", default=DEFAULT_ATTACKS, help="names, with settings if wanted: ctrl:target=9/rate=0.5"
     )
+    parser.add_argument(
+        "--start", choices=("random", "clean"), default="random",
+        help="what poisoned images are pre-trained on from: random weights, or the clean encoder in --work",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
@@ -253,10 +268,11 @@ def main(arguments: list[str]) -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(
         options.work, Images(unpack(options.data, options.work), options.seed), options.method, options.epochs,
-        options.images, options.seed, torch.device(options.device),
+        options.images, options.seed, torch.device(options.device), options.start,
     )  # fmt: skip
     rows = []
     for name, attack in [("clean", None), *attacks.items()]:
+        attack = attack and bench.placed(name, attack)
         bench.make(name, attack)
         rows.append((name, bench.measured(name, attack)))
     print(table(rows))

@@ -63,6 +63,19 @@ def test_cells_are_made_once_and_end_in_a_table(pictures, tmp_path, capsys):
     assert record["n"] == 10 and record["images"] == 20 and 0 <= record["asr"] <= 1
 
 
+def test_a_trigger_that_is_learnt_lies_beside_its_encoder(pictures, tmp_path):
+    bench = encoders.Bench(tmp_path, encoders.Images(pictures, 0), "simclr", 1, 48, 0, torch.device("cpu"))
+    bench.make("clean", None)
+    for name in ("blto:target=1/batch_size=16/epochs=1", "inactive:target=1/batch_size=16/epochs=1"):
+        attack = bench.placed(name, encoders.attacks_of(name)[name])
+        bench.make(name, attack)
+        assert 0 <= bench.measured(name, attack)["asr"] <= 1
+    learnt = {file.name for file in tmp_path.glob("*.trigger.safetensors")}
+    assert learnt == {
+        f"simclr-{name}-target-1-batch_size-16-epochs-1.trigger.safetensors" for name in ("blto", "inactive")
+    }
+
+
 def test_an_attack_that_cannot_be_used_here_is_refused(pictures, tmp_path):
     with pytest.raises(Refused, match="badnets poisons labels"):
         bench = encoders.Bench(
