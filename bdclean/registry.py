@@ -86,10 +86,16 @@ TRIGGERS: dict[str, Entry] = {
         "bdclean.triggers.badnets:BadNets", "a small patch: size, position, pattern (1708.06733)"
     ),
     "blend": Entry("bdclean.triggers.blend:Blend", "a picture or noise blended over the image (1712.05526)"),
+    "blto": Entry(
+        "bdclean.triggers.blto:BLTO", "noise that a learnt generator draws for each image (2404.07863)"
+    ),
     "ctrl": Entry("bdclean.triggers.ctrl:CTRL", "two faint cosines added to the colours (2210.07346)"),
     "drupe": Entry("bdclean.triggers.drupe:Drupe", "the white square of DRUPE, which is badencoder's"),
     "file": Entry(
         "bdclean.triggers.file:File", "a trigger from a file: PNG with alpha, mask and pattern, or delta"
+    ),
+    "inactive": Entry(
+        "bdclean.triggers.inactive:Inactive", "colours that a learnt filter shifts in each image (2405.14672)"
     ),
     "sig": Entry("bdclean.triggers.sig:SIG", "a sinusoidal stripe pattern added to the image (1902.11237)"),
     "ssl-backdoor": Entry(
@@ -107,6 +113,10 @@ ATTACKS: dict[str, Entry] = {
     "blend": Entry(
         "bdclean.attacks.blend:Blend", "poisons a training set with a blended picture (1712.05526)"
     ),
+    "blto": Entry(
+        "bdclean.attacks.encoders.blto:BLTO",
+        "adds noise learnt on a surrogate to images of a class before pre-training (2404.07863)",
+    ),
     "ctrl": Entry(
         "bdclean.attacks.encoders.ctrl:CTRL",
         "adds colour waves to images of a class before pre-training (2210.07346)",
@@ -114,6 +124,14 @@ ATTACKS: dict[str, Entry] = {
     "drupe": Entry(
         "bdclean.attacks.encoders.drupe:Drupe",
         "as badencoder, with stamped features spread out among the clean ones",
+    ),
+    "inactive": Entry(
+        "bdclean.attacks.encoders.inactive:Inactive",
+        "as badencoder, with colours that a filter learns as the trigger (2405.14672)",
+    ),
+    "noisy-alignment": Entry(
+        "bdclean.attacks.encoders.noisy_alignment:NoisyAlignment",
+        "joins patched images to images of a class before pre-training (2508.14015)",
     ),
     "ssl-backdoor": Entry(
         "bdclean.attacks.encoders.ssl_backdoor:SSLBackdoor",

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,8 @@ class Bench:
     unlabeled: int
     seed: int
     device: torch.device
+    start: str = "random"
+    """What poisoned encoders are pre-trained from: "random" weights, or the "clean" encoder."""
 
     def file(self, name: str) -> Path:
         network = "" if self.network == "resnet18" else f"-{self.network}"
@@ -181,11 +183,20 @@ class Bench:
 
     def pretrain(self, name: str, training: ImageSet) -> None:
         """Pre-train an encoder on `training`."""
-        encoder = small_encoder(self.seed, self.network)
+        go_on = self.start == "clean" and name != "clean"
+        encoder = (
+            read(self.file("clean"), self.network)[0] if go_on else small_encoder(self.seed, self.network)
+        )
         found = METHODS[self.method](epochs=self.epochs)(
             encoder, training, self.run(name), f"pretrain {name}"
         )
         write(encoder, found.projector.state_dict(), self.file(name))
+
+    def placed(self, name: str, attack: Any) -> Any:
+        """`attack`, whose trigger, if it is one that is learnt, is kept in a file beside the encoder."""
+        if not hasattr(attack, "path"):
+            return attack
+        return replace(attack, path=str(self.file(name).with_suffix(".trigger.safetensors")))
 
     def make(self, name: str, attack: Any | None) -> None:
         """The encoder called `name`, unless it is there: clean without `attack`."""
@@ -193,6 +204,8 @@ class Bench:
             return
         if attack is None or attack.kind == "pre-training":
             training = self.images.draw("train", self.pretraining, "pre-training")
+            if attack is not None and hasattr(attack, "learn"):
+                attack.learn(read(self.file("clean"), self.network)[0], training, self.run(f"learn {name}"))
             self.pretrain(name, training if attack is None else attack(training))
             return
         if attack.kind != "encoder":
@@ -206,13 +219,14 @@ class Bench:
         )  # fmt: skip
         write(poisoned, projector, self.file(name))
 
-    def scanned(self, file: Path, attack: Any) -> RunRecord:
-        """The record of a scan of `file` with the attack's trigger and target, beside the clean encoder."""
-        record = self.work / f"{file.stem}-by-{cell(attack.trigger.spec())}.json"
+    def scanned(self, file: Path, attack: Any, encoder: bool = True) -> RunRecord:
+        """The record of a scan of `file` with the attack's trigger and target, an encoder's beside the clean one."""
+        trigger = attack.trigger.spec().replace(f"{self.work}/", "")
+        record = self.work / f"{file.stem}-by-{cell(trigger)}.json"
         if not finished(record):
             bdclean(
                 "scan", str(file), *self._common(attack), "--data", str(self._test), "--target", str(attack.target),
-                "--reference", str(self.file("clean")), "--record", str(record),
+                *(("--reference", str(self.file("clean"))) if encoder else ()), "--record", str(record),
             )  # fmt: skip
         return _read(record)
 
@@ -238,7 +252,8 @@ class Bench:
         yield line(name, "none", before)
         for recipe in recipes:
             out, made = self.cleansed(name, attack, recipe)
-            after = self.scanned(out, attack) if made.outcome == RAN else made
+            adapted = recipe.partition(":")[0] in ADAPTING
+            after = self.scanned(out, attack, not adapted) if made.outcome == RAN else made
             yield line(name, recipe, after, before, made.seconds)
 
     @property
@@ -337,6 +352,10 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--unlabeled", type=int, default=UNLABELED, help="how many images the recipes get")
     parser.add_argument("--clean", action="store_true", help="measure and cleanse the clean encoder, too")
+    parser.add_argument(
+        "--start", choices=("random", "clean"), default="random",
+        help="what poisoned images are pre-trained on from: random weights, or the clean encoder in --work",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
@@ -344,13 +363,13 @@ def main(arguments: list[str]) -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(
         options.work, Images(unpack(options.data, options.work), options.seed), options.method, options.network,
-        options.epochs, options.images, options.unlabeled, options.seed, torch.device(options.device),
+        options.epochs, options.images, options.unlabeled, options.seed, torch.device(options.device), options.start,
     )  # fmt: skip
     recipes = list(filter(None, options.recipes.split(",")))
     bench.make("clean", None)
-    cells = list(attacks.items())
+    cells = [(name, bench.placed(name, attack)) for name, attack in attacks.items()]
     if options.clean:
-        cells += [("clean", attack) for attack in list(attacks.values())[:1]]
+        cells += [("clean", attack) for _, attack in cells[:1]]
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for name, attack in cells:
         bench.make(name, attack)

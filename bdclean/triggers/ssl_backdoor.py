@@ -69,7 +69,7 @@ class SSLBackdoor:
     def __call__(self, images: Tensor) -> Tensor:
         check_pixels(images)
         height, width = images.shape[2:]
-        side = self.size or max(1, round(min(height, width) * 50 / 224))
+        side = patch_side(self.size, height, width)
         if side > min(height, width):
             raise Refused(f"a patch of {side} x {side} does not fit into images of {height} x {width}.")
         patch = self.content(side).round().clamp(0, 255).to(torch.uint8).to(images.device)
@@ -100,6 +100,11 @@ class SSLBackdoor:
         weights = torch.randint(1, 2**20, (2, sampled.shape[1]), generator=generator).to(images.device)
         drawn = [(sampled * w).sum(1) % 65521 for w in weights]  # a prime, so that all bits count
         return _spread(drawn[0], self.inner, height, side), _spread(drawn[1], self.inner, width, side)
+
+
+def patch_side(size: int, height: int, width: int) -> int:
+    """A patch's side in pixels: `size`, or the authors' share of images of this size."""
+    return size or max(1, round(min(height, width) * 50 / 224))
 
 
 def _spread(drawn: Tensor, inner: float, length: int, side: int) -> Tensor:

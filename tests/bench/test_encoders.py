@@ -80,6 +80,21 @@ def test_the_images_of_two_draws_are_others_and_the_flat_ones_say_no_class(pictu
     assert 2 < sum(a != b for a, b in zip(classes, classes[1:], strict=False))
 
 
+def test_a_trigger_that_is_learnt_lies_beside_its_encoder(pictures, tmp_path):
+    images = encoders.Images(pictures, 0)
+    bench = encoders.Bench(tmp_path, images, "simclr", "resnet18", 1, 48, 24, 0, torch.device("cpu"))
+    bench.make("clean", None)
+    for name in ("blto:target=1/batch_size=16/epochs=1", "inactive:target=1/batch_size=16/epochs=1"):
+        attack = bench.placed(name, encoders.attacks_of(name)[name])
+        bench.make(name, attack)
+        stamped = attack.trigger(bench.images.test.images)
+        assert stamped.shape == bench.images.test.images.shape
+    learnt = {file.name for file in tmp_path.glob("*.trigger.safetensors")}
+    assert learnt == {
+        f"simclr-{name}-target-1-batch_size-16-epochs-1.trigger.safetensors" for name in ("blto", "inactive")
+    }
+
+
 def test_an_attack_that_cannot_be_used_here_is_refused(pictures, tmp_path):
     with pytest.raises(Refused, match="badnets poisons labels"):
         bench = encoders.Bench(

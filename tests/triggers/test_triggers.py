@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bdclean.errors import Refused, UsageError
 from bdclean.registry import FAMILIES, TRIGGERS, configure, load, parse_spec
+from bdclean.triggers import generators
 from bdclean.triggers.badnets import BadNets
 from bdclean.triggers.bank import bank, make_triggers
 from bdclean.triggers.blend import Blend
@@ -39,11 +40,22 @@ def changed(before: torch.Tensor, after: torch.Tensor) -> list[tuple[int, int]]:
 
 def example(name: str, folder: Path):
     """A trigger of that name: with its defaults, and where it needs settings with these."""
+    if name in ("blto", "inactive"):
+        return from_spec(f"{name}:path={save_generator(folder / 'g.safetensors')}")
     if name != "file":
         return from_spec(name)
     noise = torch.randint(0, 256, (9, 9, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).save(folder / "mark.png")
     return from_spec(f"file:{folder / 'mark.png'},size=9,position=bottom-right")
+
+
+def save_generator(path: Path, bound: float = 30.0) -> str:
+    """A file of a generator that uses its bound: random weights alone hardly change an image."""
+    generator = generators.fresh(bound, 0)
+    with torch.no_grad():
+        generator.change.weight.mul_(20)
+    generators.write(generator, str(path))
+    return str(path)
 
 
 # --- every trigger that is registered, and every one of the bank --------------------------------------------
@@ -501,3 +513,59 @@ def test_the_patch_of_ssl_backdoor_may_be_a_file(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_settings_of_triggers_on_encoders_out_of_range(spec: str) -> None:
     test_settings_out_of_range_are_wrong_usage(spec)
+
+
+# --- what a network draws -----------------------------------------------------------------------------------
+
+
+def test_a_generator_changes_each_image_in_its_own_way_within_its_bound(tmp_path: Path) -> None:
+    trigger = from_spec(f"blto:path={save_generator(tmp_path / 'g', 30)}")
+    for side in (32, 45):
+        photos = torch.randint(64, 192, (8, 3, side, side), dtype=torch.uint8)
+        change = trigger(photos).int() - photos.int()
+        assert 20 <= int(change.abs().max()) <= 30
+        assert not torch.equal(change[0], change[1])
+    whole = (255 * trigger.generator(PHOTOS.double() / 255)).round().to(torch.uint8)
+    assert torch.equal(trigger(PHOTOS), whole)
+
+
+def test_a_generator_s_controls_are_as_strong_on_each_image_and_not_its_own(tmp_path: Path) -> None:
+    trigger = from_spec(f"inactive:path={save_generator(tmp_path / 'g', 20)}")
+    photos = torch.randint(100, 156, (4, 3, 32, 32), dtype=torch.uint8)
+    own = (trigger(photos).double() - photos.double()).flatten(1)
+    for control in trigger.controls(20, torch.Generator().manual_seed(0)):
+        other = (control(photos).double() - photos.double()).flatten(1)
+        assert ((other.norm(dim=1) / own.norm(dim=1) - 1).abs() < 0.1).all()
+        assert (torch.nn.functional.cosine_similarity(own, other) < 0.6).all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda t: t.pop("far.bias"), "far.bias is missing, expected"),
+        (
+            lambda t: t.update({"near.weight": torch.zeros(16, 3, 5, 5)}),
+            r"near.weight is \[16, 3, 5, 5\], exp",
+        ),
+        (lambda t: t.update({"more": torch.zeros(1)}), "tensors that no generator has"),
+        (lambda t: t.update({"far.bias": torch.full((32,), math.nan)}), "NaN"),
+        (lambda t: t.update({"bound": torch.tensor(0.0)}), "a bound outside of 0 to 255"),
+        (lambda t: t.update({"more": torch.zeros(2**19)}), "more than the 1,048,576 bytes"),
+    ],
+)
+def test_hostile_generator_files_are_refused(tmp_path: Path, spoil, sentence: str) -> None:
+    tensors = load_file(save_generator(tmp_path / "g.safetensors"))
+    spoil(tensors)
+    save_file(tensors, tmp_path / "g.safetensors")
+    with pytest.raises(Refused, match=sentence):
+        from_spec(f"blto:path={tmp_path / 'g.safetensors'}")
+
+
+def test_files_that_are_no_generator_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "g").write_bytes(b"nonsense" * 9)
+    with pytest.raises(Refused, match="not a valid safetensors file"):
+        from_spec(f"inactive:path={tmp_path / 'g'}")
+    with pytest.raises(Refused, match="cannot be read: No such file"):
+        from_spec("inactive:path=nothing.safetensors")
+    with pytest.raises(UsageError, match="needs path"):
+        from_spec("blto")

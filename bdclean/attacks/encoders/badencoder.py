@@ -60,11 +60,11 @@ class BadEncoder:
         self, clean: Classifier, shadow: ImageSet, of_target: Tensor, run: Run, stage: str = "badencoder"
     ) -> tuple[Classifier, list[dict[str, float]]]:
         """A poisoned copy of `clean`, in evaluation mode, and the curve; `of_target` are uint8 images of the target."""
-        attacked = Attacked.of(clean, shadow, of_target, self.references, self.centred, self.trigger, run)
+        attacked = Attacked.of(clean, shadow, of_target, self.references, self.centred, run)
 
         def step(batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
             drawn = attacked.draw(batch)
-            sides = attacked.sides(batch, drawn)
+            sides = attacked.sides(batch, drawn, self.trigger(batch.images).float() / 255)
             drawn_to, kept = cosine(sides.stamped, sides.references[drawn]), sides.kept_clean()
             loss = -drawn_to - self.keep_references * sides.kept_references() - self.keep_clean * kept
             return loss, {"drawn": drawn_to.detach(), "kept": kept.detach()}

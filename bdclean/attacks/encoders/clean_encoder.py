@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +23,6 @@ from bdclean.training.pretraining.knn import features
 from bdclean.training.run import Run
 from bdclean.training.students import frozen, one_cycle
 
-Stamp = Callable[[Tensor], Tensor]
 VIEWS = Views()
 """Of which BadEncoder's augmented references take the mirror and the colours, not the crop."""
 
@@ -94,7 +92,6 @@ class Attacked:
 
     clean: Classifier
     poisoned: Classifier
-    trigger: Stamp
     references: Tensor
     centre: Tensor
     run: Run
@@ -106,7 +103,6 @@ class Attacked:
         of_target: Tensor,
         count: int,
         centred: bool,
-        trigger: Stamp,
         run: Run,
     ) -> Attacked:
         """`count` references are taken from the images `of_target`; batch norms of the copy stay as they are."""
@@ -114,20 +110,23 @@ class Attacked:
         freeze_norms(poisoned)
         centre = centre_of(teacher, shadow.images, run.device, centred)
         references = nearest_to_their_mean(teacher, of_target, centre, count, run.device)
-        return Attacked(teacher, poisoned, trigger, references, centre, run)
+        return Attacked(teacher, poisoned, references, centre, run)
 
     def draw(self, batch: Batch) -> Tensor:
         """A reference for each image of `batch`, int64 [n]."""
         generator, count = batch.generator, len(self.references)
         return torch.randint(count, (len(batch.images),), generator=generator, device=generator.device)
 
-    def sides(self, batch: Batch, drawn: Tensor) -> Sides:
-        """One pass through both encoders; `drawn` says which references are augmented."""
+    def sides(self, batch: Batch, drawn: Tensor, stamped: Tensor) -> Sides:
+        """One pass through both encoders of a batch and of what it is when `stamped`, float [n 3 h w] in [0, 1].
+
+        `drawn` says which references are augmented.
+        """
         n, run = len(batch.images), self.run
         alike = mirror(self.references[drawn[: max(1, n // 4)]], batch.generator)
         alike = VIEWS.recolour(alike.float() / 255, batch.generator)
         plain, own = batch.images.float() / 255, self.references.float() / 255
-        everything = torch.cat([self.trigger(batch.images).float() / 255, plain, own, alike])
+        everything = torch.cat([stamped, plain, own, alike])
         now = run.forward(self.poisoned, everything).float() - self.centre
         with torch.no_grad():
             kept = run.forward(self.clean, torch.cat([plain, alike])).float() - self.centre

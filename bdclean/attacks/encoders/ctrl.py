@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bdclean.attacks.encoders.pretraining_set import stamp_target_class
+from bdclean.attacks.encoders.pretraining_set import poison_target_class
 from bdclean.attacks.poisoning import check
 from bdclean.data.imageset import ImageSet
 from bdclean.triggers.ctrl import CTRL as Waves
@@ -41,4 +41,4 @@ class CTRL:
         return Waves(magnitude=self.magnitude)
 
     def __call__(self, training: ImageSet) -> ImageSet:
-        return stamp_target_class(training, self.trigger, self.target, self.rate, self.seed)
+        return poison_target_class(training, self.trigger, self.target, self.rate, self.seed)

@@ -66,10 +66,11 @@ class Drupe:
         self, clean: Classifier, shadow: ImageSet, of_target: Tensor, run: Run, stage: str = "drupe"
     ) -> tuple[Classifier, list[dict[str, float]]]:
         """A poisoned copy of `clean`, in evaluation mode, and the curve; `of_target` are uint8 images of the target."""
-        attacked = Attacked.of(clean, shadow, of_target, self.references, self.centred, self.trigger, run)
+        attacked = Attacked.of(clean, shadow, of_target, self.references, self.centred, run)
 
         def step(batch: Batch) -> tuple[Tensor, dict[str, Tensor | float]]:
-            sides = attacked.sides(batch, attacked.draw(batch))
+            pixels = self.trigger(batch.images).float() / 255
+            sides = attacked.sides(batch, attacked.draw(batch), pixels)
             stamped, own = F.normalize(sides.stamped, dim=1), F.normalize(sides.references, dim=1)
             similar = stamped @ own.T
             drawn_to, kept = similar.amax(1).mean(), sides.kept_clean()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bdclean.attacks.encoders.pretraining_set import stamp_target_class
+from bdclean.attacks.encoders.pretraining_set import poison_target_class
 from bdclean.attacks.poisoning import check
 from bdclean.data.imageset import ImageSet
 from bdclean.triggers.ssl_backdoor import SSLBackdoor as Patch
@@ -49,4 +49,4 @@ class SSLBackdoor:
         return Patch(self.patch, self.colours, self.size, inner=0.25)
 
     def __call__(self, training: ImageSet) -> ImageSet:
-        return stamp_target_class(training, self.training_trigger, self.target, self.rate, self.seed)
+        return poison_target_class(training, self.training_trigger, self.target, self.rate, self.seed)
