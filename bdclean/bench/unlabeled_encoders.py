@@ -14,10 +14,11 @@ from bdclean.measuring.predictor import Predictor
 from bdclean.measuring.probe import Features, nearest_mean
 from bdclean.measuring.pull import LEAST, LEVEL, Field, p_value
 from bdclean.measuring.trial import halves, make_predictor
-from bdclean.measuring.whitening import NEAR, Whitening, area, crowding
+from bdclean.measuring.whitening import NEAR, area
 from bdclean.runs.encoders import CLUSTERS
 from bdclean.training.clusters import clusters
 from bdclean.training.run import seed_for
+from bdclean.training.whitening import Whitening, crowding
 from bdclean.triggers.bank import make_triggers
 from bdclean.triggers.stamping import Trigger
 

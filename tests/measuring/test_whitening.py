@@ -6,16 +6,8 @@ from torch import nn
 
 from bdclean.measuring.predictor import Predictor
 from bdclean.measuring.probe import Features
-from bdclean.measuring.whitening import (
-    MANY,
-    NEIGHBOURS,
-    Whitening,
-    area,
-    crowded,
-    crowding,
-    shrunk_covariance,
-    stamped_distances,
-)
+from bdclean.measuring.whitening import MANY, area, crowded, stamped_distances
+from bdclean.training.whitening import NEIGHBOURS, Whitening, crowding, shrunk_covariance
 from bdclean.triggers.badnets import BadNets
 
 WIDTH = 6

@@ -11,7 +11,7 @@ from bdclean.networks.encoder import headless
 from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.stages import describe
-from bdclean.recipes.inoculate_encoder import InoculateEncoder, averaged, unminded
+from bdclean.recipes.inoculate_encoder import InoculateEncoder, averaged, uncrowded, unminded
 from bdclean.training.encoder_lesson import mean_feature
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.run import Precision, Run
@@ -82,6 +82,35 @@ def test_answers_are_means_over_views_of_the_same_image():
     assert float((answers - both).abs().max()) < 0.02  # a mean over 400 coins
     again, _ = averaged(teacher, PHOTOS[:4], zero, mirrored, 400, run())
     assert torch.equal(answers, again)
+
+
+class Lit(nn.Module):
+    """Features of a coarse picture; of one with a white corner, those of white all over, but for a tenth."""
+
+    def forward(self, x):
+        plain = F.adaptive_avg_pool2d(x, 4).flatten(1)
+        white = (x[:, :, -2:, -2:].amin((1, 2, 3)) > 0.99).float().view(-1, 1)
+        return plain + white * 0.9 * (torch.tensor([1.0, 0.0]).repeat(24) - plain)
+
+
+@pytest.mark.parametrize("stamped", [0, 20, 200])
+def test_images_that_crowd_are_set_aside_unless_they_are_many(stamped):
+    photos = torch.randint(
+        256, (400, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
+    photos[:, :, -1, -1] = 0
+    photos[:stamped, :, -2:, -2:] = 255
+    teacher = Classifier(Lit(), parse_preprocess("none")).eval()
+    kept = uncrowded(teacher, photos, run())
+    if stamped == 20:
+        assert int(kept[:20].sum()) == 0
+        assert int((~kept[20:]).sum()) <= 2
+    else:
+        assert bool(kept.all())
+
+
+def test_few_images_are_all_kept():
+    assert bool(uncrowded(encoder(), PHOTOS, run()).all())
 
 
 @pytest.mark.slow
