@@ -6,6 +6,7 @@ import pytest
 import torch
 from networks.layout_files import read, small, under
 
+from bdclean.networks.ambiguity import size
 from bdclean.networks.ambiguity.choosing import AUTHORS, choose
 from bdclean.networks.ambiguity.size import own_size
 from bdclean.networks.ambiguity.variant import read_off
@@ -108,3 +109,12 @@ def test_statistics_tell_the_padded_stem(padding, tmp_path):
     choice = choose(checkpoint, pictures(), given="cifar10")[0]
     reading = read_off(checkpoint, choice, pictures(), None, False)
     assert reading.arch.name.endswith("+pad2") == (padding == 2), reading
+
+
+@pytest.mark.parametrize(("misfits", "side"), [({32: 9.0, 48: 0.8}, 48), ({32: 9.0, 48: 1.5}, 32)])
+def test_another_size_of_an_encoder_must_fit_not_only_fit_better(misfits, side, tmp_path, monkeypatch):
+    """Attacks leave statistics that fit no size: the least ill fitting one is often wrong."""
+    checkpoint = read(tmp_path / "m.safetensors", under("backbone.", small()))
+    monkeypatch.setattr(size, "misfit_of_statistics", lambda c, *_: misfits.get(c.arch.input[1], 99.0))
+    found = own_size(checkpoint, lambda arch: pictures(8, arch.input[1]))
+    assert found.arch.input[1:] == (side, side)
