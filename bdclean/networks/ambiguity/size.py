@@ -59,8 +59,8 @@ def own_size(checkpoint: Checkpoint, load: Callable[[Arch], Tensor], given: str 
             return checkpoint
     best = min(found, key=lambda side: found[side], default=usual.input[1])
     clear = found.get(best, math.inf) * RATIO < found.get(usual.input[1], math.inf)
-    # An attack trains an encoder on other views than it was pre-trained on: then no size fits, and a wrong one least ill
-    # (BadEncoder's at 32: 1.8 there, 1.5 at 48).
+    # An attack trains an encoder on other views than it was pre-trained on: then no size fits, and a wrong one may fit
+    # least ill (BadEncoder's at 32: 1.8 there, 1.5 at 48).
     must_fit = not remembers or checkpoint.arch.kind == "encoder"
     if not clear or (must_fit and found[best] >= 1):
         return checkpoint
