@@ -66,7 +66,7 @@ class InoculateEncoder:
     families: ClassVar[tuple[str, ...]] = ()
 
     epochs: float = 60
-    least_steps: int = 1000  # with few images, more epochs than that
+    least_steps: int = 500  # with few images, more epochs than that
     batch_size: int = 128
     peak: float = 0.004  # of Adam's rate, one cycle
     answers: int = 16  # views of an image that the suspect's features are averaged over
