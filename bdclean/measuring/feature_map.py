@@ -34,7 +34,7 @@ def feature_map(
     models: list[MappedFeatures] = []
     seen: Tensor | None = None
     for name, trial in (("suspect", suspect), ("cleansed", cleansed)):
-        if trial is None:
+        if trial is None or trial.encoded is None:  # a cleansed one with a new head is no encoder any more
             continue
         clean, stamped, explained = _mapped(trial, trigger, drawn)
         if seen is None:
