@@ -1,5 +1,7 @@
 """The bench of encoders: names in its files, cells that are kept, and the table."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from safetensors.torch import load_file
 
 from bdclean.bench import encoders
 from bdclean.errors import Refused, UsageError
-from bdclean.record.run import REFUSED, Problem, RunRecord
+from bdclean.record.run import REFUSED, Measure, Problem, Rate, RunRecord, TriggerRow
 
 
 @pytest.fixture
@@ -40,27 +42,63 @@ def test_a_file_has_badencoder_s_names_and_is_read_back(tmp_path):
     assert torch.equal(kept["0.weight"], projector["0.weight"])
 
 
-@pytest.mark.slow
-def test_cells_are_made_once_and_end_in_a_table(pictures, tmp_path, capsys):
-    work = tmp_path / "work"
+def commands(monkeypatch):
+    """The command lines that the bench runs, each of which only writes a record: measured elsewhere, and slow."""
+    ran = []
+
+    def write(*arguments):
+        ran.append(arguments)
+        settled = "--out" in arguments
+        asr = 0.07 if any("inoculate" in str(word) for word in arguments[1:3]) else 0.95
+        probes = {"mlp/0": Rate(0.1), "mlp/1": Rate(0.3), "mlp/2": Rate(0.2), "knn": Rate(0.4)}
+        row = TriggerRow(
+            "badencoder",
+            asr=Rate(asr, 10),
+            base_rate=Rate(0.05, 10),
+            reference_rate=Rate(0.06, 10),
+            probes=probes,
+        )
+        record = RunRecord(
+            "cleanse" if settled else "scan",
+            triggers=[row],
+            measures=[Measure("clean_accuracy", 0.56, 20)],
+            seconds=61.4,
+        )
+        place = Path(arguments[arguments.index("--out" if settled else "--record") + 1])
+        record.write(place.with_suffix(".json"))
+        return 1
+
+    monkeypatch.setattr(encoders, "bdclean", write)
+    return ran
+
+
+def test_cells_are_made_once_and_end_in_a_table(pictures, tmp_path, capsys, monkeypatch):
+    work, ran = tmp_path / "work", commands(monkeypatch)
+    attack, recipe = "badencoder:target=1/epochs=1/batch_size=16", "inoculate:epochs=1/least_steps=1"
     arguments = [
         "--data", str(pictures), "--work", str(work), "--epochs", "1", "--device", "cpu", "--clean",
-        "--attacks", "badencoder:target=1/epochs=1/batch_size=16",
-        "--recipes", "inoculate:epochs=1/least_steps=1", "--unlabeled", "24",
+        "--attacks", attack, "--recipes", f"{recipe},sft", "--unlabeled", "24",
     ]  # fmt: skip
     assert encoders.main(arguments) == 0
     first = capsys.readouterr().out
-    lines = first.strip().splitlines()
-    names = ["badencoder:target=1/epochs=1/batch_size=16", "clean"]
-    assert [tuple(line.split(" | ")[:2]) for line in lines[2:]] == [
-        (f"| {name}", recipe) for name in names for recipe in ("none", "inoculate:epochs=1/least_steps=1")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.strip().splitlines()]
+    assert {len(row) for row in rows} == {len(encoders.COLUMNS)}
+    assert [row[:2] for row in rows[2:]] == [
+        [name, how] for name in (attack, "clean") for how in ("none", recipe, "sft")
     ]
-    assert len({line.count("|") for line in lines}) == 1
-    assert all(line.endswith("| 10 |") for line in lines[2:])
-    files = {file: file.stat().st_mtime_ns for file in work.iterdir()}
+    assert rows[2][2:] == ["56.0", "95.0", "20.0", "40.0", "6.0", "5.0", "", "", "", "10"]
+    assert rows[3][2:] == ["56.0", "7.0", "20.0", "40.0", "6.0", "5.0", "0.94", "0.99", "61", "10"]
+    said = [" ".join(map(str, words)) for words in ran]
+    assert len(said) == 10 and sum("--reference" in words for words in said) == 4
+    assert all(
+        "--set epochs=1 --set least_steps=1" in words for words in said if "--recipe inoculate" in words
+    )
+    assert all("-unlabeled" in words for words in said if "--recipe inoculate" in words)
+    assert all(
+        "--head new" in words and "-unlabeled" not in words for words in said if "--recipe sft" in words
+    )
     assert encoders.main(arguments) == 0
-    assert capsys.readouterr().out == first
-    assert {file: file.stat().st_mtime_ns for file in work.iterdir()} == files
+    assert capsys.readouterr().out == first and len(ran) == 10
 
 
 def test_a_run_that_was_refused_is_a_row_that_says_so():

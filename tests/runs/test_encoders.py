@@ -61,8 +61,9 @@ def test_probes_with_labels_judge_images_without():
 def test_without_labels_the_test_against_controls_is_at_most_suspicious():
     record = scanned("signs-blend.safetensors", UNLABELED)
     assert record.verdict == "suspicious" and not record.data.labeled
-    (finding,) = record.findings
-    assert finding.detector == "pull" and finding.verdict == "suspicious" and finding.p_value <= 0.001
+    (finding,) = (finding for finding in record.findings if finding.detector == "pull")
+    assert finding.verdict == "suspicious" and finding.p_value <= 0.001
+    assert {finding.detector for finding in record.findings} == {"pull", "whitened-distance", "crowding"}
     assert record.triggers[0].outcome != "fails"
 
 
@@ -240,8 +241,8 @@ def test_other_models_of_a_scan_go_on(tmp_path, encoder, capfd):
         [*words, "--trigger", "badencoder", "--limit", "200", "--device", "cpu", "--format", "jsonl", "-q"]
     )
     printed = capfd.readouterr()
-    verdicts = [json.loads(line)["verdict"] for line in printed.out.splitlines()]
-    assert code == 3 and verdicts == ["not-assessed", "no-evidence"]
+    outcomes = [json.loads(line)["outcome"] for line in printed.out.splitlines()]
+    assert code == 3 and outcomes == ["refused", "ran"]
     assert printed.err.count("projector alone") == 1
 
 
