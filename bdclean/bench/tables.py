@@ -50,12 +50,12 @@ ABOUT = {
     ),
     "encoders": About(
         "Encoders attacked and cleansed, on CIFAR-10",
-        "A small ResNet is pre-trained without labels, attacked as an encoder or through its images, then cleansed by "
-        "each recipe from unlabeled images, and measured by the command line with probes on frozen features of length "
-        "one. Attack success is the share of test images of other classes that a probe sees as the target once "
-        "they are stamped: by a linear probe, by BadEncoder's head (MLP, the median of three seeds), by nearest neighbours, "
-        "and by a linear probe on the clean encoder; base rate: without the stamp. Rates in percent; seconds are of the "
-        "cleansing.",
+        "A small ResNet is pre-trained without labels, attacked as an encoder or through its images, then "
+        "cleansed by each recipe from unlabeled images, and measured by the command line with probes on frozen "
+        "features of length one. Attack success is the share of test images of other classes that a probe sees as "
+        "the target once they are stamped: by a linear probe, by BadEncoder's head (MLP, the median of three "
+        "seeds), by nearest neighbours, and by a linear probe on the clean encoder; base rate: without the stamp. "
+        "Rates in percent; seconds are of the cleansing.",
         "test images, in the last column; the probe is trained on 5,000",
         accelerated=True,
     ),
