@@ -166,7 +166,8 @@ def test_the_generator_s_gradient_is_not_the_surrogate_s(clean, training):
     """The surrogate must learn as a victim does: what draws stamped images to the target moves the generator alone."""
     plain = training.images[:8].float() / 255
     stamped = (plain + 0.01).requires_grad_()
-    batch = Batch(training.images[:8], None, 0, 0.0, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    batch = Batch(training.images[:8], None, 0, 0.0, generator, torch.arange(8))
     drawn = BLTO()._drawn_to(clean, stamped, plain, plain, batch, Run(CPU, Precision(), 0))
     drawn.backward()
     assert float(stamped.grad.abs().sum()) > 0 and all(p.grad is None for p in clean.parameters())
