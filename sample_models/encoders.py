@@ -1,6 +1,5 @@
 """The sample encoders: pre-trained without labels on road signs, two of them with a backdoor; see make.py."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import road_signs
 import torch
+from manifest import entry_of
 from torch import Tensor, nn
 
 from bdclean.attacks.encoders.badencoder import BadEncoder
@@ -105,25 +105,13 @@ def build_encoder(
 def measure_encoder(sample: EncoderSample, folder: Path, known: ImageSet, test: ImageSet) -> dict[str, Any]:
     """The manifest's entry: what a linear probe trained on `known` says of `test` with the file, read back."""
     path = folder / sample.file
-    checkpoint = Checkpoint.read(path)
     head, features = probe(path, known)
     seen, classes = features(test.images), len(road_signs.CLASSES)
     assert test.labels is not None and known.labels is not None
     answers = head(seen)
     correct = rate(answers == test.labels)
     neighbours = knn(features(known.images), known.labels, classes)(seen)
-    entry: dict[str, Any] = {
-        "file": sample.file,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "kind": "encoder",
-        "architecture": checkpoint.arch.name,
-        "attack": None,
-        "trigger": None,
-        "target": None,
-        "seed": sample.seed,
-        "clean_accuracy": correct.value,
-        "attack_success_rate": None,
-        "n": correct.n,
+    entry = entry_of(path, "encoder", sample.seed, correct) | {
         "probe": "linear",
         "probe_images": len(known),
         "knn_accuracy": rate(neighbours == test.labels).value,

@@ -11,7 +11,6 @@ their number. The same machine and versions give the same bytes.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ import numpy as np
 import road_signs
 import torch
 from encoders import EncoderSample
+from manifest import entry_of
 from PIL import Image
 
 from bdclean.attacks.badnets import BadNets
@@ -136,19 +136,7 @@ def measure(path: Path, sample: Sample, test: ImageSet) -> dict[str, Any]:
     predict = Predictor(model, torch.device("cpu"))
     predictions = predict(test.images)
     correct = rate(predictions == test.labels)
-    entry: dict[str, Any] = {
-        "file": sample.file,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "kind": "classifier",
-        "architecture": checkpoint.arch.name,
-        "attack": None,
-        "trigger": None,
-        "target": None,
-        "seed": sample.seed,
-        "clean_accuracy": correct.value,
-        "attack_success_rate": None,
-        "n": correct.n,
-    }
+    entry = entry_of(path, "classifier", sample.seed, correct)
     if sample.attack is not None:
         trigger, target = sample.attack.trigger, sample.attack.target
         stamped, classes = predict(trigger(test.images)), len(road_signs.CLASSES)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from bdclean.triggers import generators
-from bdclean.triggers.stamping import Stamp, spec_of
+from bdclean.triggers.generators import DrawnByNetwork
 
 
 @dataclass(frozen=True)
-class BLTO:
+class BLTO(DrawnByNetwork):
     """Adds noise that a generator, learnt by the attack, draws for each image.
 
     What it does: each pixel changes by at most the bound in the generator's file, as it sees fit for the image.
@@ -27,22 +21,3 @@ class BLTO:
 
     name: ClassVar[str] = "blto"
     family: ClassVar[str] = "noise"
-
-    path: str
-
-    def __post_init__(self) -> None:
-        _ = self.generator  # a file that cannot be read is refused now, not in the middle of a scan
-
-    @cached_property
-    def generator(self) -> generators.Generator:
-        return generators.read(self.path)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return generators.stamp(images, self.generator)
-
-    def controls(self, count: int, generator: torch.Generator) -> Sequence[Stamp]:
-        """Noise as strong on each image and of the same spectrum, in other shapes and colours."""
-        return generators.controls(self.generator, count, generator)
-
-    def spec(self) -> str:
-        return spec_of(self)

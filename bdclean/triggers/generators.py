@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from bdclean.errors import Refused
 from bdclean.files import writing
 from bdclean.files.text import shown
 from bdclean.triggers.content import surrogate
-from bdclean.triggers.stamping import Stamp, check_pixels, draw_seed, to_pixels
+from bdclean.triggers.stamping import Stamp, check_pixels, draw_seed, spec_of, to_pixels
 
 WIDTH = 16
 """Channels at the image's own size: 20,000 weights, a third of the arithmetic of a ResNet-18 of the same width."""
@@ -145,3 +146,27 @@ def _over(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     with torch.inference_mode():
         parts = [to_pixels(change(some.double() / 255)) for some in images.split(BATCH)]
     return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class DrawnByNetwork:
+    """A trigger whose change to an image is drawn by the generator in the file at `path`."""
+
+    path: str
+
+    def __post_init__(self) -> None:
+        _ = self.generator  # a file that cannot be read is refused now, not in the middle of a scan
+
+    @cached_property
+    def generator(self) -> Generator:
+        return read(self.path)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return stamp(images, self.generator)
+
+    def controls(self, count: int, generator: torch.Generator) -> Sequence[Stamp]:
+        """Changes as strong on each image and of the same spectrum, in other shapes and colours."""
+        return controls(self.generator, count, generator)
+
+    def spec(self) -> str:
+        return spec_of(self)
