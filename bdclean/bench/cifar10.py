@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,27 +114,44 @@ def bdclean(*arguments: str) -> int:
     ).returncode
 
 
+def drawn(source: Path, count: int, seed: int, last: bool = False) -> list[Path]:
+    """A seeded draw of `count` files of the class folders of `source`.
+
+    `last`: those at the end of the same order, so that two draws have no file in common.
+    """
+    files = sorted(source.glob("*/*"))
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [files[index] for index in (order[-count:] if last else order[:count])]
+
+
+def linked(folder: Path, links: Callable[[], Mapping[str, Path]]) -> Path:
+    """A folder of `links`, relative name -> file; it is there whole or not at all, and not made twice."""
+    if not folder.is_dir():
+        unfinished = folder.with_name(f"{folder.name}.part")
+        for name, file in links().items():
+            place = unfinished / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if not place.is_symlink():  # of a run that was killed
+                place.symlink_to(file.resolve())
+        unfinished.replace(folder)
+    return folder
+
+
 def share(source: Path, folder: Path, count: int, seed: int) -> Path:
     """A flat folder of links to a seeded draw of `count` images of `source`: unlabeled, nothing in the names."""
-    if not folder.is_dir():
-        files = sorted(source.glob("*/*"))
-        chosen = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:count]
-        folder.mkdir(parents=True)
-        for number, index in enumerate(chosen.tolist()):
-            (folder / f"{number:05d}{files[index].suffix}").symlink_to(files[index].resolve())
-    return folder
+    return linked(
+        folder, lambda: {f"{n:05d}{file.suffix}": file for n, file in enumerate(drawn(source, count, seed))}
+    )
 
 
 def labeled_share(source: Path, folder: Path, count: int, seed: int) -> Path:
     """The same draw as `share`, in one folder a class, for recipes that need labels."""
-    if not folder.is_dir():
-        files = sorted(source.glob("*/*"))
-        chosen = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:count]
-        for number, index in enumerate(chosen.tolist()):
-            place = folder / files[index].parent.name
-            place.mkdir(parents=True, exist_ok=True)
-            (place / f"{number:05d}{files[index].suffix}").symlink_to(files[index].resolve())
-    return folder
+
+    def links() -> dict[str, Path]:
+        files = drawn(source, count, seed)
+        return {f"{file.parent.name}/{n:05d}{file.suffix}": file for n, file in enumerate(files)}
+
+    return linked(folder, links)
 
 
 def main(arguments: list[str]) -> int:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bdclean import registry
-from bdclean.bench.cifar10 import bdclean, cell, finished, unpack
+from bdclean.bench.cifar10 import bdclean, cell, drawn, finished, linked, unpack
 from bdclean.data.imageset import ImageSet
 from bdclean.data.loading import load_images
 from bdclean.errors import Refused
@@ -127,34 +127,23 @@ def telling(name: str) -> Tell:
 
 
 def folders(source: Path, work: Path, split: str, count: int, seed: int, last: bool = False) -> Path:
-    """A folder of links to a seeded draw of `count` images of a split, one folder a class.
+    """A folder of links to a seeded draw of `count` images of a split, one folder a class; `last`: see `drawn`."""
 
-    `last`: those at the end of the same order, so that two draws have no image in common.
-    """
-    folder = work / f"{split}-{count}{'-last' if last else ''}-seed{seed}"
-    if not folder.is_dir():
-        files = sorted((source / split).glob("*/*"))
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
-        unfinished = folder.with_suffix(".part")
-        for index in order[-count:] if last else order[:count]:
-            place = unfinished / files[index].parent.name
-            place.mkdir(parents=True, exist_ok=True)
-            (place / files[index].name).symlink_to(files[index].resolve())
-        unfinished.replace(folder)
-    return folder
+    def links() -> dict[str, Path]:
+        return {f"{file.parent.name}/{file.name}": file for file in drawn(source / split, count, seed, last)}
+
+    return linked(work / f"{split}-{count}{'-last' if last else ''}-seed{seed}", links)
 
 
 def flat(source: Path) -> Path:
     """Links to the images of class folders side by side: unlabeled, nothing in the names."""
-    folder = source.with_name(f"{source.name}-unlabeled")
-    if not folder.is_dir():
-        unfinished = folder.with_suffix(".part")
-        unfinished.mkdir(parents=True, exist_ok=True)
+
+    def links() -> dict[str, Path]:
         # By the files' own names, which say nothing of a class: by folders the order would.
-        for number, file in enumerate(sorted(source.glob("*/*"), key=lambda path: path.name)):
-            (unfinished / f"{number:05d}{file.suffix}").symlink_to(file.resolve())
-        unfinished.replace(folder)
-    return folder
+        files = sorted(source.glob("*/*"), key=lambda path: path.name)
+        return {f"{number:05d}{file.suffix}": file for number, file in enumerate(files)}
+
+    return linked(source.with_name(f"{source.name}-unlabeled"), links)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -15,8 +15,8 @@ from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.encoder_lesson import mean_feature
-from bdclean.training.loop import Batch, Measures, State, fit, halvings
+from bdclean.training.encoder_lesson import directions, mean_feature, train
+from bdclean.training.loop import Batch, Measures, halvings
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.run import Run
 from bdclean.training.students import frozen, one_cycle, void
@@ -104,13 +104,10 @@ class InoculateEncoder:
             return 1 - likeness + self.length * unlike, {"likeness": likeness.detach()}
 
         epochs = max(self.epochs, self.least_steps * self.batch_size / len(images))
-        steps = math.ceil(epochs * len(images) / self.batch_size)
-        optimiser = torch.optim.Adam(student.parameters(), self.peak, weight_decay=self.weight_decay)
-        state = State(
-            "inoculate", student, optimiser, images, None, self.batch_size, steps,
-            lambda number: one_cycle(number, steps, self.peak),
+        curve = train(
+            step, student, "inoculate", images, epochs, self.batch_size, self.weight_decay,
+            lambda number, steps: one_cycle(number, steps, self.peak), self.peak, run,
         )  # fmt: skip
-        curve = fit(step, state, run)
         changes = {"mirrored": views.mirrored, "in other colours": views.jittered, "in grey": views.grey}
         said = ", ".join(["cropped", *(name for name, share in changes.items() if share)])
         stages = [
@@ -129,8 +126,7 @@ def uncrowded(teacher: Classifier, images: Tensor, run: Run) -> Tensor:
         return everything
 
     def made() -> Tensor:
-        parts = (part.to(run.device).float() / 255 for part in images.split(ASKED_AT_ONCE))
-        features = torch.cat([F.normalize(run.forward(teacher, part).float(), dim=1).cpu() for part in parts])
+        features = torch.cat([part.cpu() for part in directions(teacher, images, run)])
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(run.seed))
         first, second = order.tensor_split(2)
         near = torch.empty(len(images), dtype=torch.float64)
@@ -161,10 +157,8 @@ def unminded(teacher: Classifier, images: Tensor, centre: Tensor, run: Run) -> V
         shown = images[order[:TELLING]]
 
         def features(change: Views | None) -> Tensor:
-            parts = (part.to(run.device).float() / 255 for part in shown.split(ASKED_AT_ONCE))
-            seen = (part if change is None else change(part, generator) for part in parts)
-            rows = [F.normalize(run.forward(teacher, part).float(), dim=1) - centre for part in seen]
-            return F.normalize(torch.cat(rows), dim=1)
+            seen = None if change is None else partial(change, generator=generator)
+            return F.normalize(torch.cat(list(directions(teacher, shown, run, seen))) - centre, dim=1)
 
         plain = features(None)
         likeness = [features(each) @ plain.T for each in alone]

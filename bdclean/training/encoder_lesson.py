@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.taps import Seen, seeing
-from bdclean.training.loop import Batch, Measures, State, fit
+from bdclean.training.loop import Batch, Measures, State, Step, fit
 from bdclean.training.losses import nt_xent
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.pretraining.learning import Projected, mlp
@@ -41,16 +41,27 @@ class Terms:
     map_weights: Mapping[str, float] = field(default_factory=dict)
 
 
+def directions(
+    teacher: Classifier,
+    images: Tensor,
+    run: Run,
+    change: Callable[[Tensor], Tensor] | None = None,
+    size: int = 256,
+) -> Iterator[Tensor]:
+    """Features of length one, float32 [k d], of `images` uint8 [n 3 h w] under `change`, `size` at a time."""
+    for part in images.split(size):
+        pixels = part.to(run.device).float() / 255
+        seen = pixels if change is None else change(pixels)
+        yield F.normalize(run.forward(teacher, seen).float(), dim=1)
+
+
+@torch.no_grad()
 def mean_feature(teacher: Classifier, images: Tensor, run: Run, size: int = 256) -> Tensor:
     """The mean of the teacher's features of length one over `images` uint8 [n 3 h w], float32 [d]."""
 
     def made() -> Tensor:
-        with torch.no_grad():
-            parts = [
-                F.normalize(run.forward(teacher, part.to(run.device).float() / 255).float(), dim=1).sum(0)
-                for part in images.split(size)
-            ]
-        return torch.stack(parts).sum(0) / len(images)
+        parts = directions(teacher, images, run, size=size)
+        return torch.stack([part.sum(0) for part in parts]).sum(0) / len(images)
 
     return run.keep("mean feature", made)
 
@@ -129,10 +140,16 @@ def train_encoder(
     rate: Callable[[int, int], float], peak: float, run: Run,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Trains the lesson's student with Adam, and returns the curve. `rate` takes a step and all steps."""
-    steps = max(1, math.ceil(epochs * len(images) / batch_size))
-    optimiser = torch.optim.Adam(lesson.model.parameters(), peak, weight_decay=decay)
-    state = State(
-        stage, lesson.model, optimiser, images, None, batch_size, steps, lambda step: rate(step, steps)
-    )
     with lesson:
-        return fit(lesson, state, run)
+        return train(lesson, lesson.model, stage, images, epochs, batch_size, decay, rate, peak, run)
+
+
+def train(
+    step: Step, model: nn.Module, stage: str, images: Tensor, epochs: float, batch_size: int, decay: float,
+    rate: Callable[[int, int], float], peak: float, run: Run,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Trains `model` by `step` with Adam, and returns the curve. `rate` takes a step and all steps."""
+    steps = max(1, math.ceil(epochs * len(images) / batch_size))
+    optimiser = torch.optim.Adam(model.parameters(), peak, weight_decay=decay)
+    state = State(stage, model, optimiser, images, None, batch_size, steps, lambda done: rate(done, steps))
+    return fit(step, state, run)
