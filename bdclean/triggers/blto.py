@@ -21,3 +21,4 @@ class BLTO(DrawnByNetwork):
 
     name: ClassVar[str] = "blto"
     family: ClassVar[str] = "noise"
+    path: str  # the safetensors file that the attack wrote

@@ -20,3 +20,4 @@ class Inactive(DrawnByNetwork):
 
     name: ClassVar[str] = "inactive"
     family: ClassVar[str] = "tone"
+    path: str  # the safetensors file that the attack wrote
