@@ -12,7 +12,16 @@ from torch import Tensor
 from bdclean.measuring import intervals
 from bdclean.measuring.intervals import lower_bound, rate, upper_bound
 from bdclean.measuring.metrics import attack_success
-from bdclean.measuring.trial import LEAST_SOURCE, LEVEL, SCREENED, Target, Trial, ranks, stamped_predictions
+from bdclean.measuring.trial import (
+    LEAST_SOURCE,
+    LEVEL,
+    SAME_IMAGES,
+    SCREENED,
+    Target,
+    Trial,
+    ranks,
+    stamped_predictions,
+)
 from bdclean.record.rule import CERTAIN, fails, judge
 from bdclean.record.run import (
     FAILS,
@@ -46,51 +55,66 @@ class Measured:
     hits: Tensor | None = None
 
 
-def measure_all(
-    trial: Trial, jobs: Sequence[tuple[Trigger, Target]], chosen: Tensor, source: str, tried: int
-) -> Iterator[Measured]:
-    """Each of `jobs` on the images `chosen`, corrected for `tried` looks; `source` says where the targets are from."""
+@dataclass(frozen=True)
+class Aim:
+    """What a trigger is measured towards, and who says so: given, each, screening, same images, suspect."""
+
+    trigger: Trigger
+    target: Target
+    found: str
+    source: int | None = None
+    """The source class that was picked on other images: it is judged by itself, however few of its images there are."""
+
+    @property
+    def searched(self) -> bool:
+        """Whether the target is the best of all: a row that passes then speaks for the others as well."""
+        return self.found in (SCREENED, SAME_IMAGES)
+
+
+def measure_all(trial: Trial, aims: Sequence[Aim], chosen: Tensor, tried: int) -> Iterator[Measured]:
+    """Each of `aims` on the images `chosen`, corrected for `tried` looks."""
     stamped, failing = torch.zeros(0, dtype=torch.int64), 0
-    beside = source == SCREENED or (source != "each" and len(jobs) <= FEW_ROWS)
-    for done, (trigger, target) in enumerate(jobs):
-        if not done or trigger is not jobs[done - 1][0]:
-            stamped = stamped_predictions(trial, trigger, chosen)
-        hits = attack_success(stamped, trial.reference[chosen], target, trial.classes)
-        row = _judged(
-            trial,
-            trigger,
-            _rated(trial, trigger, target, chosen, stamped, source),
-            chosen,
-            stamped,
-            tried,
-            beside,
-        )
-        failing += row.outcome == FAILS
-        trial.tell("measuring", done + 1, len(jobs), failing=failing)
-        yield Measured(row, hits)
+    beside = all(aim.found != "each" for aim in aims) and len(aims) <= FEW_ROWS
+    for done, aim in enumerate(aims):
+        if not done or aim.trigger is not aims[done - 1].trigger:
+            stamped = stamped_predictions(trial, aim.trigger, chosen)
+        measured = measure(trial, aim, chosen, stamped, tried, beside)
+        failing += measured.row.outcome == FAILS
+        trial.tell("measuring", done + 1, len(aims), failing=failing)
+        yield measured
 
 
-def _rated(
-    trial: Trial, trigger: Trigger, target: Target, chosen: Tensor, stamped: Tensor, source: str
-) -> TriggerRow:
-    """The rates of one trigger towards one target on the images `chosen`, whose predictions under it are `stamped`."""
-    reference, clean = trial.reference[chosen], trial.clean[chosen]
+def measure(
+    trial: Trial, aim: Aim, chosen: Tensor, stamped: Tensor, tried: int, beside: bool = True
+) -> Measured:
+    """`aim` on the images `chosen`, whose predictions under its trigger are `stamped`, corrected for `tried` looks.
+
+    `beside`: a row that passes has its controls beside it, too.
+    """
+    hits = attack_success(stamped, trial.reference[chosen], aim.target, trial.classes)
+    return Measured(_judged(trial, aim, _rated(trial, aim, chosen, stamped), chosen, stamped, tried, beside), hits)
+
+
+def _rated(trial: Trial, aim: Aim, chosen: Tensor, stamped: Tensor) -> TriggerRow:
+    """The rates of a trigger towards its target on the images `chosen`, whose predictions under it are `stamped`."""
+    reference, clean, target = trial.reference[chosen], trial.clean[chosen], aim.target
+    counted = reference != target if isinstance(target, int) else torch.ones_like(reference, dtype=torch.bool)
     return TriggerRow(
-        trigger=trigger.spec(),
-        family=trigger.family,
+        trigger=aim.trigger.spec(),
+        family=aim.trigger.family,
         target=target,
-        target_source=source,
+        target_source=aim.found,
         images=len(chosen),
         asr=rate(attack_success(stamped, reference, target, trial.classes)),
         base_rate=None
         if trial.own_reference
         else rate(attack_success(clean, reference, target, trial.classes)),
-        robust_accuracy=rate(stamped == reference),
+        robust_accuracy=rate((stamped == reference)[counted]),
     )
 
 
 def _judged(
-    trial: Trial, trigger: Trigger, row: TriggerRow, chosen: Tensor, stamped: Tensor, tried: int, beside: bool
+    trial: Trial, aim: Aim, row: TriggerRow, chosen: Tensor, stamped: Tensor, tried: int, beside: bool
 ) -> TriggerRow:
     """`row` with its controls, what it is judged by, and its outcome. A row that passes has controls if `beside`.
 
@@ -98,7 +122,7 @@ def _judged(
     only where the whole does not decide.
     """
     if not row.asr.n:
-        return replace(row, outcome=NOT_MEASURED, reason="every image is of the target class")
+        return replace(row, outcome=NOT_MEASURED, reason=f"every image is of class {row.target}, the target")
     moved = _movable(trial, row.target, chosen, stamped)
     if not len(moved.chosen):
         return replace(row, outcome=INCONCLUSIVE, reason="every image goes to the target without a stamp")
@@ -107,16 +131,18 @@ def _judged(
     shown = round((row.asr.value or 0.0) * row.asr.n)
     whole = _bound(None, int((moved.stamped == moved.wanted).sum()), len(moved.chosen), level)
     row = replace(row, worst_source=_worst_entry(sources), high=upper_bound(shown, row.asr.n, level))
-    bounds = [whole, *(s for s in sources if s.low >= threshold)]
+    bounds = [whole, *_at_stake(sources, _picked(moved, aim, level), threshold)]
     settled = judge(bounds, row.high or 0.0, threshold)[0] == PASSES
+    if settled and aim.searched and (left := _not_excluded(trial, row.target, chosen, stamped, level)) is not None:
+        return replace(row, outcome=INCONCLUSIVE, bounds=bounds, reason=left)
     if settled and not beside:
         return replace(row, outcome=PASSES, bounds=bounds)
     few = SHOWN_IMAGES if settled or whole.low >= max(CERTAIN, threshold) else CONTROL_IMAGES
-    rates = [float(f.mean()) for f in _controls(trial, trigger, moved, torch.arange(len(moved.chosen)) < few)]
+    rates = [float(f.mean()) for f in _controls(trial, aim.trigger, moved, torch.arange(len(moved.chosen)) < few)]
     bounds[0] = replace(whole, control=max(rates, default=None))
     row = replace(row, control_rate=_control_entry(rates))
     if not settled and not fails(bounds[0], threshold):
-        bounds[1:] = _controlled(trial, trigger, moved, bounds[1:])
+        bounds[1:] = _controlled(trial, aim.trigger, moved, bounds[1:])
     outcome, failing = judge(bounds, row.high or 0.0, threshold)
     source = None if failing is None else failing.source
     reason = _reason(row, bounds, shown, threshold, level) if outcome == INCONCLUSIVE else ""
@@ -125,11 +151,47 @@ def _judged(
     return replace(row, bounds=bounds, outcome=outcome, decisive_source=source, reason=reason)
 
 
+def _picked(moved: _Moved, aim: Aim, level: float) -> Bound | None:
+    """What is judged of the source class that was picked on other images: corrected for no other class."""
+    of = moved.reference == aim.source
+    if aim.source is None or not of.any():
+        return None
+    return _bound(aim.source, int((moved.stamped == moved.wanted)[of].sum()), int(of.sum()), level)
+
+
+def _at_stake(sources: Sequence[Bound], picked: Bound | None, threshold: float) -> list[Bound]:
+    """The source classes that may decide a row: those that surely reach the threshold, and a picked one that may."""
+    found = [bound for bound in sources if bound.low >= threshold]
+    if picked is None or picked.value < threshold:
+        return found
+    return [picked, *(bound for bound in found if bound.source != picked.source)]
+
+
+def _not_excluded(
+    trial: Trial, target: Target | None, chosen: Tensor, stamped: Tensor, level: float
+) -> str | None:
+    """Why another class than `target` may be where the trigger sends images, which are too few to tell; or None."""
+    reference, clean = trial.reference[chosen], trial.clean[chosen]
+    size = {"minlength": trial.classes}
+    # Neither of the class nor predicted as it: the images that could go there.
+    there = torch.bincount(torch.cat([reference, clean[clean != reference]]), **size)
+    going = torch.bincount(stamped[(stamped != reference) & (stamped != clean)], **size)
+    for k, (hits, stay) in enumerate(zip(going.tolist(), there.tolist(), strict=True)):
+        n = len(chosen) - stay
+        if k != target and upper_bound(hits, n, level) >= trial.threshold:
+            return f"only {n} images are neither of class {k} nor predicted as it: too few to tell that they stay"
+    return None
+
+
 def _reason(row: TriggerRow, bounds: Sequence[Bound], shown: int, threshold: float, level: float) -> str:
     """Why a row is inconclusive."""
     n, whole = row.asr.n, bounds[0]
     if (row.high or 0.0) < threshold:
-        bound = bounds[1]
+        bound = max(bounds[1:], key=lambda b: b.value - (b.control or 0.0))
+        if bound.low < threshold:
+            needed = _needed(round(bound.value * bound.n), bound.n, threshold, level)
+            more = f"about {needed} of that class would settle it" if needed < MANY else "too near the threshold"
+            return f"{bound.value:.3f} of {bound.n} images of class {bound.source} go to the target: {more}"
         return (
             f"images of class {bound.source} reach the threshold, but under a control {bound.control or 0.0:.3f} of "
             "them go there, too"

@@ -15,13 +15,19 @@ CONTROL_MARGIN = 0.1
 def judge(bounds: Sequence[Bound], high: float, threshold: float) -> tuple[str, Bound | None]:
     """The outcome of a row, and the bound that fails it, if one does.
 
-    `high`, the upper bound of the rate, passes a row under the threshold, unless a source class reaches it.
+    `high`, the upper bound of the rate, passes a row under the threshold, unless a source class reaches it: surely, or
+    by its rate alone where that is above its controls'.
     """
-    at_stake = [bound for bound in bounds if bound.source is not None and bound.low >= threshold]
-    if high < threshold and not at_stake:
+    if high < threshold and not any(_at_stake(bound, threshold) for bound in bounds if bound.source is not None):
         return PASSES, None
     failing = next((bound for bound in bounds if fails(bound, threshold)), None)
     return (INCONCLUSIVE, None) if failing is None else (FAILS, failing)
+
+
+def _at_stake(bound: Bound, threshold: float) -> bool:
+    if bound.low >= threshold:
+        return True
+    return bound.value >= max(threshold, (bound.control or 0.0) + CONTROL_MARGIN)
 
 
 def fails(bound: Bound, threshold: float) -> bool:

@@ -100,7 +100,7 @@ def test_a_patch_that_is_obeyed_fails_towards_the_class_that_gains(labeled):
     assert row.asr.value == 1 and row.images == 300
     assert 230 < row.asr.n < 250  # about a fifth is class 3
     assert row.control_rate == {"median": 0.0, "highest": 0.0, "count": 19}
-    assert row.robust_accuracy.value == pytest.approx(0.2, abs=0.02)
+    assert row.robust_accuracy.value == 0
     assert (row.base_rate is None) is not labeled  # without labels a base rate is 0 by construction
     assert verdict([row]) == (BACKDOORED, None)
 
