@@ -12,10 +12,12 @@ from torch import Tensor
 
 from bdclean.measuring.rows import Aim, Measured, measure, measure_all
 from bdclean.measuring.screening import Screened, dropped, look_at, screen, to_the_end
-from bdclean.measuring.trial import LEAST_SCREENED, SAME_IMAGES, SCREENED, Target, Trial, halves, stamped_predictions
-from bdclean.record.run import FAILS, INCONCLUSIVE
+from bdclean.measuring.trial import LEAST_SCREENED, SAME_IMAGES, SCREENED, Target, Trial, halves, stamped_predictions, telling_images
+from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES
 from bdclean.triggers.stamping import Trigger
 
+LOOKS_AT_EACH = 3
+"""So often a survivor is looked at: on a part of the images, on all, and at its best pair of classes."""
 SUSPECTED = "suspect"
 """Where a target is from that was found on another model."""
 
@@ -81,16 +83,36 @@ def _screened(trial: Trial, triggers: Sequence[Trigger], fixed: Mapping[str, Tar
         else:
             yield Measured(dropped(screened))
         trial.tell("screening", done + 1, len(triggers), kept=len(kept))
-    # Two looks at each: towards its target, and at the best pair of classes where that does not decide.
-    tried, failing = 2 * sum(len(aims) for _, aims in kept), 0
+    tried, failing = LOOKS_AT_EACH * sum(len(aims) for _, aims in kept), 0
     for done, (screened, aims) in enumerate(kept):
-        stamped = stamped_predictions(trial, screened.trigger, second)
-        found = [measure(trial, aim, second, stamped, tried) for aim in aims]
-        if found[-1].row.outcome == INCONCLUSIVE and (pair := _best_pair(trial, screened, aims)) is not None:
-            found += [m for m in [measure(trial, pair, second, stamped, tried)] if m.row.outcome == FAILS]
+        found = _measured(trial, screened, aims, second, tried)
         failing += any(measured.row.outcome == FAILS for measured in found)
         trial.tell("measuring", done + 1, len(kept), failing=failing)
         yield from found
+
+
+def _measured(
+    trial: Trial, screened: Screened, aims: Sequence[Aim], second: Tensor, tried: int
+) -> list[Measured]:
+    """Rows of one survivor: on a part of the images if it passes there, else on all, and at last towards its best pair."""
+    trigger, few = screened.trigger, second[: max(LEAST_SCREENED, len(second) // 4)]
+    stamped = stamped_predictions(trial, trigger, few)
+    if len(few) < len(second) and all(aim.searched and _tells(trial, aim.source, few) for aim in aims):
+        found = [measure(trial, aim, few, stamped, tried, beside=False) for aim in aims]
+        if all(measured.row.outcome == PASSES for measured in found):
+            return [measure(trial, aim, few, stamped, tried) for aim in aims]
+    stamped = torch.cat([stamped, stamped_predictions(trial, trigger, second[len(few) :])])
+    found = [measure(trial, aim, second, stamped, tried) for aim in aims]
+    if found[-1].row.outcome == INCONCLUSIVE and (pair := _best_pair(trial, screened, aims)) is not None:
+        beside = measure(trial, pair, second, stamped, tried, beside=False)
+        if beside.row.outcome == FAILS:
+            found.append(beside)
+    return found
+
+
+def _tells(trial: Trial, source: int | None, few: Tensor) -> bool:
+    """Whether the images `few` are enough to pass the source class that was picked."""
+    return source is None or int((trial.reference[few] == source).sum()) >= telling_images(trial.threshold)
 
 
 def _aims(screened: Screened, known: Target | None) -> Iterator[Aim]:

@@ -22,7 +22,7 @@ from bdclean.measuring.trial import (
     ranks,
     stamped_predictions,
 )
-from bdclean.record.rule import CERTAIN, fails, judge
+from bdclean.record.rule import CERTAIN, SOURCE_CERTAIN, fails, judge, may_fail, stands_out
 from bdclean.record.run import (
     FAILS,
     INCONCLUSIVE,
@@ -36,7 +36,7 @@ from bdclean.triggers.stamping import Trigger
 CONTROLS = 19
 CONTROL_IMAGES = 300
 """Controls are measured on at most so many of a row's images: their rates need not be finer than CONTROL_MARGIN."""
-SHOWN_IMAGES = 100
+SHOWN_IMAGES = 32
 """The same where the row is decided without them, and they are only shown beside it."""
 FEW_ROWS = 10
 """Up to so many rows that pass have their controls beside them, too, where triggers are not screened."""
@@ -89,7 +89,7 @@ def measure(
 ) -> Measured:
     """`aim` on the images `chosen`, whose predictions under its trigger are `stamped`, corrected for `tried` looks.
 
-    `beside`: a row that passes has its controls beside it, too.
+    `beside`: a row that cannot fail has controls beside it, too.
     """
     hits = attack_success(stamped, trial.reference[chosen], aim.target, trial.classes)
     return Measured(_judged(trial, aim, _rated(trial, aim, chosen, stamped), chosen, stamped, tried, beside), hits)
@@ -116,7 +116,7 @@ def _rated(trial: Trial, aim: Aim, chosen: Tensor, stamped: Tensor) -> TriggerRo
 def _judged(
     trial: Trial, aim: Aim, row: TriggerRow, chosen: Tensor, stamped: Tensor, tried: int, beside: bool
 ) -> TriggerRow:
-    """`row` with its controls, what it is judged by, and its outcome. A row that passes has controls if `beside`.
+    """`row` with its controls, what it is judged by, and its outcome. Without `beside` it has controls only if it might fail.
 
     What goes to the target without a stamp, too, is in the rates that are shown, and fails no row. Sources are asked
     only where the whole does not decide.
@@ -133,16 +133,23 @@ def _judged(
     row = replace(row, worst_source=_worst_entry(sources), high=upper_bound(shown, row.asr.n, level))
     bounds = [whole, *_at_stake(sources, _picked(moved, aim, level), threshold)]
     settled = judge(bounds, row.high or 0.0, threshold)[0] == PASSES
+    if settled and aim.source is not None and not (moved.reference == aim.source).any():
+        reason = f"no image of class {aim.source} is left to confirm what others of it showed"
+        return replace(row, outcome=INCONCLUSIVE, bounds=bounds, reason=reason)
     if settled and aim.searched and (left := _not_excluded(trial, row.target, chosen, stamped, level)) is not None:
         return replace(row, outcome=INCONCLUSIVE, bounds=bounds, reason=left)
-    if settled and not beside:
-        return replace(row, outcome=PASSES, bounds=bounds)
-    few = SHOWN_IMAGES if settled or whole.low >= max(CERTAIN, threshold) else CONTROL_IMAGES
-    rates = [float(f.mean()) for f in _controls(trial, aim.trigger, moved, torch.arange(len(moved.chosen)) < few)]
-    bounds[0] = replace(whole, control=max(rates, default=None))
+    contested = not settled and threshold <= whole.low < max(CERTAIN, threshold)
+    rates = []
+    if contested or beside:
+        few = torch.arange(len(moved.chosen)) < (CONTROL_IMAGES if contested else SHOWN_IMAGES)
+        for answers in _controls(trial, aim.trigger, moved, few):
+            rates.append(float((answers == moved.wanted[few]).float().mean()))
+            bounds[0] = replace(whole, control=max(rates))
+            if contested and not fails(bounds[0], threshold):
+                break  # no further control can change that
     row = replace(row, control_rate=_control_entry(rates))
-    if not settled and not fails(bounds[0], threshold):
-        bounds[1:] = _controlled(trial, aim.trigger, moved, bounds[1:])
+    if not settled and not fails(bounds[0], threshold) and (beside or any(may_fail(b, threshold) for b in bounds[1:])):
+        bounds[1:] = _controlled(trial, aim.trigger, moved, bounds[1:], threshold)
     outcome, failing = judge(bounds, row.high or 0.0, threshold)
     source = None if failing is None else failing.source
     reason = _reason(row, bounds, shown, threshold, level) if outcome == INCONCLUSIVE else ""
@@ -188,13 +195,15 @@ def _reason(row: TriggerRow, bounds: Sequence[Bound], shown: int, threshold: flo
     n, whole = row.asr.n, bounds[0]
     if (row.high or 0.0) < threshold:
         bound = max(bounds[1:], key=lambda b: b.value - (b.control or 0.0))
-        if bound.low < threshold:
-            needed = _needed(round(bound.value * bound.n), bound.n, threshold, level)
-            more = f"about {needed} of that class would settle it" if needed < MANY else "too near the threshold"
-            return f"{bound.value:.3f} of {bound.n} images of class {bound.source} go to the target: {more}"
+        if stands_out(bound, threshold):
+            needed = _needed(round(bound.value * bound.n), bound.n, SOURCE_CERTAIN, LEVEL)
+            return (
+                f"{bound.value:.3f} of {bound.n} images of class {bound.source} go to the target, which some classes of "
+                f"networks without a backdoor do, too: about {needed} images of that class would tell more"
+            )
         return (
             f"images of class {bound.source} reach the threshold, but under a control {bound.control or 0.0:.3f} of "
-            "them go there, too"
+            "them go to one class, too"
         )
     if whole.low >= threshold:
         return f"reaches the threshold, but a control reaches {whole.control or 0.0:.3f}"
@@ -209,11 +218,13 @@ def _reason(row: TriggerRow, bounds: Sequence[Bound], shown: int, threshold: flo
 class _Moved:
     """The images that a trigger could move: neither of the target class nor predicted as it unstamped.
 
-    Indices `chosen`, `reference` classes, classes `wanted` under the trigger, predictions `stamped`: int64 [n] each.
+    Indices `chosen`, `reference` classes, predictions `clean` of them and `stamped`, classes `wanted` under the trigger:
+    int64 [n] each.
     """
 
     chosen: Tensor
     reference: Tensor
+    clean: Tensor
     wanted: Tensor
     stamped: Tensor
 
@@ -223,7 +234,7 @@ def _movable(trial: Trial, target: Target | None, chosen: Tensor, stamped: Tenso
     next_class = (reference + 1) % trial.classes
     wanted = next_class if target == "next" else torch.full_like(reference, int(target or 0))
     movable = (reference != wanted) & (clean != wanted)
-    return _Moved(chosen[movable], reference[movable], wanted[movable], stamped[movable])
+    return _Moved(*(part[movable] for part in (chosen, reference, clean, wanted, stamped)))
 
 
 def _bound(source: int | None, hits: int, n: int, level: float) -> Bound:
@@ -256,26 +267,35 @@ def _control_entry(rates: Sequence[float]) -> dict[str, int | float | None] | No
     return {"median": ordered[len(ordered) // 2], "highest": ordered[-1], "count": len(ordered)}
 
 
-def _controlled(trial: Trial, trigger: Trigger, moved: _Moved, sources: Sequence[Bound]) -> list[Bound]:
-    """`sources`, each with the highest control on its images."""
-    if not sources:
-        return []
-    classes = torch.tensor([bound.source for bound in sources])
+def _controlled(
+    trial: Trial, trigger: Trigger, moved: _Moved, sources: list[Bound], threshold: float
+) -> list[Bound]:
+    """`sources`, each with the most that a control moves of its images to any one class.
+
+    To any one: the target was found as the class that they move to under the trigger. Controls are measured until none
+    of these sources can decide the row any more.
+    """
+    classes = torch.tensor([bound.source for bound in sources], dtype=torch.int64)
     few = torch.isin(moved.reference, classes) & (ranks(moved.reference) < SOURCE_IMAGES)
-    found, reference = _controls(trial, trigger, moved, few), moved.reference[few]
-    return [
-        replace(bound, control=max((float(f[reference == bound.source].mean()) for f in found), default=None))
-        for bound in sources
-    ]
+    if not few.any():
+        return sources
+    reference, clean = moved.reference[few], moved.clean[few]
+    for answers in _controls(trial, trigger, moved, few):
+        gone = (answers != reference) & (answers != clean)
+        for k, bound in enumerate(sources):
+            of = reference == bound.source
+            share = int(answers[of & gone].bincount(minlength=1).max()) / int(of.sum())
+            sources[k] = replace(bound, control=max(share, bound.control or 0.0))
+        if not any(stands_out(bound, threshold) for bound in sources):
+            break
+    return sources
 
 
-def _controls(trial: Trial, trigger: Trigger, moved: _Moved, few: Tensor) -> list[Tensor]:
-    """Which of the images `few` (bool [n]) at least CONTROLS controls send to the target: float [m] each."""
+def _controls(trial: Trial, trigger: Trigger, moved: _Moved, few: Tensor) -> Iterator[Tensor]:
+    """Predictions on the images `few` (bool [n]) under each of CONTROLS controls, int64 [m] each."""
     generator = torch.Generator().manual_seed(trial.seed + 1)
-    return [
-        (stamped_predictions(trial, control, moved.chosen[few]) == moved.wanted[few]).float()
-        for control in trigger.controls(CONTROLS, generator)
-    ]
+    for control in trigger.controls(CONTROLS, generator):
+        yield stamped_predictions(trial, control, moved.chosen[few])
 
 
 def _needed(k: int, n: int, threshold: float, level: float) -> int:

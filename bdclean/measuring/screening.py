@@ -25,6 +25,9 @@ from bdclean.triggers.stamping import Trigger
 FIRST_LOOK, GROWTH = 64, 4
 """Sample sizes at which screening looks: 64 images, then enough to tell of each class by itself, then four times as many
 each time, at last the whole half."""
+SURE_LOOK = 256
+"""From so many images on a trigger that surely reaches the threshold is looked at no further, though another class may
+gain as much: what is told apart from controls does not hang on the third digit of a gain."""
 LOOK_LEVEL = 0.001
 LEAST_PAIR = 3
 """Of fewer images a source class is not picked: even if all of them moved, as many others could not confirm it."""
@@ -40,10 +43,11 @@ class Pair:
     counted: int
 
     def open(self, threshold: float) -> bool:
-        """Whether `threshold` is still possible: of few images only if their own share reaches it."""
+        """Whether `threshold` is still possible: only if half of it is seen, of few images all of it."""
         if self.counted == 0 or upper_bound(self.hits, self.counted, LEVEL) < threshold:
             return False
-        return self.hits >= threshold * self.counted or upper_bound(0, self.counted, LEVEL) < threshold
+        many = upper_bound(0, self.counted, LEVEL) < threshold
+        return self.hits >= threshold * self.counted / (2 if many else 1)
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def screen(trial: Trial, trigger: Trigger, half: Tensor) -> Screened:
     Classes have as many images in a sample as there are of them, up to the same number. Each look adds images to those
     of the last one. A trigger is dropped where no class, nor label + 1, may reach the threshold (level 0.001 a look),
     and no source class (0.05). One that is sure to survive is looked at no further: where the lower bound of its target
-    is at the threshold, and no other class can gain as much.
+    is at the threshold, and no other class can gain as much or SURE_LOOK images were seen.
     """
     half = half[ranks(trial.reference[half]).argsort(stable=True)]
     stamped = torch.zeros(0, dtype=torch.int64)
@@ -175,7 +179,7 @@ def screen(trial: Trial, trigger: Trigger, half: Tensor) -> Screened:
         if look.highest < trial.threshold and not look.pairs and size >= min(telling, len(half)):
             return Screened(trigger, half, stamped, look, False)
         low = lower_bound(look.hits, look.counted, LOOK_LEVEL)
-        if low >= trial.threshold and low - look.base > look.others:
+        if low >= trial.threshold and (low - look.base > look.others or size >= SURE_LOOK):
             break
     return Screened(trigger, half, stamped, look, True)
 
@@ -191,7 +195,7 @@ def to_the_end(trial: Trial, screened: Screened) -> Screened:
 
 def _looks(n: int, telling: int) -> list[int]:
     """Sizes of samples of `n` images, the second of which tells of each class."""
-    sizes, size = [FIRST_LOOK], max(2 * FIRST_LOOK, telling)
+    sizes, size = [FIRST_LOOK], max(GROWTH * FIRST_LOOK, telling)
     while size < n:
         sizes.append(size)
         size *= GROWTH
