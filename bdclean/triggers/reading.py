@@ -183,7 +183,7 @@ def _levels(path: str, name: str, array: np.ndarray) -> Tensor:
 
 
 def _planes(path: str, name: str, array: np.ndarray) -> Tensor:
-    """[1|3 h w] float32 from [h w], [c h w] or [h w c], with or without a batch axis of one."""
+    """[1|3 h w] float32 from [h w], [c h w], [h w c] or [1 c h w]."""
     if array.dtype.kind not in "fiub":
         raise Refused(f"trigger {path}: {name} holds {array.dtype}, not numbers.")
     values = torch.from_numpy(np.ascontiguousarray(array).astype(np.float32))
@@ -193,6 +193,11 @@ def _planes(path: str, name: str, array: np.ndarray) -> Tensor:
         values = values[0]
     if values.ndim == 2:
         values = values[None]
+    elif array.ndim == 3 and array.shape[0] == array.shape[2] == 3 and not np.array_equal(array, array.T):
+        raise Refused(
+            f"trigger {path}: {name} is {list(array.shape)}, whose colours may be on its first axis or on its last: "
+            "save it as [1 3 h w], or as a picture."
+        )
     if values.ndim == 3 and values.shape[0] not in (1, 3) and values.shape[2] in (1, 3):
         values = values.permute(2, 0, 1)
     if values.ndim != 3 or values.shape[0] not in (1, 3):

@@ -436,6 +436,40 @@ def test_third_party_trigger_files() -> None:
             assert (control(PHOTOS) != stamped).any()
 
 
+@pytest.mark.parametrize("place", [(0, 0), (13, 20)])
+@pytest.mark.parametrize("blended", [True, False])
+def test_controls_of_a_patch_on_a_full_canvas_are_as_rich_as_the_patch(tmp_path: Path, place, blended) -> None:
+    """They are drawn inside the mask: on the whole canvas their spectrum would leave one flat grey patch."""
+    rng = np.random.default_rng(0)
+    mask, pattern = np.zeros((32, 32), np.float32), np.zeros((3, 32, 32), np.uint8)
+    box = np.s_[place[0] : place[0] + 6, place[1] : place[1] + 6]
+    mask[box] = 1
+    pattern[(slice(None), *box)] = rng.choice([0, 255], (3, 6, 6))
+    np.savez(tmp_path / "patch.npz", mask=mask, pattern=pattern)
+    delta = np.where(mask > 0, pattern.astype(np.float32) - 128, 0)
+    np.savez(tmp_path / "delta.npz", delta=delta)
+    trigger = File(str(tmp_path / ("patch.npz" if blended else "delta.npz")))
+    grey = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    own = float(trigger(grey)[0][(slice(None), *box)].float().std())
+    assert own > 100
+    for control in trigger.controls(20, torch.Generator().manual_seed(0)):
+        stamped = control(grey)
+        assert set(changed(grey, stamped)) <= set(changed(grey, trigger(grey)))
+        assert float(stamped[0][(slice(None), *box)].float().std()) > 0.6 * own
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 3), (3, 7, 3)])
+def test_a_patch_whose_colour_axis_cannot_be_told_is_refused(tmp_path: Path, shape) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    np.savez(tmp_path / "patch.npz", pattern=colours)
+    with pytest.raises(Refused, match=r"first axis or on its last: save it as \[1 3 h w\]"):
+        File(str(tmp_path / "patch.npz"))
+    np.savez(tmp_path / "patch.npz", pattern=colours[None])
+    assert np.array_equal(File(str(tmp_path / "patch.npz")).content.pattern, colours)
+    np.savez(tmp_path / "flat.npz", pattern=np.full(shape, 200, np.uint8), mask=np.ones((1, *shape[1:])))
+    assert File(str(tmp_path / "flat.npz")).content.shape == shape[1:]
+
+
 # --- triggers of attacks on encoders ------------------------------------------------------------------------
 
 
