@@ -212,7 +212,7 @@ def _controls(trial: Trial, trigger: Trigger, moved: _Moved, few: Tensor) -> lis
     generator = torch.Generator().manual_seed(trial.seed + 1)
     return [
         (stamped_predictions(trial, control, moved.chosen[few]) == moved.wanted[few]).float()
-        for control in trigger.controls(CONTROLS, generator)
+        for control in trigger.controls(CONTROLS, generator, trial.images.shape[1])
     ]
 
 
