@@ -66,7 +66,7 @@ class IgnoredTable:
 
 
 def foreign(stream: IO[bytes]) -> list[str]:
-    """Foreign classes and functions that the pickles of a torch file (protocol 2) mention; empty where it is damaged."""
+    """Foreign classes and functions that a torch file of protocol 2 mentions; empty where it is damaged."""
     names: set[str] = set()
     try:
         if stream.read(4) != MAGIC:

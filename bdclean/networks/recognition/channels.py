@@ -62,7 +62,8 @@ def first_convolution_takes(channels: int, network: nn.Module) -> nn.Module:
     """`network` with a first convolution of so many channels, whose weights keep the law that they were drawn from."""
     first = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
     repeats = -(-channels // first.in_channels)
-    first.weight = nn.Parameter(first.weight.detach().repeat(1, repeats, 1, 1)[:, :channels])
+    weight = first.weight.detach().repeat(1, repeats, 1, 1)[:, :channels]
+    first.weight = nn.Parameter(weight.contiguous())
     first.in_channels = channels
     return network
 
