@@ -42,7 +42,7 @@ class Mark:
         out[:, 2, 1, 1] = self.level
         return out
 
-    def controls(self, count: int, generator: torch.Generator) -> list[Mark]:
+    def controls(self, count: int, generator: torch.Generator, channels: int = 3) -> list[Mark]:
         return [Mark(1 + k) for k in range(count)]
 
 

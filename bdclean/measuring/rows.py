@@ -294,7 +294,7 @@ def _controlled(
 def _controls(trial: Trial, trigger: Trigger, moved: _Moved, few: Tensor) -> Iterator[Tensor]:
     """Predictions on the images `few` (bool [n]) under each of CONTROLS controls, int64 [m] each."""
     generator = torch.Generator().manual_seed(trial.seed + 1)
-    for control in trigger.controls(CONTROLS, generator):
+    for control in trigger.controls(CONTROLS, generator, trial.images.shape[1]):
         yield stamped_predictions(trial, control, moved.chosen[few])
 
 

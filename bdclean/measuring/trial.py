@@ -51,7 +51,7 @@ Target = int | str
 
 
 Predict = Callable[[Tensor], Tensor]
-"""Images uint8 [n 3 h w] -> classes int64 [n] on the CPU."""
+"""Images uint8 [n c h w] -> classes int64 [n] on the CPU."""
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ class CheckpointEntry:
     architecture: str | None = None
     kind: str | None = None
     classes: int | None = None
-    input_size: list[int] | None = None  # 3, height, width
+    input_size: list[int] | None = None  # channels (1: grey, 3: RGB), height, width
     mean: list[float] | None = None
     std: list[float] | None = None
     resize: str | None = None  # how pictures are brought to the input size

@@ -22,7 +22,7 @@ from bdclean.training.run import Precision, Run, probe_precision
 from bdclean.training.students import frozen
 
 Detector = Callable[[Classifier, Arch, Tensor, Run], Detected]
-"""The suspect, its architecture and images uint8 [n 3 h w] to findings; raises Refused where it has too little."""
+"""The suspect, its architecture and images uint8 [n c h w] to findings; raises Refused where it has too little."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ def look(
     detectors: Mapping[str, Detector], suspect: Suspect, choice: Choice, images: Tensor, inputs: Inputs,
     tell: Tell,
 ) -> Looked:  # fmt: skip
-    """What `detectors` find in the suspect, read as `choice` says, on `images` uint8 [n 3 h w]."""
+    """What `detectors` find in the suspect, read as `choice` says, on `images` uint8 [n c h w]."""
     if not detectors:
         return Looked()
     classifier = suspect.classifier(choice)

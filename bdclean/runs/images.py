@@ -47,7 +47,8 @@ def read_images(
     if csv == "not" and classes is not None and isinstance(read_class_file(classes), FileLabels):
         classes = None
     images = load_images(
-        path, input_size(checkpoint, inputs), resize=claimed_resize(checkpoint.config, checkpoint.preprocessor),
+        path, input_size(checkpoint, inputs), channels=checkpoint.arch.input[0],
+        resize=claimed_resize(checkpoint.config, checkpoint.preprocessor),
         limit=inputs.limit, seed=inputs.seed, strict=inputs.strict,
         labeled=forced, classes=classes, claimed=claimed_names(checkpoint.metadata, checkpoint.config),
         head_classes=checkpoint.arch.classes, csv_must=csv == "must", tell=tell,

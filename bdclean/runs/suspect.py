@@ -118,7 +118,7 @@ def understand(
     sure: bool,
     device: torch.device,
 ) -> Suspect:
-    """Choose the normalisation, then the architecture where several fit, by `images` uint8 [n 3 h w].
+    """Choose the normalisation, then the architecture where several fit, by `images` uint8 [n c h w].
 
     `preprocess` is what the user says or `auto`; `sure`: the user named the architecture.
     """
@@ -177,7 +177,10 @@ def describe_suspect(entry: CheckpointEntry, suspect: Suspect, size: Sequence[in
         for c in suspect.choices[1:]
     ]
     entry = replace(
-        entry, architecture=suspect.arch.name, input_size=[3, *size], alternatives=[*suspect.others, *also]
+        entry,
+        architecture=suspect.arch.name,
+        input_size=[suspect.arch.input[0], *size],
+        alternatives=[*suspect.others, *also],
     )
     return describe_choice(entry, suspect.choices[0])
 

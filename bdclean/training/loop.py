@@ -32,7 +32,7 @@ from bdclean.training.run import Run, seed_for
 
 @dataclass
 class Batch:
-    """What a step is given: uint8 `images` [n 3 h w], their `labels` [n] or None, and its own seeded generator.
+    """What a step is given: uint8 `images` [n c h w], their `labels` [n] or None, and its own seeded generator.
 
     `chosen` int64 [n]: where in the set the images stand.
     """

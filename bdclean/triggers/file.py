@@ -31,6 +31,7 @@ class File:
     Needs: a picture (its alpha is the mask), or `.npz` / `.safetensors` with `mask` and `pattern`, `pattern`
     alone (with `alpha`), or `delta`. Smaller than the input it is put at `position`, larger it is resized;
     `size` makes its longer side that many pixels first. `key=black` or `white` makes that colour transparent.
+    On grey images it is turned grey.
     Limits: an opaque picture as large as the input is refused: it would leave nothing of the image.
     """
 
@@ -68,12 +69,13 @@ class File:
     def __call__(self, images: Tensor) -> Tensor:
         return self._stamp(images, self.content)
 
-    def controls(self, count: int, generator: torch.Generator) -> list[Stamp]:
+    def controls(self, count: int, generator: torch.Generator, channels: int = 3) -> list[Stamp]:
         """The same mask with the pattern's surrogates (its colours and spectrum in other shapes).
 
         A flat pattern has none; it gets blocks of random colours. A delta keeps its energy and spectrum.
         """
-        return [partial(self._stamp, content=other_content(self.content, generator)) for _ in range(count)]
+        own = self.content.in_channels(channels)
+        return [partial(self._stamp, content=other_content(own, generator)) for _ in range(count)]
 
     def spec(self) -> str:
         return spec_of(self, bare="path")
@@ -81,7 +83,7 @@ class File:
     def _stamp(self, images: Tensor, content: Content) -> Tensor:
         check_pixels(images)
         size = (images.shape[2], images.shape[3])
-        content = self._fitted(content, size)
+        content = self._fitted(content.in_channels(images.shape[1]), size)
         if content.delta is not None:
             return add(images, self.alpha * content.delta)
         assert content.mask is not None and content.pattern is not None

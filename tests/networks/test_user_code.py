@@ -38,9 +38,27 @@ def broken():
     raise ValueError("no weights here")
 
 class Grey(nn.Module):
-    def __init__(self):
+    def __init__(self, side=28):
         super().__init__()
         self.conv = nn.Conv2d(1, 4, 3)
+        self.fc = nn.Linear(4 * (side - 2) ** 2, 10)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).flatten(1))
+
+class TurnsGrey(Grey):
+    def forward(self, x):
+        red, green, blue = x.unbind(1)
+        return super().forward((0.299 * red + 0.587 * green + 0.114 * blue)[:, None])
+
+class Flat(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(28 * 28, 10))
+
+class Stacked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
 
     def forward(self, x):
         return self.conv(x).flatten(1)
@@ -102,7 +120,11 @@ def test_user_code_from_a_package(code, monkeypatch):
 @pytest.mark.parametrize(
     "spec, kind, said",
     [
-        ("own.py:Smal", UsageError, "has no Smal; it has Grey, Maps, Small, broken, fixed, nn, required"),
+        (
+            "own.py:Smal",
+            UsageError,
+            "has no Smal; it has Flat, Grey, Maps, Small, Stacked, TurnsGrey, broken",
+        ),
         ("missing.py:Small", UsageError, "missing.py does not exist"),
         ("no.such.package:Small", UsageError, "No module named 'no'"),
         ("own.py:number", UsageError, "not a class or function"),
@@ -121,13 +143,30 @@ def test_user_code_that_does_not_serve(code, spec, kind, said):
 @pytest.mark.parametrize(
     "name, shapes, said",
     [
-        ("Grey", {"conv.weight": (4, 1, 3, 3), "conv.bias": (4,)}, "takes images of 1 channels"),
+        (
+            "Stacked",
+            {"conv.weight": (4, 2, 3, 3), "conv.bias": (4,)},
+            "takes images of 2 channels: bdclean reads",
+        ),
         ("Maps", {"conv.weight": (4, 3, 3, 3), "conv.bias": (4,)}, "not one row of logits"),
     ],
 )
-def test_user_networks_must_give_logits_for_rgb_images(code, name, shapes, said):
+def test_user_networks_must_give_logits_for_grey_or_rgb_images(code, name, shapes, said):
     with pytest.raises(Refused, match=said):
         recognise_as(shapes, f"{code}:{name}")
+
+
+@pytest.mark.parametrize(
+    "name, size", [("Grey", (1, 28, 28)), ("TurnsGrey", (3, 28, 28)), ("Flat", (1, 28, 28))]
+)
+def test_user_code_gets_the_channels_that_it_takes(code, name, size):
+    shapes = {
+        "conv.weight": (4, 1, 3, 3), "conv.bias": (4,), "fc.weight": (10, 2704), "fc.bias": (10,)
+    }  # fmt: skip
+    if name == "Flat":
+        shapes = {"1.weight": (10, 784), "1.bias": (10,)}
+    (match,) = recognise_as(shapes, f"{code}:{name}")
+    assert match.arch.input == size
 
 
 def test_a_script_that_exits_is_refused_not_obeyed(tmp_path):

@@ -39,12 +39,15 @@ def choose(
 ) -> list[Choice]:
     """The plausible normalisations, the likeliest first; more than one where it is unclear or a claim is contradicted.
 
-    `images`: uint8 [n 3 h w] at the network's input size, with their `labels` [n], if known. `given`: what the user
+    `images`: uint8 [n c h w] at the network's input size, with their `labels` [n], if known. `given`: what the user
     says, which settles it, or `auto`.
     """
+    channels = checkpoint.arch.input[0]
     if given != "auto":
-        return [Choice(parse_preprocess(given), math.nan, "given")]
+        return [Choice(parse_preprocess(given).of_channels(channels), math.nan, "given")]
     said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
+    if said is not None:
+        said = said[0].of_channels(channels), said[1]
     network = checkpoint.build()
     # A folder is read class by class: its first images would have the colours of one class.
     count = looked_at(images)[-1]
@@ -65,7 +68,7 @@ def of_encoder(
     first where it is plausible, and unlike a claim is dropped where it is not. Nothing known at all leaves every
     normalisation plausible.
     """
-    authors = parse_preprocess(usual) if usual else None
+    authors = parse_preprocess(usual).of_channels(images.shape[1]) if usual else None
     first = said[0] if said is not None else authors
     kept, margin, source = decide(network, images, first, probabilities=False)
     if said is None and len(kept) > 1 and authors in kept and kept[0] != authors:

@@ -20,8 +20,9 @@ from bdclean.networks.normalisation import NAMED, parse_preprocess
 from bdclean.networks.recognition.variants import at_size
 
 # Image sides, beside the usual one, that people train convolutional networks at: CIFAR and GTSRB, GTSRB at its other
-# usual size, Tiny ImageNet, STL-10, Imagenette (128 to 256), ImageNet.
+# usual size, Tiny ImageNet, STL-10, Imagenette (128 to 256), ImageNet; of grey images MNIST's, too.
 SIDES = (32, 48, 64, 96, 128, 160, 192, 224, 256)
+GREY_SIDES = (28, *SIDES)
 # So many times the usual side are tried: a stem for small images makes large ones costly, and people take another.
 LARGER = 2
 # Images that tell the size of a network without batch norm of so many classes or more, the largest size beside the
@@ -38,7 +39,8 @@ def own_size(checkpoint: Checkpoint, load: Callable[[Arch], Tensor], given: str 
     usual = checkpoint.arch
     with torch.device("meta"):
         outline = usual.build().eval()
-    if not takes_sizes(outline, 2 * usual.input[1]):
+    channels = usual.input[0]
+    if not takes_sizes(outline, channels, 2 * usual.input[1]):
         return checkpoint
     norms = (m for m in outline.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     remembers = any(norm.running_mean is not None for norm in norms)
@@ -48,7 +50,8 @@ def own_size(checkpoint: Checkpoint, load: Callable[[Arch], Tensor], given: str 
     misfit = misfit_of_statistics if remembers else misfit_of_answers
     found: dict[int, float] = {}
     largest = LARGER * usual.input[1] if remembers else FEW_SIDES
-    sides = [s for s in SIDES if s != usual.input[1] and s <= largest]
+    tried = GREY_SIDES if channels == 1 else SIDES
+    sides = [s for s in tried if s != usual.input[1] and s <= largest]
     for side in (usual.input[1], *sides):
         arch = usual if side == usual.input[1] else at_size(usual, side)
         images = load(arch)
@@ -93,14 +96,14 @@ def misfit_of_answers(checkpoint: Checkpoint, images: Tensor, given: str) -> flo
     ways = [said[0]] if said is not None else [NAMED[name] for name in ("none", "half", "imagenet")]
     if given != "auto":
         ways = [parse_preprocess(given)]
-    told = max(0.0, *(spread(network, few, way)[1] for way in ways))
+    told = max(0.0, *(spread(network, few, way.of_channels(few.shape[1]))[1] for way in ways))
     return TELLS * math.log(min(len(few), checkpoint.arch.classes)) / max(told, 1e-6)
 
 
-def takes_sizes(outline: nn.Module, side: int) -> bool:
-    """Whether the network, built on the meta device, takes images of `side`, too."""
+def takes_sizes(outline: nn.Module, channels: int, side: int) -> bool:
+    """Whether the network of images of `channels`, built on the meta device, takes those of `side`, too."""
     try:
         with torch.inference_mode():
-            return outline(torch.zeros(1, 3, side, side, device="meta")).ndim == 2
+            return outline(torch.zeros(1, channels, side, side, device="meta")).ndim == 2
     except (RuntimeError, ValueError, AssertionError):
         return False

@@ -208,7 +208,7 @@ class Checkpoint:
             said = {k: v for k, v in (self.config or {}).items() if k in CONFIG_PARTS}
             resize = claimed_resize(self.config, self.preprocessor)
             if said or resize != STRETCH:
-                said |= asdict(resize) | {"input_size": [3, *self.arch.input[1:]]}
+                said |= asdict(resize) | {"input_size": list(self.arch.input)}
                 kept |= {CONFIG_KEY: json.dumps(said, sort_keys=True)}
         return kept | {SOURCE_KEY: self.sha256} | dict(sorted(given.items())) | {SOURCE_KEY: self.sha256}
 

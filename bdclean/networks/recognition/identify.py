@@ -20,6 +20,7 @@ from bdclean.files.text import shown
 from bdclean.networks.arch import Arch, Shape
 from bdclean.networks.encoder import headless
 from bdclean.networks.recognition import encoders, recognition, timm_models
+from bdclean.networks.recognition.channels import as_rgb, check_readable, with_channels
 from bdclean.networks.recognition.dialects import views
 from bdclean.networks.recognition.matching import Match, Part, differences, listed
 from bdclean.networks.recognition.transformers_names import TABLES, Translation, translate
@@ -203,7 +204,7 @@ def accepts(arch: Arch, size: tuple[int, int]) -> bool:
     if size == arch.input[1:]:
         return True
     try:
-        watch(arch.build, (3, *size))
+        watch(arch.build, (arch.input[0], *size))
     except Exception:  # a network may refuse a size in any way
         return False
     return True
@@ -220,7 +221,7 @@ def same_function(one: Arch, other: Arch) -> bool:
                 tensor.uniform_(0.1, 0.3) if tensor.ndim < 2 else tensor.normal_(0, tensor[0].numel() ** -0.5)
         try:
             second.load_state_dict(first.state_dict())
-            x = torch.randn(1, 3, side, side)
+            x = torch.randn(1, one.input[0], side, side)
             a, b = first(x), second(x)
         except (RuntimeError, AssertionError, ValueError):
             return False
@@ -256,15 +257,18 @@ def known(there: Translation, arch: str | None) -> list[Match]:
         if found[0].unread:
             raise Refused(f"{shown(found[0].unread[0])} is not part of a {there.kind} that is known: {CODE}.")
         return found
-    proposal = timm_models.convnextv2(there.shapes)
+    rgb, channels = as_rgb(there.shapes)
+    proposal = timm_models.convnextv2(rgb)
     differing = ["its stages or its head are not whole"]
     if proposal is not None:
+        proposal = with_channels(proposal, channels)
         try:
             network, expected = timm_models.on_meta(proposal.build)
         except Exception as error:  # a builder may refuse numbers in any way
             raise Refused(f"no ConvNeXt V2 has these numbers ({shown(error)}): {CODE}.") from None
         differing = differences(there.shapes, expected)
         if not differing:
+            check_readable(f"this {proposal.name}", channels)
             made = describe(proposal.name, proposal.build, proposal.input, (), network)
             return [Match(made, {name: name for name in there.shapes}, ())]
     raise Refused(f"these {len(there.shapes)} tensors are no ConvNeXt V2 ({listed(differing)}): {CODE}.")
@@ -283,7 +287,7 @@ def settle(found: list[Match], kind: str, claim: Mapping[str, Any]) -> list[Matc
     side = claim.get("image_size")
     if kind != "vit" and isinstance(side, int) and 32 <= side <= 2048:
         # A transformer's position embedding shows it; for the others it is what the network was trained at.
-        found = [replace(m, arch=replace(m.arch, input=(3, side, side))) for m in found]
+        found = [replace(m, arch=replace(m.arch, input=(m.arch.input[0], side, side))) for m in found]
     if kind not in EPSILON:
         return found
     usual, last = EPSILON[kind]
