@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bdclean.data.placing import place, take
 from bdclean.data.scratch import allocate, available
 from bdclean.errors import ENDING, Interrupted, Refused
+from bdclean.networks.building import load
 from bdclean.training import resume
 from bdclean.training.memory import Roomy, keep_freed_memory
 from bdclean.training.resume import Position, Saved
@@ -280,7 +281,7 @@ def _weights(state: State, copied: bool = True) -> dict[str, Tensor]:
 
 
 def _restore_weights(state: State, weights: Mapping[str, Tensor]) -> None:
-    state.model.load_state_dict(_part(weights, "model"))
+    load(state.model, _part(weights, "model"))
     with torch.no_grad():
         for name, tensor in state.extra.items():
             tensor.copy_(weights[f"extra.{name}"])
