@@ -19,6 +19,8 @@ CLOSED = "standard output is closed: there is nowhere to write the result."
 if TYPE_CHECKING:
     from bdclean.record.run import RunRecord
 
+RULE = "\u2500"  # what tables draw under their heads
+COMMANDS = ("scan", "cleanse", "report", "ls", "doctor")
 LONGEST_LINE = 1200  # characters on standard error: a sentence about a stranger's path or name, not all of it
 
 
@@ -47,7 +49,17 @@ class Shown:
         import shutil
 
         width = shutil.get_terminal_size().columns if terminal else None
-        emit(render(records, self.form, width=width, colours=colours, everything=self.verbose))
+        text = render(records, self.form, width=width, colours=colours, everything=self.verbose)
+        emit(text if _takes(RULE) else text.replace(RULE, "-"))
+
+
+def _takes(text: str) -> bool:
+    """Whether standard output's encoding has these characters; a closed one says nothing against them."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def emit(text: str) -> None:
@@ -72,6 +84,12 @@ def warn(line: str) -> None:
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
     with contextlib.suppress(OSError):
         print(f"bdclean: {plain(line)}", file=sys.stderr, flush=True)
+
+
+def where_to_look(argv: Sequence[str]) -> str:
+    """Returns the end of a sentence about wrong usage: the help of the command that `argv` begins with."""
+    command = next((f" {word}" for word in argv[:1] if word in COMMANDS), "")
+    return f"Try 'bdclean{command} --help'."
 
 
 def _discard_output() -> None:

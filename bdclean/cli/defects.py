@@ -70,10 +70,17 @@ def leave_record(argv: Sequence[str], error: BaseException) -> None:
 
 
 def leave(record: RunRecord, place: Path | None = None) -> None:
-    """Writes the record of a defect, by default into the current folder, and says where."""
+    """Writes the record of a defect, by default into the current folder, and says where.
+
+    It takes the place of no file but one that is named after the same defect.
+    """
     digest = record.problem.digest if record.problem else None
-    place = place or Path(f"bdclean-defect-{digest}.json")
-    record.write(place)
+    own = f"bdclean-defect-{digest}.json"
+    place = place or Path(own)
+    if place.name == own:
+        record.write(place)
+    else:
+        place = record.add(place)
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(f"bdclean: the record of this defect is {plain(place)}", file=sys.stderr)

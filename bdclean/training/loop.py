@@ -314,7 +314,8 @@ def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 def deferred_signals() -> Iterator[list[int]]:
     """Collect SIGINT, SIGTERM and SIGHUP instead of acting on them: no step is cut in two. The second one acts.
 
-    A signal that this process was told to ignore (by nohup, say) stays ignored.
+    A closing terminal hangs up twice, the kernel's and the shell's, which is one. A signal that this process was told
+    to ignore (by nohup, say) stays ignored.
     """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -322,6 +323,8 @@ def deferred_signals() -> Iterator[list[int]]:
         return
 
     def note(number: int, frame: Any) -> None:
+        if number in caught and number == getattr(signal, "SIGHUP", None):
+            return
         if caught:
             raise Interrupted("interrupted twice; the state last saved is kept.", 128 + number)
         caught.append(number)
