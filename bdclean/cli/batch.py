@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from bdclean.cli.console import Shown, warn, where_to_look
+from bdclean.cli.console import Shown, kept_for_the_result, warn, where_to_look
 from bdclean.cli.defects import problem_of, trace
 from bdclean.cli.doctor import versions
 from bdclean.cli.places import Records
@@ -38,7 +38,8 @@ def run_all(
         several = len(models) > 1
         with Progress(quiet) as progress:
             progress.begin(f"{model} ({number} of {len(models)})" if several else "")
-            record = guarded(command, model, partial(work, model, progress))
+            with kept_for_the_result():
+                record = guarded(command, model, partial(work, model, progress))
         found.append(record)
         code = judge.exit_code(record)
         codes.append(code)

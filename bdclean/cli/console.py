@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +74,33 @@ def emit(text: str) -> None:
     except OSError as error:
         _discard_output()
         raise Refused(f"standard output cannot be written: {error.strerror}.") from None
+
+
+@contextlib.contextmanager
+def kept_for_the_result() -> Iterator[None]:
+    """Sends what is printed meanwhile to standard error, by code of others at any level: Python, C or a child process.
+
+    A user's network may print when it is imported, built or run, and scripts read the result from standard output.
+    """
+    with contextlib.ExitStack() as stack:
+        aside = sys.stderr or stack.enter_context(open(os.devnull, "w"))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        output = os.dup(1)
+        stack.callback(os.close, output)
+        os.dup2(2, 1)
+        stack.callback(os.dup2, output, 1)
+        stack.callback(_flush_c)
+        stack.enter_context(contextlib.redirect_stdout(aside))
+        yield
+
+
+def _flush_c() -> None:
+    """Empties the buffers of C's own streams, which into a pipe would be written when the process ends."""
+    with contextlib.suppress(Exception):
+        import ctypes
+
+        ctypes.CDLL(None).fflush(None)
 
 
 def warn(line: str) -> None:

@@ -132,6 +132,8 @@ class OutOfMemoryError(RuntimeError):
         (ImportError("libx.so: failed to map segment from shared object"), 3),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 3),
         (OSError(errno.EIO, "broken"), 70),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), 3),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/x"), 70),
         (SystemExit(0), 70),
         (SystemExit(1), 70),
         (RecursionError(), 70),

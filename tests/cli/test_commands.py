@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import bdclean
 from bdclean.cli import arguments
@@ -351,6 +353,58 @@ def test_a_broken_installation_exits_70_and_leaves_a_record(tmp_path):
     assert record.outcome == "failed" and record.problem.exit_code == 70
     assert record.problem.digest and record.problem.digest in record.problem.message
     assert "half installed" in done.stderr
+
+
+TALKING = """
+import atexit, ctypes, os, subprocess, sys
+from torch import nn
+
+def talk(when):
+    print(when, "printed")
+    os.write(1, f"{when} written\\n".encode())
+    ctypes.CDLL(None).puts(f"{when} put".encode())
+    subprocess.run(["echo", when, "echoed"])
+
+talk("import")
+atexit.register(talk, "exit")
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        talk("build")
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+    def forward(self, x):
+        talk("forward")
+        return self.body(x)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_users_network_prints_is_no_part_of_the_result(tmp_path):
+    (tmp_path / "code.py").write_text(TALKING)
+    shapes = {"0.weight": (4, 3, 3, 3), "0.bias": (4,), "3.weight": (3, 4), "3.bias": (3,)}
+    generator = torch.Generator().manual_seed(0)
+    drawn = {f"body.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(drawn, tmp_path / "m.safetensors")
+    data = str(SAMPLES / "images" / "unlabeled")
+    words = [
+        "scan",
+        "m.safetensors",
+        "--data",
+        data,
+        "--arch",
+        "code.py:Net",
+        "--limit",
+        "40",
+        "--format",
+        "json",
+    ]
+    done = command(*words, "--trigger", "badnets", "--preprocess", "half")
+    assert done.returncode in (0, 1, 3) and len(parse_records(done.stdout, "x")[0].triggers) == 1
+    for when in ("import", "build", "forward", "exit"):
+        for how in ("printed", "written", "put", "echoed"):
+            assert f"{when} {how}" in done.stderr, (when, how)
 
 
 def test_a_broken_torch_exits_70_and_leaves_a_record(tmp_path):
