@@ -74,15 +74,16 @@ def new_classes(path: Path, inputs: Inputs) -> tuple[str, ...]:
 
 def at_own_size(checkpoint: Checkpoint, path: Path, inputs: Inputs) -> Checkpoint:
     """`checkpoint` with the image size that it was trained at, by some of the images of `path`; see `own_size`."""
-    given = given_size(inputs)
-    if inputs.arch is not None or given is not None or claimed_size(checkpoint) is not None:
+    claimed = claimed_size(checkpoint)
+    oblong = claimed is not None and claimed[0] != claimed[1]
+    if inputs.arch is not None or given_size(inputs) is not None or oblong:
         return checkpoint
     few = replace(inputs, limit=min(64, inputs.limit or 64), labeled=None, classes=None)
 
     def load(arch: Arch) -> Tensor:
         return as_trained(read_images(path, replace(checkpoint, arch=arch), few, quiet).images, arch)
 
-    return own_size(checkpoint, load, inputs.preprocess)
+    return own_size(checkpoint, load, inputs.preprocess, claimed[0] if claimed is not None else None)
 
 
 def keep_plausible_labels(images: ImageSet, suspect: Suspect, predict: Predict) -> tuple[ImageSet, list[str]]:

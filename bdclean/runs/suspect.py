@@ -21,6 +21,7 @@ from bdclean.networks.checkpoint.new_head import check_recognised, with_new_head
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.recognition.identify import accepts
+from bdclean.networks.recognition.variants import SIZED
 from bdclean.record.run import CheckpointEntry, NewHead
 from bdclean.runs.options import Inputs
 from bdclean.training.pretraining.augmentations import Views
@@ -84,7 +85,7 @@ class Suspect:
 
 
 def input_size(checkpoint: Checkpoint, inputs: Inputs) -> tuple[int, int]:
-    """Height and width: what `--preprocess` says, else what the file claims, else the architecture's own.
+    """Height and width: what `--preprocess` says, else what statistics told, else what the file claims, else the usual.
 
     Raises Refused where the network cannot be run on what the user says; such a claim is passed over.
     """
@@ -94,8 +95,10 @@ def input_size(checkpoint: Checkpoint, inputs: Inputs) -> tuple[int, int]:
         raise Refused(
             f"{checkpoint.arch.name} cannot be run on images of {given[0]}x{given[1]}: leave size out, it is {own}."
         )
-    size = given or claimed_size(checkpoint)
-    return size or (checkpoint.arch.input[1], checkpoint.arch.input[2])
+    if given is not None:
+        return given
+    claimed = None if SIZED.search(checkpoint.arch.name) else claimed_size(checkpoint)
+    return claimed or (checkpoint.arch.input[1], checkpoint.arch.input[2])
 
 
 def given_size(inputs: Inputs) -> tuple[int, int] | None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bdclean.data.placing import place, take
 from bdclean.data.scratch import allocate, available
 from bdclean.errors import ENDING, Interrupted, Refused
+from bdclean.networks.building import load
 from bdclean.training import resume
 from bdclean.training.memory import Roomy, keep_freed_memory
 from bdclean.training.resume import Position, Saved
@@ -280,7 +281,7 @@ def _weights(state: State, copied: bool = True) -> dict[str, Tensor]:
 
 
 def _restore_weights(state: State, weights: Mapping[str, Tensor]) -> None:
-    state.model.load_state_dict(_part(weights, "model"))
+    load(state.model, _part(weights, "model"))
     with torch.no_grad():
         for name, tensor in state.extra.items():
             tensor.copy_(weights[f"extra.{name}"])
@@ -313,7 +314,8 @@ def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 def deferred_signals() -> Iterator[list[int]]:
     """Collect SIGINT, SIGTERM and SIGHUP instead of acting on them: no step is cut in two. The second one acts.
 
-    A signal that this process was told to ignore (by nohup, say) stays ignored.
+    A closing terminal hangs up twice, the kernel's and the shell's, which is one. A signal that this process was told
+    to ignore (by nohup, say) stays ignored.
     """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -321,6 +323,8 @@ def deferred_signals() -> Iterator[list[int]]:
         return
 
     def note(number: int, frame: Any) -> None:
+        if number in caught and number == getattr(signal, "SIGHUP", None):
+            return
         if caught:
             raise Interrupted("interrupted twice; the state last saved is kept.", 128 + number)
         caught.append(number)

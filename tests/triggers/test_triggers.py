@@ -158,6 +158,20 @@ def test_ctrl_on_grey_images_waves_the_grey_level_itself() -> None:
     assert float(change.square().mean().sqrt()) > 3 and float(spectrum.max()) > 500
 
 
+def test_a_trigger_that_is_given_twice_counts_once():
+    specs = (
+        "badnets:size=3",
+        "sig",
+        "badnets",
+        "badnets:size=3,position=bottom-right",
+        "sig:delta=40",
+        "badnets",
+    )
+    made = make_triggers(specs, (32, 32))
+    assert len(made) == len({trigger.spec() for trigger in made}) < len(specs)
+    assert made[0] == make_triggers(specs[:1], (32, 32))[0]
+
+
 def test_the_bank_is_of_the_expected_size_and_scales() -> None:
     assert 30 <= len(bank((32, 32))) <= 40
     for size in [(32, 32), (64, 64), (224, 224), (28, 36)]:

@@ -7,9 +7,11 @@ candidate, which real images must part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ from bdclean.networks.stages import describe, describe_encoder, watch
 CODE = "give the network's own code with --arch FILE.py:NAME"
 # The only activation that the networks read from transformers' names have here; gelu for the other kinds.
 ACTIVATIONS = {"resnet": "relu", "regnet": "relu"}
+# Whether the first stage lowers the resolution, where a config does not say.
+FIRST_STAGE_LOWERS = {"resnet": False, "regnet": True}
 # transformers' epsilon of layer norms, of all of them or of the last alone, where a config does not say: that of
 # google/vit-base-patch16-224 and facebook/convnext-tiny-224.
 EPSILON = {"vit": (1e-12, ""), "convnext": (1e-12, "classifier.0"), "convnextv2": (1e-12, "head.norm")}
@@ -282,6 +286,9 @@ def settle(found: list[Match], kind: str, claim: Mapping[str, Any]) -> list[Matc
         raise Refused(
             f"config.json says hidden_act {shown(activation)}; only {usual_one} is known for {kind}: {CODE}."
         )
+    lowers = claim.get("downsample_in_first_stage")
+    if kind in FIRST_STAGE_LOWERS and isinstance(lowers, bool) and lowers != FIRST_STAGE_LOWERS[kind]:
+        found = [with_first_stride(m, kind, 2 if lowers else 1) for m in found]
     if claim.get("model_type") == kind:
         found = [chosen(found, kind, claim)]
     side = claim.get("image_size")
@@ -297,6 +304,31 @@ def settle(found: list[Match], kind: str, claim: Mapping[str, Any]) -> list[Matc
     return [replace(m, arch=replace(m.arch, build=with_epsilon(m.arch.build, value, last))) for m in found]
 
 
+def with_first_stride(match: Match, kind: str, stride: int) -> Match:
+    """The network with this stride in its first stage, which shapes show only where that changes no width."""
+    arch = match.arch
+    if kind == "regnet":
+        block, strided, shortcut = "trunk_output.block1.block1-0", "f.b.0", "proj.0"
+    else:
+        inner = "layer1.0.conv3.weight" in match.names.values() and "stride1x1" not in arch.name
+        block, strided, shortcut = "layer1.0", "conv2" if inner else "conv1", "downsample.0"
+    places = [f"{block}.{place}" for place in (strided, shortcut)]
+    places = [place for place in places if f"{place}.weight" in match.names.values()]
+    build = partial(restrided, arch.build, places, stride)
+    made = describe(arch.name, build, arch.input, arch.alternatives)
+    return replace(match, arch=replace(made, unusual=arch.unusual))
+
+
+def restrided(build: Callable[[], nn.Module], places: Sequence[str], stride: int) -> nn.Module:
+    """The network with this stride in the convolutions at `places`."""
+    network = build()
+    for place in places:
+        convolution = network.get_submodule(place)
+        assert isinstance(convolution, nn.Conv2d)
+        convolution.stride = (stride, stride)
+    return network
+
+
 def chosen(found: list[Match], kind: str, claim: Mapping[str, Any]) -> Match:
     """The candidate that the claim names; the others stay among its alternatives."""
     if kind == "resnet":
@@ -307,10 +339,30 @@ def chosen(found: list[Match], kind: str, claim: Mapping[str, Any]) -> Match:
         for match in found:
             if attention_heads(match.arch) == heads:
                 return match
+        if (made := with_heads(found[0], heads)) is not None:
+            return made
         raise Refused(
             f"config.json says {heads} attention heads, which these tensors do not allow: correct it."
         )
     return found[0]
+
+
+def with_heads(match: Match, heads: int) -> Match | None:
+    """The transformer with this number of heads, more or narrower ones than are tried unasked; None where none fits."""
+    arch = match.arch
+    with torch.device("meta"):
+        first = next(m for m in arch.build().modules() if isinstance(m, nn.MultiheadAttention))
+    if heads < 1 or first.embed_dim % heads:
+        return None
+
+    def build() -> nn.Module:
+        network = arch.build()
+        for module in network.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                module.num_heads, module.head_dim = heads, module.embed_dim // heads
+        return network
+
+    return replace(match, arch=replace(arch, name=re.sub(r"-h\d+-", f"-h{heads}-", arch.name), build=build))
 
 
 def attention_heads(arch: Arch) -> int | None:

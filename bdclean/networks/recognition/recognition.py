@@ -24,6 +24,7 @@ from bdclean.networks.families import (
     preact,
     regnet,
     residual,
+    scaled,
     swin,
     token_transformer,
     vgg,
@@ -48,6 +49,7 @@ FAMILIES: tuple[Family, ...] = (
     regnet,
     densenet,
     builders,
+    scaled,
 )
 # Networks that are mostly found as encoders, and have a head once one was trained on them. None is known by name.
 OF_ENCODERS: tuple[Family, ...] = (token_transformer, clip_resnet)
