@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bdclean.errors import Refused
-from bdclean.networks.ambiguity.choosing import AUTHORS, Choice, choose
+from bdclean.networks.ambiguity.choosing import AUTHORS, Choice, choose, contradiction
 from bdclean.networks.ambiguity.variant import read_off
 from bdclean.networks.arch import Arch
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
@@ -140,7 +140,8 @@ def understand(
         choices = choose(checkpoint, images, preprocess, labels)
     if reading.arch.kind == "encoder" and choices[0].source in CLAIMED:
         choices = choices[:1]
-    warnings = [reading.warning] if reading.warning else []
+    against = contradiction(checkpoint, images, preprocess, labels)
+    warnings = [warning for warning in (reading.warning, against) if warning]
     return Suspect(
         checkpoint,
         reading.arch,

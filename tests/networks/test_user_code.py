@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bdclean.errors import Refused, UsageError
+from bdclean.networks.recognition.identify import identify
 from bdclean.networks.recognition.recognition import recognise_as
 
 CODE = """
@@ -185,3 +186,63 @@ def test_fitting_draws_no_random_numbers(code):
     before = torch.random.get_rng_state()
     recognise_as(small_shapes(10), f"{code}:Small")
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+TRUNKS = """
+import torch
+from torch import nn
+from torchvision.models import resnet18, squeezenet1_0, vit_b_16, mobilenet_v2, VisionTransformer
+import timm
+
+def trunk():
+    network = resnet18(num_classes=10)
+    network.fc = nn.Identity()
+    return network
+
+def listed():
+    return nn.Sequential(*list(resnet18().children())[:-1], nn.Flatten())
+
+def plain():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def tokens():
+    return timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, depth=2)
+
+def headed():
+    return resnet18(num_classes=10)
+
+def maps():
+    return squeezenet1_0(num_classes=10)
+
+def softmaxed():
+    return nn.Sequential(resnet18(num_classes=10), nn.Softmax(1))
+
+def classes():
+    return timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=32, patch_size=8, depth=2)
+
+def pooled():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+"""
+
+
+@pytest.mark.parametrize(
+    ("maker", "kind"),
+    [
+        *((name, "encoder") for name in ("trunk", "listed", "plain", "tokens")),
+        *((name, "classifier") for name in ("headed", "maps", "softmaxed", "classes", "pooled")),
+    ],
+)
+def test_code_without_a_head_is_read_as_an_encoder(tmp_path, maker, kind):
+    """A feature is no class: a ResNet's 512 were taken for 512 classes."""
+    if maker in ("tokens", "classes"):
+        pytest.importorskip("timm")
+    text = TRUNKS if "timm" in sys.modules else TRUNKS.replace("import timm\n", "")
+    file = tmp_path / "trunks.py"
+    file.write_text(text, encoding="utf-8")
+    namespace = {}
+    exec(compile(text, str(file), "exec"), namespace)
+    shapes = {k: tuple(v.shape) for k, v in namespace[maker]().state_dict().items()}
+    (match,), notes = identify(shapes, f"{file}:{maker}", None)
+    assert match.arch.kind == kind
+    assert ("ends without a head" in " ".join(notes)) == (kind == "encoder")
+    assert identify(shapes, f"{file}:{maker}", None, "classifier")[0][0].arch.kind == "classifier"

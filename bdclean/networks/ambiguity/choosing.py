@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 
 AUTHORS = "the authors' layout"
+NEAR = 0.2
+"""Normalisations that differ by no more for any pixel, in the network's units (4 from black to white), do not contradict
+each other."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,23 @@ def choose(
         return of_encoder(network, images[order], said, checkpoint.arch.usual_preprocess)
     kept, margin, source = decide(network, images[order], said[0] if said else None, known)
     return [Choice(p, margin, said[1] if said is not None and p == said[0] else source) for p in kept]
+
+
+def contradiction(checkpoint: Checkpoint, images: Tensor, given: str, labels: Tensor | None = None) -> str | None:
+    """What speaks against the normalisation that the user says, as a sentence; None where nothing does.
+
+    Arguments as in `choose`. The given one is obeyed all the same: a wrong one was seen to hide a backdoor.
+    """
+    if given == "auto":
+        return None
+    named, others = parse_preprocess(given), choose(checkpoint, images, "auto", labels)
+    if any(other.preprocess.gap(named) <= NEAR and other.preprocess.bgr == named.bgr for other in others):
+        return None
+    titles = " or ".join(dict.fromkeys(f"{other.preprocess.title} ({other.source})" for other in others[:2]))
+    return (
+        f"--preprocess {named.title} is obeyed, but contradicted by what the network itself shows, which speaks for "
+        f"{titles}: a wrong normalisation can hide a backdoor."
+    )
 
 
 def of_encoder(

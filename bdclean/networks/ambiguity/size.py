@@ -63,7 +63,9 @@ def own_size(
         images = load(arch)
         # Too small for its pools, or no multiple of its blocks.
         with contextlib.suppress(RuntimeError, ValueError, AssertionError):
-            found[side] = misfit(replace(checkpoint, arch=arch), images, given)
+            # A normalisation that does not fit must not make another size seem to fit better than the own one.
+            told_by = dict.fromkeys((given, "auto"))
+            found[side] = min(misfit(replace(checkpoint, arch=arch), images, each) for each in told_by)
         if found.get(usual.input[1], math.inf) < 1:
             return checkpoint
     best = min(found, key=lambda side: found[side], default=usual.input[1])

@@ -20,7 +20,7 @@ from torch import nn
 from bdclean.errors import Refused, UsageError
 from bdclean.files.text import shown
 from bdclean.networks.arch import Arch, Shape
-from bdclean.networks.encoder import headless
+from bdclean.networks.encoder import headless, submodule
 from bdclean.networks.recognition import encoders, recognition, timm_models
 from bdclean.networks.recognition.channels import as_rgb, check_readable, with_channels
 from bdclean.networks.recognition.dialects import views
@@ -29,6 +29,11 @@ from bdclean.networks.recognition.transformers_names import TABLES, Translation,
 from bdclean.networks.recognition.variants import with_epsilon
 from bdclean.networks.stages import describe, describe_encoder, watch
 
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+NO_HEAD = (
+    "the code's network ends without a head of classes: it is read as an encoder of {} features (--kind classifier says "
+    "otherwise)."
+)
 CODE = "give the network's own code with --arch FILE.py:NAME"
 # The only activation that the networks read from transformers' names have here; gelu for the other kinds.
 ACTIVATIONS = {"resnet": "relu", "regnet": "relu"}
@@ -56,7 +61,11 @@ def identify(
         with suppress(Refused):
             return named_encoders(shapes, arch, config), []
     try:
-        return classifiers(shapes, arch, config)
+        found = classifiers(shapes, arch, config)
+        if coded and gives_features(found[0][0].arch):
+            made, notes = as_encoders(shapes, arch, config)
+            return made, [*notes, NO_HEAD.format(made[0].arch.width)]
+        return found
     except (Refused, UsageError) as error:
         if coded:
             raise
@@ -66,6 +75,21 @@ def identify(
             if arch is None and encoders.is_half(shapes):
                 raise other from None
         raise error from None
+
+
+def gives_features(arch: Arch) -> bool:
+    """Whether the last layer with weights of a user's network is no head: it gives maps or tokens, or a norm follows.
+
+    A head of maps, as SqueezeNet has one, is a convolution of single pixels.
+    """
+    events, _, _ = watch(arch.build, arch.input)
+    last, head = submodule(arch, arch.head), events.get(arch.head)
+    if head is None or not isinstance(last, nn.Linear | nn.Conv2d):
+        return False
+    norms = {name for name, module in arch.build().named_modules() if isinstance(module, NORMS)}
+    if any(event.begin > head.end for name, event in events.items() if name in norms):
+        return True
+    return len(head.shape) != 2 if isinstance(last, nn.Linear) else last.kernel_size != (1, 1)
 
 
 def named_encoders(
