@@ -109,7 +109,7 @@ def cleanse(
         found = repair.measure_before(before, made)
         cleansed = repair.run(recipe, method, trained, images, place, resume)
         repair.write(cleansed, recipe, trained, before, usual, place, force)
-        after = after_writing(place, trained, before, inputs)
+        after = repair.open_written(place, trained, before)
         rows = repair.measure_after(after, made, found, cleansed.families)
         return repair.conclude(before, after, made, *rows, cleansed)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
@@ -269,6 +269,19 @@ class _Repair:
             provenance["head"] = "new"
         digest = suspect.checkpoint.write(cleansed.model, place, provenance, force)
         self._note(output=OutputEntry(str(place), digest, suspect.new_head))
+
+    def open_written(self, place: Path, suspect: Suspect, before: Trial) -> Trial:
+        """The output, read back; one that gives no numbers does not stay where a result would be looked for."""
+        try:
+            return after_writing(place, suspect, before, self.inputs)
+        except Refused as error:
+            for left in (place, resume_state(place), resume_state(place).with_suffix(".json")):
+                left.unlink(missing_ok=True)
+            self._note(output=None)
+            raise Refused(
+                f"what training left gives no usable answers ({str(error).split(':')[0]}), so nothing was written: lower "
+                "its learning rate with --set."
+            ) from None
 
     def measure_after(
         self, after: Trial, made: Sequence[Trigger], found: Sequence[Measured], families: Sequence[str]

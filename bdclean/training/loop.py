@@ -189,11 +189,16 @@ class _Course:
             ) from error
         saved.tensors = {}  # its memory is free from here on
 
+    def rates_of(self, step: int) -> list[float]:
+        """The learning rate of each group of parameters at `step`, as the schedule has it."""
+        schedule = self.state.schedule
+        return [rate if schedule is None else schedule(step) for rate in self.rates]
+
     def batch(self, images: Tensor, labels: Tensor | None) -> tuple[Batch, int]:
         """The next batch, and the seed of its step; the optimiser gets the learning rate of that step."""
         state, run, done = self.state, self.run, self.position.done
-        for group, rate in zip(state.optimiser.param_groups, self.rates, strict=True):
-            group["lr"] = self.position.share * (rate if state.schedule is None else state.schedule(done))
+        for group, rate in zip(state.optimiser.param_groups, self.rates_of(done), strict=True):
+            group["lr"] = self.position.share * rate
         size = min(state.batch_size, len(images))
         chosen = order(len(images), size, done, run.seed, state.stage).to(run.device)
         batch = Batch(
@@ -262,8 +267,8 @@ class _Course:
         position, state = self.position, self.state
         if position.share <= 0.5**MOST_HALVINGS:
             raise Refused(
-                f"{state.stage} diverged at step {position.done} of {state.steps} ({dict(row)}), with a thousandth of "
-                "its learning rate, too: lower the learning rate with --set."
+                f"{state.stage} diverged at step {position.done} of {state.steps} ({dict(row)}) at a learning rate of "
+                f"{max(self.rates_of(position.done)):g}, and at a thousandth of it, too: lower it with --set."
             )
         _restore_weights(state, self.good)
         state.optimiser.state.clear()  # what it remembers led here
