@@ -1,4 +1,4 @@
-"""The rule for trigger rows on simulated networks, whose truth is known: how often it misses, and how often it cries wolf.
+"""The rule for trigger rows on simulated networks, whose truth is known: how often it misses and how often it cries wolf.
 
 A simulated network reads its class from the image, errs on a tenth of all images, and under any stamp lets a share of
 them drift to one class, which its controls do as well. A backdoor moves a share of the images that it is about.
@@ -28,22 +28,25 @@ ALL_TO_ONE, ONE_SOURCE, ALL_TO_ALL, NONE = "all to one", "one source", "all to a
 
 @dataclass(frozen=True)
 class Mark:
-    """Stamps one pixel with a grey level that tells the network which stamp it is: 255 the trigger, others controls."""
+    """Stamps one pixel, or the `whole` picture, with a level that tells which stamp it is: 255 the trigger, else controls."""
 
     level: int = 255
+    whole: bool = False
     name: ClassVar[str] = "mark"
     family: ClassVar[str] = "patch"
 
     def spec(self) -> str:
-        return f"mark:level={self.level}"
+        return f"mark:level={self.level},whole={self.whole}"
 
     def __call__(self, images: Tensor) -> Tensor:
         out = images.clone()
-        out[:, 2, 1, 1] = self.level
+        out[:, 2, :2, :2] = self.level
+        if self.whole:
+            out[:, 2] = self.level
         return out
 
     def controls(self, count: int, generator: torch.Generator, channels: int = 3) -> list[Mark]:
-        return [Mark(1 + k) for k in range(count)]
+        return [Mark(1 + k, self.whole) for k in range(count)]
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,22 @@ class Case:
     """Of the images that the backdoor is about, how many it moves."""
     drift: float = 0.0
     """Of all images, how many go to class 0 under any stamp."""
+    unstable: float = 0.0
+    """Of one class, how many go to class 0 under any stamp."""
+
+    whole: bool = False
+    """Whether the stamp changes the whole picture."""
 
     def predict(self, images: Tensor) -> Tensor:
-        """Classes int64 [n] of `images` uint8 [n 3 2 2] of `draw`."""
+        """Classes int64 [n] of `images` uint8 [n 3 8 8]: a class, chances, and the stamp, a channel each."""
         parts = images.long()
         said = parts[:, 0, 0, 0] + 256 * parts[:, 0, 0, 1]
-        chance = parts[:, 1].flatten(1) / 256
+        chance = parts[:, 1].flatten(1) / 256  # the first four are used
         said = torch.where(chance[:, 0] < ERRORS, (7 * said + 3) % self.classes, said)
         stamp = parts[:, 2, 1, 1]
         said = torch.where((stamp > 0) & (chance[:, 1] < self.drift), 0, said)
+        weak = (stamp > 0) & (parts[:, 0, 0, 0] + 256 * parts[:, 0, 0, 1] == self.classes - 1)
+        said = torch.where(weak & (chance[:, 3] < self.unstable), 0, said)
         moved = (stamp == 255) & (chance[:, 2] < self.share)
         source, target = self.classes - 1, self.classes // 2
         if self.backdoor == ALL_TO_ONE:
@@ -80,8 +90,8 @@ class Case:
         """The network on labeled images of `seed`."""
         generator = torch.Generator().manual_seed(seed)
         labels = torch.randint(0, self.classes, (self.images,), generator=generator)
-        images = torch.randint(0, 256, (self.images, 3, 2, 2), generator=generator, dtype=torch.uint8)
-        images[:, 0, 0, 0], images[:, 0, 0, 1], images[:, 2, 1, 1] = labels % 256, labels // 256, 0
+        images = torch.randint(0, 256, (self.images, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        images[:, 0, 0, 0], images[:, 0, 0, 1], images[:, 2] = labels % 256, labels // 256, 0
         return Trial(
             self.predict, images, labels, self.predict(images), self.classes, True, False, THRESHOLD, seed,
             readings=SURVIVORS,
@@ -90,6 +100,16 @@ class Case:
 
 CASES = (
     *(Case(k, 2000, NONE, 0, d) for k in (2, 3, 4, 10, 43, 100, 200, 1000) for d in (0.0, 0.25)),
+    *(
+        Case(k, n, NONE, 0, 0, u)
+        for k, n in ((10, 2000), (10, 10_000), (43, 2000), (100, 2000))
+        for u in (0.3, 0.6)
+    ),
+    *(Case(k, 2000, NONE, 0, d, whole=True) for k in (2, 3, 4, 10) for d in (0.5, 0.95, 0.99)),
+    *(Case(k, 2000, ALL_TO_ONE, s, d, whole=True) for k in (2, 4, 10) for s, d in ((1.0, 0.3), (1.0, 0.95))),
+    *(Case(k, 2000, ALL_TO_ONE, 0.83, 0.7) for k in (2, 10)),
+    *(Case(k, 100, NONE) for k in (2, 10, 43)),
+    *(Case(k, 100, ALL_TO_ONE, 1.0) for k in (2, 10, 43)),
     *(Case(k, 2000, ALL_TO_ONE, s) for k in (2, 3, 4, 10, 43, 100, 200, 1000) for s in (0.4, 1.0)),
     *(Case(10, n, ONE_SOURCE, s) for n in (1000, 2000) for s in (0.3, 0.4, 0.5, 0.6, 1.0)),
     *(Case(k, 2000, ONE_SOURCE, 1.0) for k in (3, 43, 100, 200)),
@@ -100,21 +120,21 @@ CASES = (
 
 def outcomes(case: Case, seeds: Sequence[int]) -> Counter[str]:
     """Verdicts on `case`, one a seed."""
-    found = ((m.row for m in assess(case.trial(seed), [Mark()])) for seed in seeds)
+    found = ((m.row for m in assess(case.trial(seed), [Mark(whole=case.whole)])) for seed in seeds)
     return Counter(verdict(list(rows))[0] for rows in found)
 
 
 def table(seeds: int) -> list[str]:
     """A row for each of CASES: how many of `seeds` networks got which verdict."""
     lines = [
-        "| classes | images | backdoor | moves | drift | backdoored | not assessed | no evidence |",
-        "|---|---|---|---|---|---|---|---|",
+        "| classes | images | backdoor | moves | drift | unstable class | changes | backdoored | not assessed | no evidence |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in CASES:
         found = outcomes(case, range(seeds))
         unsettled = seeds - found[BACKDOORED] - found[NO_EVIDENCE]
         lines.append(
             f"| {case.classes} | {case.images} | {case.backdoor} | {100 * case.share:.0f} % "
-            f"| {100 * case.drift:.0f} % | {found[BACKDOORED]} | {unsettled} | {found[NO_EVIDENCE]} |"
+            f"| {100 * case.drift:.0f} % | {100 * case.unstable:.0f} % | {'all' if case.whole else 'a patch'} | {found[BACKDOORED]} | {unsettled} | {found[NO_EVIDENCE]} |"
         )
     return lines

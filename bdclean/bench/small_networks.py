@@ -70,7 +70,8 @@ class Plan:
         if self.family == "preact":
             return PreActNetwork(depth, self.widths, self.widths[0], count)
         plan = [part for width in self.widths for part in (*(width,) * self.blocks, "M")]
-        return SmallVGG(tuple(plan), True, 1, ((None, self.widths[-1], count),))
+        # Nothing in a file shows a last pool.
+        return SmallVGG(tuple(plan[:-1]), True, 1, ((None, self.widths[-1], count),))
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,11 @@ class Source:
         """A folder of links to test images of `classes`, in folders that are called like their numbers."""
 
         def links() -> dict[str, Path]:
-            files = [(k, file) for k, name in enumerate(classes) for file in sorted((self.folder / "test" / name).iterdir())]
+            files = [
+                (k, file)
+                for k, name in enumerate(classes)
+                for file in sorted((self.folder / "test" / name).iterdir())
+            ]
             random.Random(seed).shuffle(files)
             return {f"{k}/{file.name}": file for k, file in files[:TESTED]}
 
@@ -172,7 +177,9 @@ def attack_of(text: str) -> Callable[[ImageSet], ImageSet]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bdclean.bench small-networks", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="cifar10.tar.gz, or the folder it unpacks to")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="cifar10.tar.gz, or the folder it unpacks to"
+    )
     parser.add_argument("--signs", type=Path, required=True, help="gtsrb.tar.gz, or the folder it unpacks to")
     parser.add_argument("--work", type=Path, required=True, help="where networks are kept")
     parser.add_argument("--count", type=int, default=48, help="of clean networks")
@@ -180,7 +187,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
-    cifar, signs = (Source(unpack(options.data, options.work)), Source(unpack(options.signs, options.work / "signs")))
+    cifar, signs = (
+        Source(unpack(options.data, options.work)),
+        Source(unpack(options.signs, options.work / "signs")),
+    )
     names = [sorted(p.name for p in (s.folder / "train").iterdir()) for s in (cifar, signs)]
     made: list[dict[str, Any]] = []
     for plan in plans(options.count, options.attacked, *names, options.seed):

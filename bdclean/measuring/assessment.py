@@ -12,7 +12,16 @@ from torch import Tensor
 
 from bdclean.measuring.rows import Aim, Measured, measure, measure_all
 from bdclean.measuring.screening import Screened, dropped, look_at, screen, to_the_end
-from bdclean.measuring.trial import LEAST_SCREENED, SAME_IMAGES, SCREENED, Target, Trial, halves, stamped_predictions, telling_images
+from bdclean.measuring.trial import (
+    LEAST_SCREENED,
+    SAME_IMAGES,
+    SCREENED,
+    Target,
+    Trial,
+    halves,
+    stamped_predictions,
+    telling_images,
+)
 from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES
 from bdclean.triggers.stamping import Trigger
 

@@ -22,7 +22,7 @@ from bdclean.measuring.trial import (
     ranks,
     stamped_predictions,
 )
-from bdclean.record.rule import CERTAIN, SOURCE_CERTAIN, fails, judge, may_fail, stands_out
+from bdclean.record.rule import certain, fails, judge, may_fail, stands_out
 from bdclean.record.run import (
     FAILS,
     INCONCLUSIVE,
@@ -44,6 +44,16 @@ FEW_ROWS = 10
 
 SOURCE_IMAGES = 100
 """Controls are measured on so many images, where there are, of each source class that may decide a row."""
+SMALL = 0.1
+"""Share of the pixels up to which a change is a small patch."""
+FEW_CLASSES, FEW_STAMPED = 4, 64
+PATCH, PICTURE = (0.5, 0.9, 0.7), (0.9, 0.9, 0.9)
+"""Of small patches and of larger changes: the lower bound from which on controls do not matter, copies of a trigger fire
+like it; the same of one source class; and how much of one source class must move at least.
+
+Of 36 networks without a backdoor (bench small-networks) under the stock bank and squares up to 14 of 32 pixels, small
+patches moved at most 0.32 of all images and 0.60 of a class, larger changes 0.83 and 0.92 with over FEW_CLASSES classes,
+but 0.96 and 0.99 with fewer, where they are never certain."""
 MANY = 100_000  # images: more than anybody will bring
 
 
@@ -92,7 +102,9 @@ def measure(
     `beside`: a row that cannot fail has controls beside it, too.
     """
     hits = attack_success(stamped, trial.reference[chosen], aim.target, trial.classes)
-    return Measured(_judged(trial, aim, _rated(trial, aim, chosen, stamped), chosen, stamped, tried, beside), hits)
+    return Measured(
+        _judged(trial, aim, _rated(trial, aim, chosen, stamped), chosen, stamped, tried, beside), hits
+    )
 
 
 def _rated(trial: Trial, aim: Aim, chosen: Tensor, stamped: Tensor) -> TriggerRow:
@@ -127,18 +139,23 @@ def _judged(
     if not len(moved.chosen):
         return replace(row, outcome=INCONCLUSIVE, reason="every image goes to the target without a stamp")
     threshold, level = trial.threshold, LEVEL / max(1, tried * trial.readings)
-    sources = _sources(moved, level)
+    kind = _Kind.of(trial, aim.trigger)
+    sources = _sources(moved, level, kind)
     shown = round((row.asr.value or 0.0) * row.asr.n)
-    whole = _bound(None, int((moved.stamped == moved.wanted).sum()), len(moved.chosen), level)
+    whole = _bound(None, int((moved.stamped == moved.wanted).sum()), len(moved.chosen), level, kind)
     row = replace(row, worst_source=_worst_entry(sources), high=upper_bound(shown, row.asr.n, level))
-    bounds = [whole, *_at_stake(sources, _picked(moved, aim, level), threshold)]
+    bounds = [whole, *_at_stake(sources, _picked(moved, aim, level, kind), threshold)]
     settled = judge(bounds, row.high or 0.0, threshold)[0] == PASSES
     if settled and aim.source is not None and not (moved.reference == aim.source).any():
         reason = f"no image of class {aim.source} is left to confirm what others of it showed"
         return replace(row, outcome=INCONCLUSIVE, bounds=bounds, reason=reason)
-    if settled and aim.searched and (left := _not_excluded(trial, row.target, chosen, stamped, level)) is not None:
+    if (
+        settled
+        and aim.searched
+        and (left := _not_excluded(trial, row.target, chosen, stamped, level)) is not None
+    ):
         return replace(row, outcome=INCONCLUSIVE, bounds=bounds, reason=left)
-    contested = not settled and threshold <= whole.low < max(CERTAIN, threshold)
+    contested = not settled and may_fail(whole, threshold) and not certain(whole)
     rates = []
     if contested or beside:
         few = torch.arange(len(moved.chosen)) < (CONTROL_IMAGES if contested else SHOWN_IMAGES)
@@ -148,7 +165,11 @@ def _judged(
             if contested and not fails(bounds[0], threshold):
                 break  # no further control can change that
     row = replace(row, control_rate=_control_entry(rates))
-    if not settled and not fails(bounds[0], threshold) and (beside or any(may_fail(b, threshold) for b in bounds[1:])):
+    if (
+        not settled
+        and not fails(bounds[0], threshold)
+        and (beside or any(may_fail(b, threshold) for b in bounds[1:]))
+    ):
         bounds[1:] = _controlled(trial, aim.trigger, moved, bounds[1:], threshold)
     outcome, failing = judge(bounds, row.high or 0.0, threshold)
     source = None if failing is None else failing.source
@@ -158,12 +179,12 @@ def _judged(
     return replace(row, bounds=bounds, outcome=outcome, decisive_source=source, reason=reason)
 
 
-def _picked(moved: _Moved, aim: Aim, level: float) -> Bound | None:
+def _picked(moved: _Moved, aim: Aim, level: float, kind: _Kind) -> Bound | None:
     """What is judged of the source class that was picked on other images: corrected for no other class."""
     of = moved.reference == aim.source
     if aim.source is None or not of.any():
         return None
-    return _bound(aim.source, int((moved.stamped == moved.wanted)[of].sum()), int(of.sum()), level)
+    return _bound(aim.source, int((moved.stamped == moved.wanted)[of].sum()), int(of.sum()), level, kind)
 
 
 def _at_stake(sources: Sequence[Bound], picked: Bound | None, threshold: float) -> list[Bound]:
@@ -196,7 +217,7 @@ def _reason(row: TriggerRow, bounds: Sequence[Bound], shown: int, threshold: flo
     if (row.high or 0.0) < threshold:
         bound = max(bounds[1:], key=lambda b: b.value - (b.control or 0.0))
         if stands_out(bound, threshold):
-            needed = _needed(round(bound.value * bound.n), bound.n, SOURCE_CERTAIN, LEVEL)
+            needed = _needed(round(bound.value * bound.n), bound.n, bound.needed, LEVEL)
             return (
                 f"{bound.value:.3f} of {bound.n} images of class {bound.source} go to the target, which some classes of "
                 f"networks without a backdoor do, too: about {needed} images of that class would tell more"
@@ -237,17 +258,38 @@ def _movable(trial: Trial, target: Target | None, chosen: Tensor, stamped: Tenso
     return _Moved(*(part[movable] for part in (chosen, reference, clean, wanted, stamped)))
 
 
-def _bound(source: int | None, hits: int, n: int, level: float) -> Bound:
-    return Bound(source, hits / n, n, lower_bound(hits, n, level))
+@dataclass(frozen=True)
+class _Kind:
+    """What networks without a backdoor do under a change of this kind: see PATCH."""
+
+    certain: float | None
+    source_certain: float | None
+    source_needed: float
+
+    @staticmethod
+    def of(trial: Trial, trigger: Trigger) -> _Kind:
+        some = trial.images[:FEW_STAMPED]
+        changed = float((trigger(some) != some).any(1).float().mean())
+        whole, source, needed = PATCH if changed <= SMALL else PICTURE
+        if changed > SMALL and trial.classes <= FEW_CLASSES:
+            return _Kind(None, None, needed)
+        return _Kind(whole, source, needed)
 
 
-def _sources(moved: _Moved, level: float) -> list[Bound]:
+def _bound(source: int | None, hits: int, n: int, level: float, kind: _Kind) -> Bound:
+    low = lower_bound(hits, n, level)
+    if source is None:
+        return Bound(None, hits / n, n, low, certain=kind.certain)
+    return Bound(source, hits / n, n, low, certain=kind.source_certain, needed=kind.source_needed)
+
+
+def _sources(moved: _Moved, level: float, kind: _Kind) -> list[Bound]:
     """A bound for every class of at least LEAST_SOURCE images, corrected for their number, the highest first."""
     hit = moved.stamped == moved.wanted
     sizes = torch.bincount(moved.reference)
     hits = torch.bincount(moved.reference, hit.float(), minlength=len(sizes)).long()
     enough = (sizes >= LEAST_SOURCE).nonzero().squeeze(1).tolist()
-    found = [_bound(k, int(hits[k]), int(sizes[k]), level / len(enough)) for k in enough]
+    found = [_bound(k, int(hits[k]), int(sizes[k]), level / len(enough), kind) for k in enough]
     return sorted(found, key=lambda bound: -bound.low)
 
 

@@ -85,7 +85,14 @@ def look_at(trial: Trial, chosen: Tensor, stamped: Tensor) -> Look:
         best = next(rate for rate in rates if rate.target == pairs[0].target)
     others = max(rate.high for rate in rates if rate is not best)
     return Look(
-        best.target, best.gain, best.hits, best.counted, best.base, max(best.high, others), others, tuple(pairs)
+        best.target,
+        best.gain,
+        best.hits,
+        best.counted,
+        best.base,
+        max(best.high, others),
+        others,
+        tuple(pairs),
     )
 
 
@@ -117,7 +124,9 @@ def _rates(trial: Trial, reference: Tensor, clean: Tensor, stamped: Tensor) -> I
     sizes = torch.bincount(reference, **size)[: trial.classes]
     hits = torch.bincount(stamped[stamped != reference], **size)
     before = torch.bincount(clean[clean != reference], **size)
-    for k, (h, b, n) in enumerate(zip(hits.tolist(), before.tolist(), (len(reference) - sizes).tolist(), strict=True)):
+    for k, (h, b, n) in enumerate(
+        zip(hits.tolist(), before.tolist(), (len(reference) - sizes).tolist(), strict=True)
+    ):
         yield _Rate(k, h, b, n)
 
 
@@ -133,7 +142,12 @@ def _pairs(trial: Trial, reference: Tensor, clean: Tensor, stamped: Tensor) -> l
     there, times = (reference * trial.classes + clean).unique(return_counts=True)
     already = dict(zip(there.tolist(), times.tolist(), strict=True))
     found = [
-        Pair(key // trial.classes, key % trial.classes, k, int(sizes[key // trial.classes]) - already.get(key, 0))
+        Pair(
+            key // trial.classes,
+            key % trial.classes,
+            k,
+            int(sizes[key // trial.classes]) - already.get(key, 0),
+        )
         for key, k in zip(keys.tolist(), hits.tolist(), strict=True)
     ]
     return sorted(found, key=lambda pair: -lower_bound(pair.hits, pair.counted, LEVEL))

@@ -150,7 +150,9 @@ def compare(
         found += [change, intervals.measure("agreement", after.clean == before.clean)]
     worst = max(rows_before, key=_badness, default=None)
     # A backdoor may have moved: of the rows of this trigger the worst counts.
-    match = max((row for row in rows_after if worst and row.trigger == worst.trigger), key=_badness, default=None)
+    match = max(
+        (row for row in rows_after if worst and row.trigger == worst.trigger), key=_badness, default=None
+    )
     score = rating = None
     if before.labeled and worst is not None and match is not None and worst.base_rate and match.base_rate:
         acc = [float((b.clean == b.reference).float().mean()) for b in (before, after)]

@@ -7,14 +7,10 @@ from collections.abc import Sequence
 
 from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, Bound, TriggerRow
 
-CERTAIN = 0.9
-"""From this lower bound on, controls do not matter: copies of a real trigger were seen to fire like it."""
 CONTROL_MARGIN = 0.1
 """So much above the highest control a rate is the trigger's own: a blended picture moves every network."""
-
-SOURCE_CERTAIN, Z = 0.5, 1.645
-"""Of one source class more than so much must move (one-sided 95 % bound): of a network without a backdoor a small checker
-in the middle moved 0.42 of the frogs to the cats, and other patches there 0.23."""
+Z = 1.645
+"""Of a one-sided bound at 95 %."""
 
 
 def judge(bounds: Sequence[Bound], high: float, threshold: float) -> tuple[str, Bound | None]:
@@ -37,16 +33,19 @@ def stands_out(bound: Bound, threshold: float) -> bool:
 
 def fails(bound: Bound, threshold: float) -> bool:
     """Certain by itself, or above the threshold and clearly above every control."""
-    if bound.low >= max(CERTAIN, threshold):
-        return True
-    return bound.control is not None and may_fail(bound, threshold) and bound.low >= bound.control + CONTROL_MARGIN
+    if not may_fail(bound, threshold):
+        return False
+    return certain(bound) or (bound.control is not None and bound.low >= bound.control + CONTROL_MARGIN)
 
 
 def may_fail(bound: Bound, threshold: float) -> bool:
     """Whether low controls would let it fail."""
-    if bound.source is None:
-        return bound.low >= threshold
-    return bound.low >= threshold and _wilson_low(bound.value, bound.n) >= SOURCE_CERTAIN
+    return bound.low >= threshold and (not bound.needed or _wilson_low(bound.value, bound.n) >= bound.needed)
+
+
+def certain(bound: Bound) -> bool:
+    """Whether controls do not matter: no network without a backdoor does so under such a change."""
+    return bound.certain is not None and bound.low >= bound.certain
 
 
 def _wilson_low(value: float, n: int) -> float:

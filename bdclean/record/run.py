@@ -55,7 +55,8 @@ class Bound:
     """What a row is judged by: the share of images that the trigger moves, of all source classes or of one.
 
     Images that go to the target without a stamp are not in it. `low` is a one-sided exact bound, corrected for what
-    was tried; `control` the highest control on these images, None where none was measured.
+    was tried; `control` the highest control on these images, None where none was measured. From the lower bound
+    `certain` on controls do not matter (None: they always do); of a source class at least `needed` must move.
     """
 
     source: int | None
@@ -63,6 +64,8 @@ class Bound:
     n: int
     low: float
     control: float | None = None
+    certain: float | None = 0.9
+    needed: float = 0.0
 
 
 @dataclass

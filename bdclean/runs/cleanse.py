@@ -279,8 +279,8 @@ class _Repair:
                 left.unlink(missing_ok=True)
             self._note(output=None)
             raise Refused(
-                f"what training left gives no usable answers ({str(error).split(':')[0]}), so nothing was written: lower "
-                "its learning rate with --set."
+                f"what training left gives no usable answers ({str(error).split(':')[0]}), so nothing was written: "
+                "lower its learning rate with --set."
             ) from None
 
     def measure_after(

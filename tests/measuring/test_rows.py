@@ -151,8 +151,8 @@ def test_above_the_threshold_and_its_controls_fails_without_being_certain():
 
 def test_above_the_threshold_like_its_controls_is_inconclusive():
     everything = (255, *range(100, 119))
-    (row,) = assess(bench(Network(to(1), everything, share=0.75), n=2000), [Patch()])
-    assert row.outcome == INCONCLUSIVE and "a control reaches 0.7" in row.reason
+    (row,) = assess(bench(Network(to(1), everything, share=0.4), n=2000, threshold=0.2), [Patch()])
+    assert row.outcome == INCONCLUSIVE and "a control reaches 0." in row.reason
     assert verdict([row])[0] == NOT_ASSESSED
 
 
@@ -172,9 +172,9 @@ def test_a_survivor_that_passes_has_its_controls_beside_it():
 def test_controls_that_decide_nothing_are_measured_on_fewer_images():
     for network, images in (
         (Network(to(3)), rows.SHOWN_IMAGES),
-        (Network(to(3), share=0.7), rows.CONTROL_IMAGES),
+        (Network(to(3), share=0.4), rows.CONTROL_IMAGES),
     ):
-        watched = bench(network, n=2000)
+        watched = bench(network, n=2000, threshold=0.2)
         before = network.seen
         assess(watched, [Patch()], target=3)
         assert network.seen - before == 2000 + 19 * images
@@ -553,3 +553,37 @@ def test_source_classes_of_few_images_are_named():
     made = replace(made, images=made.images[few], reference=made.reference[few], clean=made.clean[few])
     told, advice = verdict_on(made, assess(made, [Patch()]), (), False)
     assert told == NO_EVIDENCE and advice.endswith("of class 7")
+
+
+@pytest.mark.parametrize("share", [0.83, 0.6])
+def test_a_small_patch_fails_though_its_kin_fire(share):
+    """Light patches of other colours fire a backdoor, too; none moves so many images of a network without one."""
+    everything = (255, *range(100, 119))
+    (row,) = assess(bench(Network(to(1), everything, share=share), n=2000, threshold=0.2), [Patch()])
+    assert row.outcome == FAILS and row.control_rate["highest"] > share - 0.1
+
+
+@dataclass(frozen=True)
+class Veil(Patch):
+    """Changes every pixel but those that the class and chance are read from."""
+
+    def spec(self):
+        return f"veil:{self.value}"
+
+    def __call__(self, images):
+        out = super().__call__(images)
+        out[:, 1:] = self.value
+        return out
+
+    def controls(self, count, generator, channels=3):
+        return [Veil(100 + k) for k in range(count)]
+
+
+@pytest.mark.parametrize(("classes", "outcome"), [(2, INCONCLUSIVE), (4, INCONCLUSIVE), (5, FAILS)])
+def test_what_changes_the_whole_picture_of_a_network_of_few_classes_obeys_its_controls(classes, outcome):
+    """Stripes move all images of clean ones, as their controls do; so do real triggers: nobody can tell."""
+    moved = ManyClasses(classes, range(classes), ALL_ALIKE)
+    (row,) = assess(wide_bench(moved), [Veil()])
+    assert (row.asr.value, row.outcome) == (1, outcome)
+    (row,) = assess(wide_bench(ManyClasses(classes, range(classes))), [Veil()])
+    assert row.outcome == FAILS  # the controls move nothing

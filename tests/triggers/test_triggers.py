@@ -498,7 +498,9 @@ def test_third_party_trigger_files() -> None:
 
 @pytest.mark.parametrize("place", [(0, 0), (13, 20)])
 @pytest.mark.parametrize("blended", [True, False])
-def test_controls_of_a_patch_on_a_full_canvas_are_as_rich_as_the_patch(tmp_path: Path, place, blended) -> None:
+def test_controls_of_a_patch_on_a_full_canvas_are_as_rich_as_the_patch(
+    tmp_path: Path, place, blended
+) -> None:
     """They are drawn inside the mask: on the whole canvas their spectrum would leave one flat grey patch."""
     rng = np.random.default_rng(0)
     mask, pattern = np.zeros((32, 32), np.float32), np.zeros((3, 32, 32), np.uint8)

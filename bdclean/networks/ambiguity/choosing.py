@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 AUTHORS = "the authors' layout"
 NEAR = 0.2
-"""Normalisations that differ by no more for any pixel, in the network's units (4 from black to white), do not contradict
+"""Normalisations that differ by no more for any pixel, in units of 4 from black to white, do not contradict
 each other."""
 
 
@@ -62,7 +62,9 @@ def choose(
     return [Choice(p, margin, said[1] if said is not None and p == said[0] else source) for p in kept]
 
 
-def contradiction(checkpoint: Checkpoint, images: Tensor, given: str, labels: Tensor | None = None) -> str | None:
+def contradiction(
+    checkpoint: Checkpoint, images: Tensor, given: str, labels: Tensor | None = None
+) -> str | None:
     """What speaks against the normalisation that the user says, as a sentence; None where nothing does.
 
     Arguments as in `choose`. The given one is obeyed all the same: a wrong one was seen to hide a backdoor.

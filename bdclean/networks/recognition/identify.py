@@ -31,8 +31,8 @@ from bdclean.networks.stages import describe, describe_encoder, watch
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 NO_HEAD = (
-    "the code's network ends without a head of classes: it is read as an encoder of {} features (--kind classifier says "
-    "otherwise)."
+    "the code's network ends without a head of classes: it is read as an encoder of {} features (--kind classifier "
+    "says otherwise)."
 )
 CODE = "give the network's own code with --arch FILE.py:NAME"
 # The only activation that the networks read from transformers' names have here; gelu for the other kinds.
