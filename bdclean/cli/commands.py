@@ -171,8 +171,10 @@ def scan(
         records = Records.at(record_place(record), files)
 
         def one(path: str, progress: Progress) -> RunRecord:
+            from bdclean.data.processors import use_usable
             from bdclean.runs.scan import scan as work
 
+            use_usable()
             return work(
                 Path(path),
                 inputs,
@@ -288,8 +290,10 @@ def cleanse(
         records = Records.at(place, [Path(model)], spent=states)
 
         def one(path: str, progress: Progress) -> RunRecord:
+            from bdclean.data.processors import use_usable
             from bdclean.runs.cleanse import cleanse as work
 
+            use_usable()
             return work(
                 Path(path),
                 inputs,
