@@ -19,7 +19,7 @@ KINDS = {
     "ViT": "any depth, width, patch and image size, torchvision's names",
     "Swin, Swin v2, ConvNeXt, MaxViT": "any depth and width, torchvision's names",
     "RegNet, DenseNet": "any depth and width, torchvision's names, DenseNet's old ones too",
-    "MobileNet, MNASNet, ShuffleNet": "any width, torchvision's names",
+    "MobileNet, MNASNet, ShuffleNet, EfficientNet": "any width, torchvision's names",
     "ViT, ResNet, RegNet, ConvNeXt, Swin of Hugging Face": "transformers' names; ConvNeXt V2 with bdclean[timm]",
     "timm:NAME": "any classifier of timm, extra bdclean[timm]; a folder with timm's config.json needs no --arch",
     "FILE.py:NAME": "your own code, only when given with --arch; also package.module:NAME",
