@@ -163,10 +163,20 @@ TABLES: dict[str, dict[str, Entry]] = {
 }
 
 
+NOT_BUILT: dict[str, tuple[str, ...]] = {
+    "recipe": ("fp", "anp", "nad", "mcr", "ibau", "moth", "ft-sam", "sau", "fst", "d3", "clp"),
+    "trigger": ("lf", "lc", "wanet", "inputaware", "trojan", "bpp", "ssba"),
+    "detector": ("neural-cleanse", "mm-bd"),
+}
+"""Names that papers have made known, and that mean nothing else: to ask for one is no slip of the pen."""
+
+
 def find(table: Mapping[str, Entry], name: str) -> Entry:
-    """Returns the entry called `name`; raises UsageError naming the closest ones."""
+    """Returns the entry called `name`; raises UsageError naming the closest ones, or saying that it is not built."""
     if name not in table:
         noun = next((noun for noun, known in TABLES.items() if known is table), "entry")
+        if name in NOT_BUILT.get(noun, ()):
+            raise UsageError(f"the {noun} {name} is not built yet: there are {', '.join(sorted(table))}.")
         raise UsageError(f"no {noun} is called {name!r}: {closest(name, table)}")
     return table[name]
 

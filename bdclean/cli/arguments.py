@@ -6,9 +6,10 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from bdclean.errors import Refused, UsageError
-from bdclean.files.text import closest, decoded, no_path
+from bdclean.files.text import closest, decoded, no_path, shown
 from bdclean.registry import DETECTORS, TRIGGERS, find, parse_spec
 from bdclean.runs.options import Inputs
 
@@ -90,6 +91,37 @@ def speaks_alone() -> bool:
     )
 
 
+def check_there(model: str, inputs: Inputs, triggers: Sequence[str]) -> None:
+    """Refuses, before torch is imported, what is not there: the model, images, what is said about them, triggers.
+
+    Images may be a part of an archive (ARCHIVE/PART) or shards (NAME-{000..123}.tar), which reading will find or not.
+    """
+    if not os.path.lexists(model):
+        raise Refused(f"{shown(model)} does not exist.")
+    for path in (inputs.data, inputs.test, inputs.labeled):
+        if path is not None and not _leads_somewhere(path):
+            raise Refused(
+                f"{shown(path)} does not exist: give a folder of images, a .tar, .tar.gz, .npz or .parquet."
+            )
+    for name, path in (("classes", inputs.classes), ("reference", inputs.reference)):
+        if path is not None and not os.path.lexists(path):
+            raise Refused(f"--{name} {shown(path)} does not exist.")
+    for spec in triggers:
+        name, settings = parse_spec(spec)
+        if name == "file" and not os.path.lexists(settings["path"]):
+            raise Refused(
+                f"trigger {shown(settings['path'])} is not a file: give a picture, .npz or .safetensors."
+            )
+    code = (inputs.arch or "").rpartition(":")[0]
+    if code.endswith(".py") and not os.path.isfile(code):
+        raise UsageError(f"--arch: {shown(code)} does not exist.")
+
+
+def _leads_somewhere(path: Path) -> bool:
+    """Whether `path` or a file on the way to it exists, or it stands for several."""
+    return "{" in path.name or os.path.lexists(path) or any(map(os.path.isfile, path.parents))
+
+
 def check_inputs(inputs: Inputs) -> None:
     """Raises on a value of the options that scan and cleanse share that no run can have."""
     for name, value, known in (
@@ -101,5 +133,7 @@ def check_inputs(inputs: Inputs) -> None:
     check_given("preprocess", inputs.preprocess)
     if inputs.arch is not None:
         check_given("arch", inputs.arch)
+    if inputs.seed >= 2**63:
+        raise UsageError(f"--seed {inputs.seed} is too large: give less than 2^63.")
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", inputs.device):
         raise UsageError(f"--device {inputs.device!r} is not known: give auto, cpu, cuda or cuda:N.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from bdclean.cli.doctor import versions
 from bdclean.cli.places import Records
 from bdclean.cli.progress import Progress
 from bdclean.errors import Refused, attach
+from bdclean.files.weights import digest
 from bdclean.record import gate
 from bdclean.record.gate import Gate
 from bdclean.record.run import FAILED, NOT_ASSESSED, RunRecord
@@ -80,10 +80,7 @@ def _naming(command: str, model: str, work: Callable[[], RunRecord]) -> RunRecor
         attach(error, RunRecord(command))
         known = getattr(error, "record", None)
         if isinstance(known, RunRecord) and known.checkpoint.sha256 is None:
-            with contextlib.suppress(Exception):  # what is broken may be what this needs
-                from bdclean.networks.checkpoint.sources import digest
-
-                known.checkpoint.sha256 = digest(Path(model))
+            known.checkpoint.sha256 = digest(Path(model))
         raise
 
 

@@ -19,13 +19,24 @@ KINDS = {
     "ViT": "any depth, width, patch and image size, torchvision's names",
     "Swin, Swin v2, ConvNeXt, MaxViT": "any depth and width, torchvision's names",
     "RegNet, DenseNet": "any depth and width, torchvision's names, DenseNet's old ones too",
-    "MobileNet, MNASNet, ShuffleNet": "any width, torchvision's names",
+    "MobileNet, MNASNet, ShuffleNet, EfficientNet": "any width, torchvision's names",
     "ViT, ResNet, RegNet, ConvNeXt, Swin of Hugging Face": "transformers' names; ConvNeXt V2 with bdclean[timm]",
     "timm:NAME": "any classifier of timm, extra bdclean[timm]; a folder with timm's config.json needs no --arch",
     "FILE.py:NAME": "your own code, only when given with --arch; also package.module:NAME",
 }
-LISTS = ("recipes", "triggers", "detectors", "architectures", "schema")
+LISTS = {
+    "recipes": "ways to take a backdoor out; ls recipe NAME shows one in full",
+    "triggers": "what is stamped on images to look for one; ls trigger NAME",
+    "detectors": "ways to look for one without a trigger; ls detector NAME",
+    "architectures": "networks that are recognised",
+    "schema": "of records, as JSON Schema",
+}
 SINGULAR = {noun: table for noun, table in TABLES.items() if noun in ("recipe", "trigger", "detector")}
+
+
+def lists() -> str:
+    """Returns what there is to list, a line each."""
+    return _columns((f"bdclean ls {what}", line) for what, line in LISTS.items())
 
 
 def listing(what: str, name: str | None = None) -> str:

@@ -13,6 +13,7 @@ import typer
 from bdclean import __version__
 from bdclean.cli.console import emit, warn
 from bdclean.cli.options import (
+    CONDITIONS,
     AllowPickle,
     Arch,
     BatchSize,
@@ -142,6 +143,7 @@ def scan(
             check_detectors,
             check_inputs,
             check_target,
+            check_there,
             check_triggers,
             expand_models,
             speaks_alone,
@@ -171,8 +173,11 @@ def scan(
         records = Records.at(record_place(record), files)
 
         def one(path: str, progress: Progress) -> RunRecord:
+            check_there(path, inputs, triggers)
+            from bdclean.data.processors import use_usable
             from bdclean.runs.scan import scan as work
 
+            use_usable()
             return work(
                 Path(path),
                 inputs,
@@ -248,7 +253,14 @@ def cleanse(
     )  # fmt: skip
 
     def job() -> int:
-        from bdclean.cli.arguments import check_head, check_inputs, check_paths, check_triggers, speaks_alone
+        from bdclean.cli.arguments import (
+            check_head,
+            check_inputs,
+            check_paths,
+            check_there,
+            check_triggers,
+            speaks_alone,
+        )
         from bdclean.cli.batch import run_all
         from bdclean.cli.console import Shown
         from bdclean.cli.places import Records, record_place
@@ -288,8 +300,11 @@ def cleanse(
         records = Records.at(place, [Path(model)], spent=states)
 
         def one(path: str, progress: Progress) -> RunRecord:
+            check_there(path, inputs, triggers)
+            from bdclean.data.processors import use_usable
             from bdclean.runs.cleanse import cleanse as work
 
+            use_usable()
             return work(
                 Path(path),
                 inputs,
@@ -327,7 +342,9 @@ def report(
         ),
     ] = None,
     form: Format = None,
-    fail_on: FailOn = None,
+    fail_on: Annotated[
+        list[str] | None, typer.Option("--fail-on", metavar="EXPR", help=f"{CONDITIONS} Default: never.")
+    ] = None,
     verbose: Verbose = False,
 ) -> Job:
     """Show records again, in any format; several are compared. Exits 0 unless --fail-on says otherwise."""
@@ -360,19 +377,20 @@ def report(
 @app.command(name="ls")
 def ls(
     what: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="recipes, triggers, detectors, architectures, schema; or recipe NAME, trigger NAME."
+            metavar="WHAT",
+            help="recipes, triggers, detectors, architectures, schema; or recipe, trigger, detector with a NAME.",
         ),
-    ],
-    name: Annotated[str | None, typer.Argument(help="One recipe or trigger, in full.")] = None,
+    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One of them, in full.")] = None,
 ) -> Job:
-    """List what there is, or show one recipe or trigger with its settings and limits."""
+    """List what there is, or show one recipe, trigger or detector with its settings and limits."""
 
     def job() -> int:
-        from bdclean.cli.catalogue import listing
+        from bdclean.cli.catalogue import listing, lists
 
-        emit(listing(what, name))
+        emit(lists() if what is None else listing(what, name))
         return 0
 
     return job

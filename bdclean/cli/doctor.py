@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 from typing import Any
 
 from bdclean.cli.catalogue import _columns
+from bdclean.files.weights import memory
 
 PACKAGES = (
     "bdclean",
     "torch",
     "torchvision",
-    "timm",
     "safetensors",
     "numpy",
     "scipy",
@@ -21,6 +20,8 @@ PACKAGES = (
     "typer",
     "rich",
 )
+EXTRAS = {"timm": "timm", "parquet": "pyarrow"}
+"""What `bdclean[NAME]` installs."""
 
 
 # --- doctor -------------------------------------------------------------------------------------------------
@@ -30,16 +31,35 @@ def doctor() -> tuple[str, bool]:
     """Returns what a bug report needs about this machine, and whether bdclean can work on it."""
     rows = [("python", f"{platform.python_version()} on {platform.platform()}")]
     rows += [(package, _version(package)) for package in PACKAGES]
+    rows += [(f"bdclean[{extra}]", f"{package} {_version(package)}") for extra, package in EXTRAS.items()]
+    rows.append(("temporary folder", _temporary()))
     try:
         import torch
     except Exception as error:  # a broken installation is what this command is for
         return _columns([*rows, ("problem", f"torch cannot be imported: {error}")]), False
     rows += _torch(torch)
+    from bdclean.data.scratch import available
+
+    rows.append(("memory", f"{memory() / 2**30:.1f} GiB, {available() / 2**30:.1f} GiB to be had now"))
+    rows.append(("free disk here", _free(Path.cwd())))
+    return _columns(rows), True
+
+
+def _temporary() -> str:
+    """Returns where large files go for a while, and how much room there is."""
+    import tempfile
+
+    try:
+        folder = tempfile.gettempdir()
+    except OSError:
+        return "none can be written to: set TMPDIR to one"
+    return f"{folder}, {_free(Path(folder))} free"
+
+
+def _free(folder: Path) -> str:
     import shutil
 
-    free = shutil.disk_usage(Path.cwd()).free
-    rows.append(("free disk here", f"{free / 2**30:.1f} GiB"))
-    return _columns(rows), True
+    return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB"
 
 
 def versions() -> dict[str, str]:
@@ -70,10 +90,11 @@ def _torch(torch: Any) -> list[tuple[str, str]]:
         rows.append((f"cuda:{index}", f"{properties.name}, {memory:.0f} GiB, {bf16}"))
     if not rows:
         rows.append(("cuda", "none"))
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    from bdclean.data.processors import usable
+
     flags = _cpu_flags()
     native = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
-    rows.append(("cpu", f"{usable} usable cores, {torch.get_num_threads()} threads, {_capability(torch)}"))
+    rows.append(("cpu", f"{usable()} usable cores, {torch.get_num_threads()} threads, {_capability(torch)}"))
     rows.append(("cpu bf16", ", ".join(native) if native else "emulated, slower than fp32"))
     return rows
 

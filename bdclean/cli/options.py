@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from bdclean.files.text import no_path
+from bdclean.record.gate import DEFAULT
 from bdclean.report.formats import FORMATS
 
 
@@ -55,7 +56,7 @@ Arch = Annotated[
         "--arch", metavar="NAME", help="A name (bdclean ls architectures) or your code, FILE.py:NAME."
     ),
 ]
-Kind = Annotated[str, typer.Option("--kind", metavar="KIND", help="auto or classifier.")]
+Kind = Annotated[str, typer.Option("--kind", metavar="KIND", help="auto, classifier or encoder.")]
 Preprocess = Annotated[
     str,
     typer.Option(
@@ -73,7 +74,7 @@ Limit = Annotated[
 ]
 Seed = Annotated[
     int,
-    typer.Option("--seed", metavar="N", min=0, max=2**63 - 1, help="Makes every random choice repeatable."),
+    typer.Option("--seed", metavar="N", min=0, help="Makes every random choice repeatable."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse the run if an image is unreadable.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read plain tensors from a pickle.")]
@@ -92,14 +93,10 @@ Record = Annotated[
         "--record", parser=given_path, metavar="PATH", help="A file, or a folder for <stem>-<sha256>.json."
     ),
 ]
+CONDITIONS = "asr>=0.1, clean_accuracy<0.8, ...; inconclusive; never."
 FailOn = Annotated[
     list[str] | None,
-    typer.Option(
-        "--fail-on",
-        metavar="EXPR",
-        help="asr>=0.1, clean_accuracy<0.8, ...; inconclusive; never.",
-        show_default=False,
-    ),
+    typer.Option("--fail-on", metavar="EXPR", help=f"{CONDITIONS} Default: {DEFAULT}."),
 ]
 Triggers = Annotated[
     list[str] | None,

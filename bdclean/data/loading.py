@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ import torch
 from bdclean.data.decode import STRETCH, Picture, Resize, Slice, Unreadable, decode
 from bdclean.data.imageset import ImageSet
 from bdclean.data.labels.labelling import label_listing
+from bdclean.data.processors import usable
 from bdclean.data.scratch import allocate
 from bdclean.data.sources.listing import Listing
 from bdclean.data.sources.opening import open_images
@@ -213,5 +213,4 @@ def rise(owner: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 
 def _threads() -> int:
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, available)
+    return min(16, usable())

@@ -21,6 +21,7 @@ from torch import Tensor
 from bdclean.errors import Refused
 from bdclean.files import strictjson
 from bdclean.files.text import shown
+from bdclean.files.weights import memory, most_bytes
 from bdclean.files.writing import replace
 
 # The reference implementation's cap is 100 MB, which takes a gigabyte once it is parsed; vision networks' headers have
@@ -29,7 +30,6 @@ LARGEST_HEADER = 10_000_000
 MOST_TENSORS = 20_000
 MOST_VALUES = 1_200_000  # of JSON, where commas in metadata count as well
 MOST_AXES = 64  # torch computes with no more
-SHARE_OF_MEMORY = 0.8  # that one file's bytes may take
 
 DTYPES = {
     "F64": torch.float64,
@@ -183,7 +183,7 @@ def read_tensors(path: Path, header: Header) -> tuple[dict[str, Tensor], str]:
         # the system kills somebody.
         if size > most_bytes():
             raise Refused(
-                f"{shown(path)} has {size / 1e9:.1f} GB and this machine {_memory() / 1e9:.1f} GB of memory: "
+                f"{shown(path)} has {size / 1e9:.1f} GB and this machine {memory() / 1e9:.1f} GB of memory: "
                 "use a larger one."
             )
         data = bytearray(size)
@@ -199,18 +199,6 @@ def read_tensors(path: Path, header: Header) -> tuple[dict[str, Tensor], str]:
     if at != header.start + last or hashlib.sha256(view[8 : header.start]).hexdigest() != header.digest:
         raise Refused(f"{shown(path)} changed while it was read: run again when nothing writes to it.")
     return {e.name: _tensor(data, header.start + e.begin, e) for e in header.entries}, digest.hexdigest()
-
-
-def most_bytes() -> float:
-    """How large a file may be that is read here."""
-    return SHARE_OF_MEMORY * _memory()
-
-
-def _memory() -> float:
-    """Bytes of memory that this machine has; infinite where it does not say."""
-    if not hasattr(os, "sysconf"):
-        return math.inf
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _tensor(data: bytearray, offset: int, entry: Entry) -> Tensor:

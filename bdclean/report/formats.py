@@ -29,6 +29,8 @@ def choose_format(name: str | None, out: Path | None = None) -> str:
                 f"--out {out}: nothing is written as {ending}: end it in {known}, or give --format."
             )
         return SUFFIXES[ending]
+    if name == "sarif":
+        raise UsageError(f"--format sarif is not built yet: there are {', '.join(FORMATS)}.")
     if name not in FORMATS:
         from bdclean.files.text import closest
 

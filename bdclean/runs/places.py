@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 from bdclean.errors import Refused, UsageError
-
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+from bdclean.files.weights import PICKLES
 
 
 def default_output(model: Path, out: Path | None) -> Path:

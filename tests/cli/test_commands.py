@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import bdclean
+from bdclean import registry
 from bdclean.cli import arguments
 from bdclean.cli.main import run
 from bdclean.errors import Refused, UsageError
@@ -62,19 +64,27 @@ def test_help_answers_at_once():
         ("cleanse m --data . --head old", "no --head 'old': give keep or new"),
         ("scan m --data . --format htm", "no --format 'htm'"),
         ("scan m --data . --fail-on asr", "--fail-on 'asr'"),
-        ("scan m --data . --trigger wanet", "no trigger is called 'wanet'"),
+        ("scan m --data . --trigger wanett", "no trigger is called 'wanett'"),
+        (
+            "scan m --data . --trigger wanet",
+            "the trigger wanet is not built yet: there are badencoder, badnets",
+        ),
+        ("scan m --data . --detector mm-bd", "the detector mm-bd is not built yet"),
+        ("cleanse m --data . --recipe anp", "the recipe anp is not built yet"),
+        ("scan m --data . --format sarif", "--format sarif is not built yet"),
+        ("scan m --data . --seed 9223372036854775808", "--seed 9223372036854775808 is too large"),
         ("scan m --data . --trigger badnets:3", "write KEY=VALUE"),
         ("scan m --data . --target -1", "--target"),
         ("scan m --data . --detector decre", "did you mean decree?"),
         ("scan m --data . --limit -1", "--limit"),
         ("scan m --data . --device gpu", "--device 'gpu'"),
         ("scan m --data . --precision int8", "--precision 'int8'"),
-        ("scan m --data . --sequela x", "No such option"),
+        ("scan m --data . --sequela x", "--sequela is not built yet"),
+        ("report a.json --card README.md", "--card is not built yet"),
         ("cleanse m", "give --data"),
         ("cleanse m --data . --recipe bcuu", "did you mean bcu?"),
         ("cleanse m --data . --set epochs", "KEY=VALUE"),
         ("cleanse m --data . --out same.json", "both the model and its record"),
-        ("ls", "Missing argument"),
         ("ls things", "nothing is listed"),
         ("ls recipe", "which recipe?"),
         ("ls recipe frob", "no recipe is called"),
@@ -88,6 +98,39 @@ def test_wrong_usage_exits_2_with_one_sentence(line, words, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert words in captured.err and "Traceback" not in captured.err
+    command = line.split()[0] if words not in ("", "No such command") else ""
+    assert not words or captured.err.endswith(f" Try 'bdclean {command} --help'.\n".replace("  ", " "))
+
+
+def test_names_that_are_not_built_are_none_that_are():
+    for noun, names in registry.NOT_BUILT.items():
+        assert not set(names) & set(registry.TABLES[noun])
+
+
+def test_ls_alone_lists_what_there_is_to_list(capsys):
+    assert run(["ls"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in shown] == [
+        "recipes",
+        "triggers",
+        "detectors",
+        "architectures",
+        "schema",
+    ]
+
+
+def test_help_shows_what_makes_a_run_fail_by_default(capsys):
+    for name, default in (("scan", "asr>=0.2"), ("cleanse", "asr>=0.2"), ("report", "never")):
+        run([name, "--help"])
+        assert f"Default: {default}." in " ".join(capsys.readouterr().out.split()), name
+
+
+def test_doctor_says_what_a_bug_report_needs(capsys):
+    assert run(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for line in (r"memory +[0-9.]+ GiB, [0-9.]+ GiB to be had", r"temporary folder +/\S+, [0-9.]+ GiB free"):
+        assert re.search(line, shown), shown
+    assert "bdclean[timm]" in shown and "bdclean[parquet]" in shown and "usable cores" in shown
 
 
 def test_what_is_not_there_yet_is_refused_and_not_advertised(capsys):

@@ -53,6 +53,28 @@ def test_usage_is_checked_before_torch_is_imported():
     assert "did you mean badnets?" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "scan missing --data .",
+        "scan m --data missing",
+        "scan m --test missing/part",
+        "scan m --labeled . --classes missing",
+        "scan m --data . --reference missing",
+        "scan m --data . --trigger file:missing.png",
+        "cleanse missing --data .",
+        "cleanse m --data missing",
+    ],
+)
+def test_a_slip_in_a_path_is_told_before_torch_is_imported(line, tmp_path):
+    (tmp_path / "m").write_bytes(b"no network")
+    code = f"import sys; from bdclean.cli.main import run; assert run(sys.argv[1:]) == 3; {HEAVY}"
+    done = python(code, *line.split(), "--record", "runs/")
+    assert done.returncode == 0 and "missing" in done.stderr, done.stderr
+    (record,) = (tmp_path / "runs").iterdir()
+    assert ("unread" in record.name) == ("missing --data" in line)
+
+
 LIGHT = (
     "cli",
     "record",
@@ -61,6 +83,7 @@ LIGHT = (
     "errors",
     "progress",
     "files.text",
+    "files.weights",
     "runs.options",
     "runs.places",
 )

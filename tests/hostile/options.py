@@ -202,10 +202,11 @@ def _records() -> Iterator[Case]:
         ("comma-bomb", lambda: b"[" + b"[]," * 10_000_000 + b"[]]"),
         ("report-runs-text", b'{"schema":"bdclean.report/1","runs":"x"}'),
         ("report-runs-nested", b'{"schema":"bdclean.report/1","runs":[{"schema":"bdclean.report/1"}]}'),
-        ("second-line", record() + b"\n{]\n"),
     )
     for name, content in wrong:
         yield Case(f"record-{name}", _put("r.json", content), "r.json", ("report", "r.json"))
+    torn = _put("r.json", record() + b"\n{]\n")
+    yield Case("record-second-line", torn, "(line 2)", ("report", "r.json"), ANY)
     for name in ("/dev/zero", "/dev/full", "/dev/tty", IMAGES, "missing", "/proc/self/mem"):
         stem = name.strip("/").replace("/", "-")
         yield Case(f"record-{stem}", lambda folder: None, "", ("report", name))

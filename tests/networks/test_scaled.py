@@ -7,13 +7,35 @@ import torch
 from safetensors.torch import save_file
 from torchvision import models
 from torchvision.models import resnet
+from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+from torchvision.models.vision_transformer import VisionTransformer
 
+from bdclean.errors import Refused
 from bdclean.networks.building import load
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.families import regnet
 from bdclean.networks.recognition.recognition import recognise
 
 LARGE, SMALL = models.mobilenet_v3_large, models.mobilenet_v3_small
+
+
+def efficientnet(width, depth, **options):
+    """EfficientNet-B0 scaled as its paper scales it, by torchvision's own table."""
+    plan = [
+        MBConvConfig(*stage, width_mult=width, depth_mult=depth)
+        for stage in (
+            (1, 3, 1, 32, 16, 1),
+            (6, 3, 2, 16, 24, 2),
+            (6, 5, 2, 24, 40, 2),
+            (6, 3, 2, 40, 80, 3),
+            (6, 5, 1, 80, 112, 3),
+            (6, 5, 2, 112, 192, 4),
+            (6, 3, 1, 192, 320, 1),
+        )
+    ]
+    return EfficientNet(plan, 0.2, **options)
+
+
 # What their constructors take beside classes; widths with which no two of a network's layers round alike.
 WIDER = {
     "mnasnet-x0.35": partial(models.MNASNet, 0.35),
@@ -25,6 +47,9 @@ WIDER = {
     "mobilenet_v3_small-x1.25": partial(SMALL, width_mult=1.25),
     "mobilenet_v3_small-reduced-tail-x0.5": partial(SMALL, reduced_tail=True, width_mult=0.5),
     "shufflenet_v2-2-3-1-w12-32-64-96-128": partial(models.ShuffleNetV2, [2, 3, 1], [12, 32, 64, 96, 128]),
+    "efficientnet-2-3-3-4-4-6-2-w40-24-32-56-104-144-248-416-1664": partial(efficientnet, 1.3, 1.3),
+    "densenet-2-3-growth12-w24": partial(models.DenseNet, 12, (2, 3), 24, bn_size=2),
+    "vit-1x16-h1-p8-mlp24": partial(VisionTransformer, 32, 8, 1, 1, 16, 24, representation_size=12),
     "resnet1-2-1-1_4x16d": partial(resnet.ResNet, resnet.Bottleneck, [1, 2, 1, 1], groups=4, width_per_group=16),
 }  # fmt: skip
 # Other hundredths round to the same widths: then the network is the same.
@@ -56,9 +81,11 @@ def test_a_network_of_another_width_answers_as_torchvisions(name, tmp_path):
     torch.manual_seed(0)
     network = WIDER[name](num_classes=7).eval()
     save_file(network.state_dict(), tmp_path / "m.safetensors")
-    x = torch.randn(2, 3, 96, 96)
+    checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
+    side = min(96, checkpoint.arch.input[1])
+    x = torch.randn(2, 3, side, side)
     with torch.no_grad():
-        assert torch.equal(Checkpoint.read(tmp_path / "m.safetensors").build()(x), network(x))
+        assert torch.equal(checkpoint.build()(x), network(x))
 
 
 def test_a_loader_that_asks_for_a_version_number_gets_the_codes_own(tmp_path):
@@ -71,6 +98,15 @@ def test_a_loader_that_asks_for_a_version_number_gets_the_codes_own(tmp_path):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(checkpoint.build()(x), network(x))
+
+
+def test_layers_that_do_not_fit_one_another_are_refused():
+    """A VGG whose last convolution gives 48 channels, and whose perceptron takes 512 at 49 places, runs on nothing."""
+    plan = [16, "M", 32, "M", 32, "M", 48, "M", 48, "M"]
+    with torch.device("meta"):
+        network = models.VGG(models.vgg.make_layers(plan, True), num_classes=7)
+    with pytest.raises(Refused, match="it cannot be run on images: its layers do not fit one another"):
+        recognise(shapes_of(network))
 
 
 @pytest.mark.slow

@@ -19,8 +19,9 @@ from bdclean.data.labels.classfile import read_class_file
 from bdclean.errors import BdcleanError
 from bdclean.files.tensorfile import Entry, lay_out, read_header, read_tensors
 from bdclean.files.text import plain
+from bdclean.files.weights import INDEX
 from bdclean.networks.checkpoint.claims import claim
-from bdclean.networks.checkpoint.sources import INDEX, open_source
+from bdclean.networks.checkpoint.sources import open_source
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.record import gate
 from bdclean.record.parsing import parse_records

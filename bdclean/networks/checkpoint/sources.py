@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from torch import Tensor
 from bdclean.errors import Refused
 from bdclean.files import strictjson
 from bdclean.files.kinds import looks_like_pickle, sentence
-from bdclean.files.tensorfile import Entry, Header, most_bytes, read_header, read_tensors
+from bdclean.files.tensorfile import Entry, Header, read_header, read_tensors
 from bdclean.files.text import shown
+from bdclean.files.weights import in_folder, read_json
 from bdclean.files.writing import reason
 from bdclean.networks.checkpoint.pickles import read_pickle
 
@@ -47,7 +47,7 @@ def open_source(path: Path, allow_pickle: bool) -> Source:
     where = shown(path)
     try:
         if path.is_dir():
-            path = _in_folder(path)
+            path = in_folder(path)
             where = shown(path)
         elif not path.exists():
             raise Refused(f"{where} does not exist.")
@@ -84,24 +84,6 @@ def open_source(path: Path, allow_pickle: bool) -> Source:
     return Source(entries, metadata, kind, load, config, preprocessor, tuple(notes), paths, beside)
 
 
-def digest(path: Path) -> str | None:
-    """The sha256 that `load` would give of what lies behind `path`, whether it can be read as a network or not.
-
-    None where that is no file or folder with one, or a file larger than this machine could read as a network.
-    """
-    try:
-        file = _in_folder(path) if path.is_dir() else path
-        if file.name.endswith(".index.json"):
-            with suppress(Refused):
-                return _shards(file)[2]()[1]
-        if not file.is_file() or file.stat().st_size > most_bytes():
-            return None
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except (Refused, OSError):
-        return None
-
-
 def _loader(path: Path, header: Header) -> Callable[[], tuple[dict[str, Tensor], str]]:
     def load() -> tuple[dict[str, Tensor], str]:
         try:
@@ -112,34 +94,12 @@ def _loader(path: Path, header: Header) -> Callable[[], tuple[dict[str, Tensor],
     return load
 
 
-def _in_folder(folder: Path) -> Path:
-    """The file to read: safetensors, sharded or whole; a torch file only where no other is there."""
-    if (folder / INDEX).is_file():
-        return folder / INDEX
-    found = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
-    if len(found) == 1:
-        return found[0]
-    if folder / "model.safetensors" in found:
-        return folder / "model.safetensors"
-    pickles = sorted(p for p in folder.iterdir() if p.suffix in PICKLES and p.is_file())
-    if not found and len(pickles) == 1:
-        return pickles[0]
-    if not found and (folder / "saved_model.pb").is_file():
-        raise Refused(
-            f"{shown(folder)} is a TensorFlow model: convert it to a PyTorch network's safetensors file."
-        )
-    count = f"{len(found)} safetensors files" if found else "no safetensors file"
-    if pickles and not found:
-        count += f" and {len(pickles)} pickles"
-    raise Refused(f"{shown(folder)} holds {count}: name the one to read.")
-
-
 def _description(path: Path, notes: list[str]) -> dict | None:
     """A JSON table beside the weights; a broken one is only a lost claim, and said so."""
     if not path.is_file():
         return None
     try:
-        table = _json(path)
+        table = read_json(path)
     except (strictjson.NotJson, OSError):
         table = None
     if not isinstance(table, dict):
@@ -148,25 +108,12 @@ def _description(path: Path, notes: list[str]) -> dict | None:
     return table
 
 
-def _json(path: Path) -> object:
-    with path.open(
-        "rb"
-    ) as stream:  # read up to the cap: some files, as in /proc, do not say how long they are
-        raw = stream.read(LARGEST_JSON + 1)
-    if len(raw) > LARGEST_JSON:
-        raise strictjson.NotJson("too large")
-    found = strictjson.parse(raw)
-    if not strictjson.shallow(found):
-        raise strictjson.NotJson("too deep")
-    return found
-
-
 def _shards(
     index: Path,
 ) -> tuple[tuple[Entry, ...], dict[str, str], Callable[[], tuple[dict[str, Tensor], str]], tuple[Path, ...]]:
     where = shown(index)
     try:
-        table = _json(index)
+        table = read_json(index)
         files = table["weight_map"] if isinstance(table, dict) else {}
         if not files or not all(isinstance(file, str) for file in files.values()):
             raise ValueError

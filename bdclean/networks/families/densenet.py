@@ -39,9 +39,12 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
     ):
         blocks.append(depth)
     growth, stem_width = grown[0], stem[0]
+    # What a 1x1 convolution gives before each 3x3, in multiples of the growth: 4 in all that have a name.
+    factor = grown[1] // growth if growth else 0
     name = KNOWN.get((growth, tuple(blocks), stem_width))
     name = name or f"densenet-{'-'.join(map(str, blocks))}-growth{growth}-w{stem_width}"
-    yield Proposal(name, partial(DenseNet, growth, tuple(blocks), stem_width, num_classes=head[0]), SIZE)
+    build = partial(DenseNet, growth, tuple(blocks), stem_width, bn_size=factor, num_classes=head[0])
+    yield Proposal(name, build, SIZE)
 
 
 def named_proposals(classes: int) -> Iterator[Proposal]:

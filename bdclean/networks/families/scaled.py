@@ -1,7 +1,7 @@
-"""torchvision's MobileNets, MNASNets and ShuffleNets of other widths than the named ones.
+"""torchvision's MobileNets, MNASNets, ShuffleNets and EfficientNets of other widths than the named ones.
 
-Names and depths are those of a named network; the width is one number, which the shapes round: it is looked for in
-hundredths. ShuffleNets say their widths outright.
+Of the first two names and depths are those of a named network, and the width is one number, which the shapes round: it
+is looked for in hundredths. ShuffleNets and EfficientNets say their widths and depths outright.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import partial
 
 from torch import nn
 from torchvision import models
+from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 
 from bdclean.networks.arch import Proposal, Shapes
 from bdclean.networks.families.counting import numbered
@@ -88,6 +89,7 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
             build = partial(network.build, hundredths / 100, num_classes=head[0])
             yield Proposal(f"{network.name}-x{hundredths / 100:g}", build, SIZE)
     yield from shufflenets(shapes)
+    yield from efficientnets(shapes)
 
 
 def shufflenets(shapes: Shapes) -> Iterator[Proposal]:
@@ -102,6 +104,30 @@ def shufflenets(shapes: Shapes) -> Iterator[Proposal]:
     channels = [w[0] * (2 if name.startswith("stage") else 1) for name, w in zip(ends, widths, strict=True)]
     build = partial(models.ShuffleNetV2, units, channels, num_classes=head[0])
     name = f"shufflenet_v2-{'-'.join(map(str, units))}-w{'-'.join(map(str, channels))}"
+    yield Proposal(name, build, SIZE)
+
+
+# (expansion, kernel, stride) of the stages of Tan and Le's EfficientNets (2019), whatever their widths and depths.
+STAGES = ((1, 3, 1), (6, 3, 2), (6, 5, 2), (6, 3, 2), (6, 5, 1), (6, 5, 2), (6, 3, 1))
+
+
+def efficientnets(shapes: Shapes) -> Iterator[Proposal]:
+    """The EfficientNet whose stages have these depths and widths."""
+    numbers = range(1, len(STAGES) + 1)
+    depths = [numbered(shapes, rf"features\.{k}\.(\d{{1,3}})\.") for k in numbers]
+    # A stage without expansion has a convolution less before the one that gives its channels.
+    ends = [f"features.{k}.0.block.{2 if k == 1 else 3}.0.weight" for k in numbers]
+    widths = [shapes.get(name, ()) for name in ("features.0.0.weight", *ends, "features.8.0.weight")]
+    head = shapes.get("classifier.1.weight", ())
+    if len(head) != 2 or not all(depths) or any(len(width) != 4 for width in widths):
+        return
+    channels = [width[0] for width in widths]
+    plan = [
+        MBConvConfig(*stage, inside, outside, depth)
+        for stage, inside, outside, depth in zip(STAGES, channels, channels[1:-1], depths, strict=False)
+    ]
+    build = partial(EfficientNet, plan, 0.2, num_classes=head[0], last_channel=channels[-1])
+    name = f"efficientnet-{'-'.join(map(str, depths))}-w{'-'.join(map(str, channels))}"
     yield Proposal(name, build, SIZE)
 
 

@@ -53,14 +53,17 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
     counts = head_counts(width)
     if heads:
         counts = [heads, *(c for c in counts if c != heads)]
+    # A layer before the head, as in the paper's pre-training.
+    before = shapes.get("heads.pre_logits.weight", (None,))[0]
     made = []
     for count in counts:
         name = known if count == heads else f"vit-{layers}x{width}-h{count}-p{patch}"
         if not known and inner[0] != 4 * width:
             name += f"-mlp{inner[0]}"
         build = partial(
-            VisionTransformer, side * patch, patch, layers, count, width, inner[0], num_classes=head[0]
-        )
+            VisionTransformer, side * patch, patch, layers, count, width, inner[0],
+            num_classes=head[0], representation_size=before,
+        )  # fmt: skip
         made.append(
             Proposal(name, build, (3, side * patch, side * patch), unusual=bool(known) and count != heads)
         )

@@ -90,7 +90,11 @@ def fitting(
                 check_readable(f"this {proposal.name}", channels)
                 read = {name: new for name, new in renamed.items() if new not in idle}
                 aside = tuple(name for name, new in renamed.items() if new in idle)
-                return matches(at_usual_size(proposal, network), network, read, unread + aside), []
+                # Tensors can be those of a network whose layers do not fit one another.
+                try:
+                    return matches(at_usual_size(proposal, network), network, read, unread + aside), []
+                except (RuntimeError, ValueError):
+                    differing = ["it cannot be run on images: its layers do not fit one another"]
             held = sum(own.get(n) == s for n, s in expected.items() if not n.endswith(COUNTER))
             of = sum(not n.endswith(COUNTER) for n in expected)
             near.append(Near(proposal.name, differing, held, of))

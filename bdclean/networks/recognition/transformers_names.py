@@ -51,9 +51,12 @@ def more(match: re.Match[str], group: int, factor: int = 1, add: int = 1) -> int
     return factor * int(match.group(group)) + add
 
 
-def three(pattern: str, name: str) -> list[Rule]:
+# What query, key and value are called on disk, and in the memory of version 5, which plain saving writes as it is.
+ON_DISK, IN_MEMORY = ("query", "key", "value"), ("q_proj", "k_proj", "v_proj")
+
+
+def three(pattern: str, name: str, words: tuple[str, str, str] = ON_DISK) -> list[Rule]:
     """Query, key and value, which the other library keeps as one tensor."""
-    words = ("query", "key", "value")
     return [rule(pattern.replace("QKV", word), name, (k, 3)) for k, word in enumerate(words)]
 
 
@@ -67,7 +70,7 @@ def row(shape: Shape) -> Shape:
     return shape[3:] if shape[:3] == (1, 1, 1) else shape
 
 
-VIT = r"^vit\.encoder\.layer\.(\d+)\."
+VIT = r"^vit\.(?:encoder\.layer|layers)\.(\d+)\."
 VIT_TO = r"encoder.layers.encoder_layer_\1."
 STAGE = r"^(?:resnet|regnet|convnext|convnextv2)\.encoder\.stages\.(\d+)\."
 LAYER = STAGE + r"layers\.(\d+)\."
@@ -93,9 +96,10 @@ TABLES: dict[str, list[Rule]] = {
         rule(r"^vit\.embeddings\.position_embeddings$", "encoder.pos_embedding"),
         rule(r"^vit\.embeddings\.patch_embeddings\.projection\.", "conv_proj."),
         *three(VIT + r"attention\.attention\.QKV\.(weight|bias)$", VIT_TO + r"self_attention.in_proj_\2"),
-        rule(VIT + r"attention\.output\.dense\.", VIT_TO + "self_attention.out_proj."),
-        rule(VIT + r"intermediate\.dense\.", VIT_TO + "mlp.0."),
-        rule(VIT + r"output\.dense\.", VIT_TO + "mlp.3."),
+        *three(VIT + r"attention\.QKV\.(weight|bias)$", VIT_TO + r"self_attention.in_proj_\2", IN_MEMORY),
+        rule(VIT + r"attention\.(?:output\.dense|o_proj)\.", VIT_TO + "self_attention.out_proj."),
+        rule(VIT + r"(?:intermediate\.dense|mlp\.fc1)\.", VIT_TO + "mlp.0."),
+        rule(VIT + r"(?:output\.dense|mlp\.fc2)\.", VIT_TO + "mlp.3."),
         rule(VIT + r"layernorm_before\.", VIT_TO + "ln_1."),
         rule(VIT + r"layernorm_after\.", VIT_TO + "ln_2."),
         rule(r"^vit\.layernorm\.", "encoder.ln."),
@@ -158,10 +162,13 @@ TABLES: dict[str, list[Rule]] = {
         rule(SWIN + r"downsample\.", lambda m: f"features.{more(m, 1, 2, 2)}."),
         *(
             Rule(r.pattern, swin_block(r"attn.qkv.\3"), r.part)
-            for r in three(BLOCK + r"attention\.self\.QKV\.(weight|bias)$", "")
+            for r in (
+                *three(BLOCK + r"attention\.self\.QKV\.(weight|bias)$", ""),
+                *three(BLOCK + r"attention\.QKV\.(weight|bias)$", "", IN_MEMORY),
+            )
         ),
         rule(
-            BLOCK + r"attention\.self\.relative_position_bias_table$",
+            BLOCK + r"attention\.(?:self|relative_position_bias)\.relative_position_bias_table$",
             swin_block("attn.relative_position_bias_table"),
         ),
         rule(
@@ -169,9 +176,9 @@ TABLES: dict[str, list[Rule]] = {
             swin_block("attn.relative_position_index"),
             shape=lambda s: (s[0] * s[1],) if len(s) == 2 else s,
         ),
-        rule(BLOCK + r"attention\.output\.dense\.", swin_block("attn.proj.")),
-        rule(BLOCK + r"intermediate\.dense\.", swin_block("mlp.0.")),
-        rule(BLOCK + r"output\.dense\.", swin_block("mlp.3.")),
+        rule(BLOCK + r"attention\.(?:output\.dense|o_proj)\.", swin_block("attn.proj.")),
+        rule(BLOCK + r"(?:intermediate\.dense|mlp\.fc1)\.", swin_block("mlp.0.")),
+        rule(BLOCK + r"(?:output\.dense|mlp\.fc2)\.", swin_block("mlp.3.")),
         rule(BLOCK + r"layernorm_before\.", swin_block("norm1.")),
         rule(BLOCK + r"layernorm_after\.", swin_block("norm2.")),
         rule(r"^swin\.layernorm\.", "norm."),
