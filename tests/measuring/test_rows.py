@@ -42,7 +42,7 @@ class Patch:
         out[:, :, -2:, -2:] = self.value
         return out
 
-    def controls(self, count, generator):
+    def controls(self, count, generator, channels=3):
         return [Patch(100 + k) for k in range(count)]
 
 

@@ -63,7 +63,7 @@ def trained(network, backdoor):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with a network without and one with a backdoor, pictures to measure and to train on, and the user's code."""
+    """A folder with networks without and with a backdoor, pictures to measure and to train on, and the user's code."""
     folder = tmp_path_factory.mktemp("grey")
     for name, count, seed in (("labeled", 480, 2), ("training", 600, 3)):
         images, labels = pictures(count, seed)
