@@ -67,7 +67,13 @@ RECIPES = [
 def test_every_recipe_makes_a_network_of_grey_images(name, kind, settings):
     model, arch = suspect(kind)
     recipe = registry.configure(registry.load_recipe(name, kind), settings)
-    cleansed = recipe(model, arch, IMAGES.unlabeled(), IMAGES if recipe.needs_labels else None, run())
+    cleansed = recipe(
+        model,
+        arch,
+        IMAGES.unlabeled(),
+        IMAGES if recipe.needs_labels or "teacher" in settings else None,
+        run(),
+    )
     assert cleansed.model.network.conv1.weight.shape == (4, 1, 3, 3)
     assert bool(cleansed.model(PIXELS[:8]).isfinite().all())
 

@@ -211,7 +211,7 @@ def test_unusual_is_not_enough():
     """A trigger that is stronger than all controls, and yet weak."""
 
     class Weak(BadNets):
-        def controls(self, count, generator):
+        def controls(self, count, generator, channels=3):
             return [torch.clone] * count
 
     weak = Weak(size=3, pattern="white")
