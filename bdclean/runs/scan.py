@@ -33,7 +33,7 @@ from bdclean.record.run import (
 )
 from bdclean.runs.detecting import Looked, choose_detectors, look
 from bdclean.runs.encoders import again
-from bdclean.runs.images import at_own_size, copies, describe_images, read_images
+from bdclean.runs.images import at_own_size, copies, describe_images, read_images, understand_labeled
 from bdclean.runs.options import Inputs
 from bdclean.runs.suspect import (
     Suspect,
@@ -86,10 +86,10 @@ def scan(
             probing = read_images(inputs.labeled, checkpoint, inputs, tell, forced=True)
         device = resolve_device(inputs.device)
         record = replace(record, device=str(device))
-        sure = inputs.arch is not None
-        suspect = understand(checkpoint, images.images, inputs.preprocess, images.labels, sure, device)
+        suspect, images, doubts = understand_labeled(checkpoint, images, inputs, device)
         entry = describe_suspect(record.checkpoint, suspect, images.images.shape[2:])
-        record = replace(record, checkpoint=entry).warned(suspect.warnings)
+        record = replace(record, checkpoint=entry, data=describe_images(path, images))
+        record = record.warned([*suspect.warnings, *doubts])
         if suspect.doubt:
             raise Refused(suspect.doubt)
         reference = read_reference(suspect, images, inputs)

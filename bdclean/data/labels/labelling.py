@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bdclean.data.labels.classfile import FileLabels, read_class_file
+from bdclean.data.labels.classfile import FileLabels, label_text, read_class_file
 from bdclean.data.labels.folders import Labelling, label_folders, match_names
 from bdclean.data.sources.listing import SPLITS, Listing, held
 from bdclean.errors import Refused
@@ -75,7 +75,7 @@ def label_listing(
         labelling = _by_value(values, None, names, head_classes, forced=True)
         forced = True  # whoever gives labels wants them used
     elif listing.labels is not None:
-        keys = listing.labels
+        keys = [label if label is None else label_text(label) for label in listing.labels]
         labelling = _by_value(keys, listing.classes, names, head_classes, forced)
     else:
         keys, labelling = _by_folder(listing, names, head_classes, forced, notes)
