@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from bdclean.data.duplicates import repeated, shows_same, without_duplicates
 from bdclean.data.imageset import ImageSet
@@ -750,3 +750,11 @@ except RuntimeError:
     digest, count, limited = done.stdout.split()
     assert digest == load_images(tmp_path / "a.npz", (224, 224)).digest and int(count) == 1800
     assert limited == "limited"  # else the test says nothing on this system
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+def test_avif_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.avif")
+    (tmp_path / "b").write_bytes((tmp_path / "a.avif").read_bytes())
+    found = load_images(tmp_path, SIZE)
+    assert found.paths == ("a.avif", "b") and torch.equal(found.images[0], found.images[1])

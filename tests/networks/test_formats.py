@@ -355,3 +355,22 @@ def test_shards_become_one_file_that_takes_their_place(tmp_path):
     written = load_file(out)
     assert written.keys() == state.keys() and all(torch.equal(written[n], state[n]) for n in state)
     assert read_header(out).metadata["format"] == "pt"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_torch_file_is_known_by_its_content_whatever_it_is_called(zipped, tmp_path):
+    path = tmp_path / "m.safetensors"
+    torch.save(weights(), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(Refused, match="is a pickle and can run code"):
+        Checkpoint.read(path)
+    assert Checkpoint.read(path, allow_pickle=True).format == "pickle"
+
+
+def test_a_shard_that_is_a_torch_file_is_not_called_damaged(tmp_path):
+    torch.save(weights(), tmp_path / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(weights(), "a.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        Refused, match="names the shard a.safetensors, which is a pickle whatever its name says"
+    ):
+        Checkpoint.read(tmp_path)

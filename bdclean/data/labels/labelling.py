@@ -15,6 +15,9 @@ from bdclean.errors import Refused
 from bdclean.files import strictjson
 from bdclean.files.text import plain
 
+LOOSE_SHARE = 0.02
+"""Up to this share of images, or one, may lie beside the class folders and are left out."""
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -141,13 +144,16 @@ def _by_folder(
                 f"{where}/{sorted(tops)[0]}."
             )
     loose = sum(name.count("/") <= depth for name in listing.names)
-    if loose:
+    few = loose <= LOOSE_SHARE * len(listing.names) or loose == 1 < len(listing.names)
+    if loose and not few:
         # a flat folder is unlabeled by intention: no word about it
         silent = loose == len(listing.names) and not forced
         return (), Labelling(None, why="" if silent else f"{loose:,} images lie outside any class folder")
-    keys = [name.split("/", depth + 1)[depth] for name in listing.names]
+    # a preview or two beside the class folders are of no class
+    keys = [name.split("/", depth + 1)[depth] if name.count("/") > depth else None for name in listing.names]
     labelling = label_folders(
-        sorted(set(keys)), empty=listing.empty if depth == 0 else (), names=names, head_classes=head_classes,
+        sorted({key for key in keys if key is not None}),
+        empty=listing.empty if depth == 0 else (), names=names, head_classes=head_classes,
         forced=forced, names_only=listing.stems_only,
     )  # fmt: skip
     if listing.stems_only and labelling.index is None and not forced:

@@ -104,8 +104,9 @@ def _load(path: Path) -> object:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    with torch.serialization.safe_globals(stubs.allowed()):
-                        return torch.load(path, map_location="cpu", weights_only=True)
+                    # Of a path torch looks at the ending, and takes a torch file called `.safetensors` for another.
+                    with torch.serialization.safe_globals(stubs.allowed()), open(path, "rb") as stream:
+                        return torch.load(stream, map_location="cpu", weights_only=True)
             except UnpicklingError as error:
                 if not stubs.corrected(str(error)):
                     raise
