@@ -29,6 +29,7 @@ from bdclean.record.run import (
     CheckpointEntry,
     Finding,
     RunRecord,
+    Skipped,
     TriggerRow,
 )
 from bdclean.runs.detecting import Looked, choose_detectors, look
@@ -107,7 +108,7 @@ def scan(
                 found.append(each.row)
             looked = look(looking, suspect, choice, images.images, inputs, tell)
             readings.append(_Reading.of(choice, trial, in_order(measured, made), made, floor, looked))
-        return _conclude(record, readings, made, inputs.pictures)
+        return _with_second(_conclude(record, readings, made, inputs.pictures), checkpoint)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, record)
         raise
@@ -170,6 +171,17 @@ def _conclude(
     return replace(record, checkpoint=describe_choice(record.checkpoint, worst.choice)).warned(
         [f"the normalisation is unclear, each plausible one was scanned ({found}); shown is {name}."]
     )
+
+
+def _with_second(record: RunRecord, checkpoint: Checkpoint) -> RunRecord:
+    """`record`, without a pass where the input holds the network again with other weights, which nobody measured."""
+    if not checkpoint.second:
+        return record
+    left = [Skipped(name, why) for name, why in checkpoint.second.items()]
+    record = replace(record, skipped=[*record.skipped, *left])
+    if record.verdict != NO_EVIDENCE:
+        return record
+    return replace(record, verdict=NOT_ASSESSED, advice=next(iter(checkpoint.second.values())).rstrip("."))
 
 
 def images_of(inputs: Inputs, kind: str = "classifier") -> Path:

@@ -28,8 +28,9 @@ def open_images(path: Path) -> Listing:
     if not len(listing.names):
         if listing.others[PICKLED]:
             raise Refused(
-                f"{plain(listing.where)} holds no images but {listing.others[PICKLED]} pickles, which can run code "
-                "when loaded: where you trust them, save their arrays with numpy.savez('images.npz', x=IMAGES, y=LABELS)."
+                f"{plain(listing.where)} holds no images but {listing.others[PICKLED]} pickles, which can run "
+                "code when loaded: where you trust them, save their arrays with "
+                "numpy.savez('images.npz', x=IMAGES, y=LABELS)."
             )
         others = held(listing.others)
         raise Refused(
