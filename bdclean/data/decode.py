@@ -12,17 +12,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 # Pillow's other plugins are left out on purpose: EPS starts Ghostscript, others parse documents.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm".split())
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *(("AVIF",) if features.check("avif") else ()))
+SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .avif".split()
+)
 MAX_PIXELS = 64 * 2**20  # 192 MiB as RGB: above any camera's usual output, below Pillow's own warning at 89 M
 MAX_BYTES = 256 * 2**20
 LARGE = 16 * 2**20  # pictures of more pixels are decoded one at a time: many at once would fill the memory
 ORIENTATION = 0x0112
 _one_at_a_time = threading.Lock()
 FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
+
+
+STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", *(b"P%d" % k for k in range(1, 7)))
+SNIFFED = 16
+"""Bytes that `looks_like_image` wants to see."""
+
+
+def looks_like_image(start: bytes) -> bool:
+    """Whether a file that begins so is of one of FORMATS: of one without an ending nothing else tells."""
+    webp, avif = start[:4] == b"RIFF" and start[8:12] == b"WEBP", start[4:12] == b"ftypavif"
+    return webp or avif or start.startswith(STARTS)
 
 
 class Unreadable(Exception):

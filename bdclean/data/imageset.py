@@ -19,7 +19,8 @@ class ImageSet:
     c is what the network takes: 3 (RGB) or 1 (grey).
 
     `labels_source` says how labels were found: 'names', 'integers', 'count' (folder count equals the head's:
-    to be dropped unless `labels_plausible`), 'forced', or None. `classes` may name classes without any image.
+    to be dropped unless the network agrees), 'forced', the name of an order that the network's
+    answers spoke for, or None. `classes` may name classes without any image.
     `on_disk`: the images lie in a scratch file that the system pages in and out, and so do selections of them.
     """
 
@@ -67,6 +68,16 @@ class ImageSet:
             labels=None if self.labels is None else self.labels[indices],
             paths=tuple(self.paths[i] for i in indices.tolist()) if self.paths else (),
         )
+
+    def in_order(self, name: str, places: Tensor, classes: int) -> ImageSet:
+        """The same images, label k being class `places[k]` of `classes`: an order called `name`."""
+        assert self.labels is not None
+        names = [str(k) for k in range(classes)]
+        if self.classes is not None:
+            for label, place in enumerate(places.tolist()):
+                if 0 <= place < classes:
+                    names[place] = self.classes[label]
+        return replace(self, labels=places[self.labels], classes=tuple(names), labels_source=name)
 
     def unlabeled(self, *warnings: str) -> ImageSet:
         """The same images without labels, with further warnings."""

@@ -39,7 +39,7 @@ from bdclean.record.run import (
     Side,
     TriggerRow,
 )
-from bdclean.runs.images import at_own_size, keep_plausible_labels, new_classes
+from bdclean.runs.images import at_own_size, keep_plausible_labels, new_classes, understand_labeled
 from bdclean.runs.options import Inputs
 from bdclean.runs.places import default_output, resume_state
 from bdclean.runs.split import Images, open_images
@@ -49,7 +49,6 @@ from bdclean.runs.suspect import (
     describe_suspect,
     input_size,
     resolve_device,
-    understand,
 )
 from bdclean.runs.trials import after_writing, open_trial
 from bdclean.training.resume import Saved
@@ -99,7 +98,7 @@ def cleanse(
         probed = trained = suspect
         if classes:
             probed, trained = suspect.without_head(), suspect.with_new_head(classes, inputs.seed, inputs.arch)
-        before, images = repair.open_trial(probed, images)
+        before, images = repair.open_trial(probed, images, method.needs_labels)
         if method.needs_labels and images.labeled is None:
             raise Refused(
                 f"{recipe} needs labels and {inputs.data} has none: give --labeled, with images in one "
@@ -161,14 +160,10 @@ class _Repair:
 
         `own_labels`: the labels are of the suspect's own classes, so that its accuracy may tell.
         """
-        device, told_by, sure = (
-            resolve_device(self.inputs.device),
-            images.telling(),
-            self.inputs.arch is not None,
-        )
+        device, told_by = resolve_device(self.inputs.device), images.telling()
         self._note(device=str(device))
-        labels = told_by.labels if own_labels else None
-        suspect = understand(checkpoint, told_by.images, self.inputs.preprocess, labels, sure, device)
+        told_by = told_by if own_labels else told_by.unlabeled()
+        suspect, _, _ = understand_labeled(checkpoint, told_by, self.inputs, device)
         entry = describe_suspect(self.record.checkpoint, suspect, told_by.images.shape[2:])
         self._note(suspect.warnings, checkpoint=entry)
         if suspect.doubt:
@@ -185,8 +180,11 @@ class _Repair:
             raise Refused(f"the normalisation is unclear between {names}: say which with --preprocess.")
         return suspect
 
-    def open_trial(self, suspect: Suspect, images: Images) -> tuple[Trial, Images]:
-        """The suspect on the images that are measured on, and the images without labels that are none."""
+    def open_trial(self, suspect: Suspect, images: Images, needs_labels: bool) -> tuple[Trial, Images]:
+        """The suspect on the images that are measured on, and the images without labels that are none.
+
+        Raises Refused where a recipe that `needs_labels` would train on labels that the suspect contradicts.
+        """
         probing = images.labeled or images.unlabeled
         before, doubts = open_trial(
             suspect, suspect.choices[0], images.held_out, self.inputs, self.threshold, self.tell, probing
@@ -199,16 +197,22 @@ class _Repair:
             labels_count = probing.sure or (before.labeled and probing.labels is not None)
             with_labels = probing if labels_count else None
             return before, Images(images.unlabeled, images.labeled or with_labels, images.held_out)
-        unlabeled, more = keep_plausible_labels(images.unlabeled, suspect, before.predict)
+        unlabeled, more = keep_plausible_labels(images.unlabeled, suspect, before.predict, needs_labels)
         labeled = images.labeled
-        if labeled is None and unlabeled.labels is not None:
+        if labeled is not None:
+            labeled, doubted = keep_plausible_labels(labeled, suspect, before.predict, training=True)
+            more = [*more, *doubted]
+        elif unlabeled.labels is not None:
             labeled = unlabeled
         data = self.record.data or DataEntry()
         # names are worth nothing where the folders turned out to be no labels
-        known = images.held_out.classes if before.labeled else None
+        measured, _ = keep_plausible_labels(images.held_out, suspect, before.predict)
+        known = measured.classes
         data = replace(data, classes=list(known) if known else None)
         if unlabeled.labels is None:
             data = replace(data, labeled=False, labels_source=None)
+        else:
+            data = replace(data, labels_source=unlabeled.labels_source)
         self._note([*doubts, *more], data=data)
         return before, Images(unlabeled, labeled, images.held_out)
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from bdclean.data.duplicates import repeated
 from bdclean.data.imageset import ImageSet
+from bdclean.data.labels.agreement import agreement
 from bdclean.data.labels.classfile import FileLabels, read_class_file
-from bdclean.data.labels.folders import labels_plausible
 from bdclean.data.labels.labelling import claimed_names, label_listing
 from bdclean.data.loading import load_images
 from bdclean.data.sources.opening import open_images as open_listing
 from bdclean.errors import Refused
-from bdclean.measuring.trial import Predict
+from bdclean.measuring.trial import Predict, make_predictor
 from bdclean.networks.ambiguity.size import own_size
 from bdclean.networks.arch import Arch
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
@@ -24,7 +24,7 @@ from bdclean.networks.checkpoint.claims import claimed_resize
 from bdclean.progress import Tell, quiet
 from bdclean.record.run import DataEntry
 from bdclean.runs.options import CSV, Inputs
-from bdclean.runs.suspect import Suspect, as_trained, claimed_size, given_size, input_size
+from bdclean.runs.suspect import Suspect, as_trained, claimed_size, given_size, input_size, understand
 
 LEAST_IMAGES = 20
 """Under this many images nothing can be said about anything."""
@@ -32,6 +32,8 @@ COMPARED, MANY_COPIES = 20_000, 0.1
 """So many images are searched for copies of each other, and a warning says so if this share or more are copies."""
 
 
+TESTED = 512
+"""So many images, drawn at random, tell whether labels are labels."""
 ONE_ANSWER = 0.9
 """From this share on, a set of images counts as one class's."""
 
@@ -86,25 +88,99 @@ def at_own_size(checkpoint: Checkpoint, path: Path, inputs: Inputs) -> Checkpoin
     return own_size(checkpoint, load, inputs.preprocess, claimed[0] if claimed is not None else None)
 
 
-def keep_plausible_labels(images: ImageSet, suspect: Suspect, predict: Predict) -> tuple[ImageSet, list[str]]:
-    """`images`, without labels that only a count of classes spoke for and that the suspect's answers contradict.
+def keep_plausible_labels(
+    images: ImageSet, suspect: Suspect, predict: Predict, training: bool = False
+) -> tuple[ImageSet, list[str]]:
+    """`images` with labels that the suspect's answers do not contradict, and what is to be warned of.
 
-    Other labels stay and are doubted; what is to be warned of comes with them.
+    Labels in another order that has a name and fits far better are put into it. Where only a matching without a name
+    fits, or labels that a count of classes alone spoke for do not hold, they are dropped; Refused is raised instead
+    where the user said that they are labels. Others on which the suspect does no better than chance are doubted, and
+    refused for `training`.
     """
     if images.labels is None:
         return images, []
-    sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:1024]
-    if labels_plausible(predict(images.images[sample]), images.labels[sample], suspect.arch.classes):
+    sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:TESTED]
+    said = agreement(
+        predict(images.images[sample]),
+        images.labels[sample],
+        images.classes,
+        suspect.arch.classes,
+        images.sure,
+    )
+    forced = images.labels_source == "forced"
+    if said.verdict == "agrees":
         return images, []
+    if said.verdict == "order":
+        assert said.order is not None and said.places is not None
+        return images.in_order(said.order, said.places, suspect.arch.classes), [
+            f"the labels were read in another order than the network's: it is right on {said.right:.1%} of the images "
+            f"that way and on {said.best:.1%} in {said.order}, which is used (--classes FILE names the classes in the "
+            "head's order)."
+        ]
+    if said.verdict == "matching":
+        why = (
+            f"the network is right on {said.right:.1%} of the images as they are labeled, and on {said.best:.1%} if "
+            "its classes are matched with the labels one to one: they are in an order of no known name"
+        )
+        remedy = "--classes FILE names the classes in the head's order"
+        if forced:
+            raise Refused(f"{why}: {remedy}.")
+        return images.unlabeled(), [f"{why}, and the images are used as unlabeled ({remedy})."]
     if images.labels_source == "count":
+        held = (
+            "no better than chance" if said.verdict == "chance" else "no better than chance on most classes"
+        )
         return images.unlabeled(), [
-            "there are as many classes of images as the network has, but it does no better than chance on them as "
+            f"there are as many classes of images as the network has, but it does {held} with them as "
             "labels: the images are used as unlabeled (--labeled forces)."
         ]
+    if training and said.nearer_chance:
+        raise Refused(
+            f"the network is right on {said.right:.1%} of the images as they are labeled, no better than chance: "
+            "training on these labels would destroy it. Name the classes in the head's order with --classes FILE, or "
+            "use --head new where they are other classes."
+        )
+    held = "on the labels of these images" if said.verdict == "chance" else "on most classes of these images"
     return images, [
-        "the network does no better than chance on the labels of these images: they may be another set's, or in "
+        f"the network does no better than chance {held}: they may be another set's, or in "
         "another order (--classes FILE names the classes in the head's order)."
     ]
+
+
+def understand_labeled(
+    checkpoint: Checkpoint, images: ImageSet, inputs: Inputs, device: torch.device
+) -> tuple[Suspect, ImageSet, list[str]]:
+    """The suspect as `images` tell it is to be read, the images with labels that it speaks for, and warnings.
+
+    Labels that are none, or of another order, mislead the choice of normalisation and architecture: where the suspect
+    does not agree with them it is read without, they are tried again, and what is left of them is heard.
+    """
+
+    def read(labels: Tensor | None) -> Suspect:
+        sure = inputs.arch is not None
+        return understand(checkpoint, images.images, inputs.preprocess, labels, sure, device)
+
+    def tried(suspect: Suspect) -> tuple[ImageSet, list[str]]:
+        classifier = suspect.classifier(suspect.choices[0])
+        return keep_plausible_labels(
+            images, suspect, make_predictor(classifier, device, inputs.batch_size, images.images)
+        )
+
+    if images.labels is None or checkpoint.arch.kind == "encoder":
+        return read(images.labels), images, []
+    suspect = read(images.labels)
+    try:
+        kept, doubts = tried(suspect)
+        if not doubts:
+            return suspect, kept, []
+    except Refused:  # under this reading
+        pass
+    blind = read(None)
+    kept, doubts = tried(blind)
+    if kept.labels is None:
+        return blind, kept, doubts
+    return read(kept.labels), kept, doubts
 
 
 def copies(images: ImageSet) -> list[str]:

@@ -29,11 +29,12 @@ from bdclean.record.run import (
     CheckpointEntry,
     Finding,
     RunRecord,
+    Skipped,
     TriggerRow,
 )
 from bdclean.runs.detecting import Looked, choose_detectors, look
 from bdclean.runs.encoders import again
-from bdclean.runs.images import at_own_size, copies, describe_images, read_images
+from bdclean.runs.images import at_own_size, copies, describe_images, read_images, understand_labeled
 from bdclean.runs.options import Inputs
 from bdclean.runs.suspect import (
     Suspect,
@@ -86,10 +87,10 @@ def scan(
             probing = read_images(inputs.labeled, checkpoint, inputs, tell, forced=True)
         device = resolve_device(inputs.device)
         record = replace(record, device=str(device))
-        sure = inputs.arch is not None
-        suspect = understand(checkpoint, images.images, inputs.preprocess, images.labels, sure, device)
+        suspect, images, doubts = understand_labeled(checkpoint, images, inputs, device)
         entry = describe_suspect(record.checkpoint, suspect, images.images.shape[2:])
-        record = replace(record, checkpoint=entry).warned(suspect.warnings)
+        record = replace(record, checkpoint=entry, data=describe_images(path, images))
+        record = record.warned([*suspect.warnings, *doubts])
         if suspect.doubt:
             raise Refused(suspect.doubt)
         reference = read_reference(suspect, images, inputs)
@@ -108,7 +109,7 @@ def scan(
             looked = look(looking, suspect, choice, images.images, inputs, tell)
             ordered = in_order(measured, made)
             readings.append(_Reading.of(choice, trial, ordered, made, floor, looked, bool(triggers)))
-        return _conclude(record, readings, made, inputs.pictures)
+        return _with_second(_conclude(record, readings, made, inputs.pictures), checkpoint)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, record)
         raise
@@ -172,6 +173,17 @@ def _conclude(
     return replace(record, checkpoint=describe_choice(record.checkpoint, worst.choice)).warned(
         [f"the normalisation is unclear, each plausible one was scanned ({found}); shown is {name}."]
     )
+
+
+def _with_second(record: RunRecord, checkpoint: Checkpoint) -> RunRecord:
+    """`record`, without a pass where the input holds the network again with other weights, which nobody measured."""
+    if not checkpoint.second:
+        return record
+    left = [Skipped(name, why) for name, why in checkpoint.second.items()]
+    record = replace(record, skipped=[*record.skipped, *left])
+    if record.verdict != NO_EVIDENCE:
+        return record
+    return replace(record, verdict=NOT_ASSESSED, advice=next(iter(checkpoint.second.values())).rstrip("."))
 
 
 def images_of(inputs: Inputs, kind: str = "classifier") -> Path:

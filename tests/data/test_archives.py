@@ -287,3 +287,75 @@ def test_what_is_no_tar_is_said(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.zip").write_bytes(content)
     with pytest.raises(Refused, match="unpack it"):
         load_images(tmp_path / "a.zip", SIZE)
+
+
+def test_links_to_images_of_the_archive_are_those_images(tmp_path: Path) -> None:
+    files = {"ant/0.png": picture(1), "bee/0.png": picture(2)}
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"set/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for name, kind, target in [
+            ("ant/1.png", tarfile.LNKTYPE, "set/bee/0.png"),
+            ("bee/1.png", tarfile.SYMTYPE, "../ant/0.png"),
+            ("bee/2.png", tarfile.SYMTYPE, "/etc/passwd"),
+            ("bee/3.png", tarfile.SYMTYPE, "../../outside.png"),
+        ]:
+            info = tarfile.TarInfo(f"set/{name}")
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
+    listing = open_images(path)
+    assert list(listing.names) == ["ant/0.png", "ant/1.png", "bee/0.png", "bee/1.png"]
+    assert listing.others == {"links": 2}
+    images = load_images(path, SIZE).images
+    assert torch.equal(images[1], images[2]) and torch.equal(images[3], images[0])
+    assert list(open_images(path / "set" / "bee").names) == ["0.png"]  # what is linked to lies outside
+
+
+def test_masks_of_a_webdataset_are_not_measured(tmp_path: Path) -> None:
+    files = {
+        "0.jpg": picture(1, "JPEG"), "0.seg.png": picture(2), "0.cls": b"1",
+        "1.png": picture(3), "1.mask.png": picture(4), "1.cls": b"0",
+        "2.seg.png": picture(5), "2.cls": b"0",
+    }  # fmt: skip
+    listing = open_images(pack(tmp_path / "a.tar", files))
+    assert list(listing.names) == ["0.jpg", "1.png", "2.seg.png"]  # the last one is all that there is of it
+    assert listing.others == {"masks": 2}
+
+
+def test_the_official_archives_of_cifar_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    batch = b"\x80\x02}q\x01."  # how one begins; it is not read further
+    names = ["data_batch_1", "data_batch_2", "test_batch"]
+    archive = pack(
+        tmp_path / "cifar-10-python.tar.gz", {f"cifar-10-batches-py/{name}": batch for name in names}
+    )
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_bytes(batch)
+    (folder / "readme.html").write_text("<html>")
+    for path in (archive, folder):
+        with pytest.raises(Refused, match=r"no images but 3 pickles, .* numpy.savez\('images.npz', x=IMAGES"):
+            open_images(path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_lies_beside_class_folders_does_not_take_their_labels(tmp_path: Path, packed: bool) -> None:
+    files = classes("ant", "bee", each=4) | {
+        "README": b"Images of ants and bees", "LICENSE": b"MIT", "preview.png": picture(7),
+        "@eaDir/thumb.png": picture(8), "ant/@eaDir/0.png": picture(9), ".DS_Store": b"\0\0\0\1Bud1",
+        "ant/no-ending": picture(10),
+    }  # fmt: skip
+    path = tmp_path / "set"
+    if packed:
+        path = pack(tmp_path / "set.tar", files)
+    else:
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+    found = load_images(path, SIZE, head_classes=2)
+    assert found.labels is not None and found.labels.tolist() == [0] * 5 + [1] * 4
+    assert any("2 files without an ending" in warning for warning in found.warnings)
+    assert any("1 images" in warning and "left out" in warning for warning in found.warnings)

@@ -264,3 +264,18 @@ def test_forced_labels_of_some_images_leave_the_others_out(tmp_path: Path) -> No
     assert len(found) == 6 and sorted(found.labels.tolist()) == [0, 0, 1, 1, 2, 2]
     assert any("2 images" in note and "no label" in note for note in found.warnings)
     assert load_images(tmp_path / "some.npz", (6, 6)).labels is None
+
+
+def test_odd_rows_of_an_array_are_left_out_and_named(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).random((40, 8, 8, 3)).astype(np.float32)
+    images[3, 0, 0, 0] = np.nan
+    images[7] = 300.0
+    np.savez(tmp_path / "a.npz", x=images, y=np.arange(40) % 2)
+    found = load_images(tmp_path / "a.npz", (8, 8), head_classes=2)
+    assert len(found.images) == 38 and found.labels is not None and len(found.labels) == 38
+    assert [name for name, _ in found.skipped] == ["0000003", "0000007"]
+    assert int(found.images.max()) > 200  # the others are still read as 0 to 1
+    images[:20] = np.nan
+    np.savez(tmp_path / "a.npz", x=images)
+    with pytest.raises(Refused, match="give pixels from 0 to 255 or 0 to 1"):
+        load_images(tmp_path / "a.npz", (8, 8))

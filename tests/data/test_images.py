@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import subprocess
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from bdclean.data.duplicates import repeated, shows_same, without_duplicates
 from bdclean.data.imageset import ImageSet
@@ -530,6 +532,72 @@ def test_numbers_in_a_csv_are_classes(tmp_path: Path) -> None:
     assert found.labels_source == "integers"
 
 
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("labels.csv", ["file,label", "a.png,3.0", "b.png,1.0", "c.png,0.0"]),
+        ("labels.csv", ["file,label", 'a.png,"""3"""', "b.png,'1'", "c.png,0"]),
+        ("labels.jsonl", ['{"file_name": "a.png", "label": 3}', "", '{"file_name": "b.png", "label": 1.0}',
+                          '{"file_name": "c.png", "label": "0"}']),
+    ],
+)  # fmt: skip
+def test_numbers_are_the_same_label_however_they_are_written(
+    tmp_path: Path, name: str, lines: list[str]
+) -> None:
+    for image in "abc":
+        write(tmp_path / "images" / f"{image}.png")
+    (tmp_path / name).write_text("\n".join(lines))
+    found = load_images(tmp_path / "images", SIZE, classes=tmp_path / name, head_classes=5)
+    assert found.labels is not None and found.labels.tolist() == [3, 1, 0]
+
+
+def test_json_lines_without_a_label_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "images" / "a.png")
+    for text, said in (('{"file": "a.png"}', "a line without"), ("", "is empty"), ("{", "a line without")):
+        (tmp_path / "labels.jsonl").write_text(text)
+        with pytest.raises(Refused, match=said):
+            load_images(tmp_path / "images", SIZE, classes=tmp_path / "labels.jsonl")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"ant": 2, "bee": 0, "cow": 1},
+        {"0": ["n01", "bee"], "1": ["n02", "cow"], "2": ["n03", "ant"]},
+        {"2": "ant", "0": "bee", "1": "cow"},
+    ],
+)
+def test_a_json_says_which_class_each_name_is(tmp_path: Path, said: dict[str, object]) -> None:
+    (tmp_path / "classes.json").write_text(json.dumps(said))
+    root = folders(tmp_path / "images", ["ant", "bee", "cow"], each=1)
+    found = load_images(root, SIZE, classes=tmp_path / "classes.json", head_classes=3)
+    assert found.labels is not None and found.labels.tolist() == [2, 0, 1] and found.labels_source == "names"
+    numbered = folders(tmp_path / "numbers", ["n01", "n03"], each=1)
+    if isinstance(said.get("0"), list):
+        found = load_images(numbered, SIZE, classes=tmp_path / "classes.json", head_classes=3)
+        assert found.labels is not None and found.labels.tolist() == [0, 2]
+
+
+def test_names_with_accents_are_the_same_in_either_form(tmp_path: Path) -> None:
+    root = folders(tmp_path / "images", [unicodedata.normalize("NFD", "chêne"), "érable"], each=1)
+    (tmp_path / "classes.txt").write_text(unicodedata.normalize("NFC", "érable\nchêne\n"))
+    found = load_images(root, SIZE, classes=tmp_path / "classes.txt", head_classes=2)
+    assert found.labels_source == "names"
+    assert [found.classes[k] for k in found.labels.tolist()] == ["chêne", "érable"]
+    (tmp_path / "labels.csv").write_text(
+        unicodedata.normalize("NFC", "file,label\nchêne/0.png,1\nérable/0.png,0")
+    )
+    found = load_images(root, SIZE, classes=tmp_path / "labels.csv", head_classes=2)
+    assert found.labels.tolist() == [1, 0]
+
+
+def test_numbers_from_one_with_some_absent_are_to_be_confirmed(tmp_path: Path) -> None:
+    root = folders(tmp_path / "images", ["1", "3", "4"], each=1)
+    found = load_images(root, SIZE, head_classes=4)
+    assert found.labels.tolist() == [0, 2, 3] and found.labels_source == "count"
+    assert found.classes == ("1", "2", "3", "4")
+
+
 def test_a_csv_of_other_images_or_of_names_only(tmp_path: Path) -> None:
     root = folders(tmp_path / "images", ["ant", "bee"], each=1)
     (tmp_path / "other.csv").write_text("file,label\nx.png,1\ny.png,2\n")
@@ -699,3 +767,11 @@ except RuntimeError:
     digest, count, limited = done.stdout.split()
     assert digest == load_images(tmp_path / "a.npz", (224, 224)).digest and int(count) == 1800
     assert limited == "limited"  # else the test says nothing on this system
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+def test_avif_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.avif")
+    (tmp_path / "b").write_bytes((tmp_path / "a.avif").read_bytes())
+    found = load_images(tmp_path, SIZE)
+    assert found.paths == ("a.avif", "b") and torch.equal(found.images[0], found.images[1])

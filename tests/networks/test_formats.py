@@ -355,3 +355,55 @@ def test_shards_become_one_file_that_takes_their_place(tmp_path):
     written = load_file(out)
     assert written.keys() == state.keys() and all(torch.equal(written[n], state[n]) for n in state)
     assert read_header(out).metadata["format"] == "pt"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_torch_file_is_known_by_its_content_whatever_it_is_called(zipped, tmp_path):
+    path = tmp_path / "m.safetensors"
+    torch.save(weights(), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(Refused, match="is a pickle and can run code"):
+        Checkpoint.read(path)
+    assert Checkpoint.read(path, allow_pickle=True).format == "pickle"
+
+
+def test_a_shard_that_is_a_torch_file_is_not_called_damaged(tmp_path):
+    torch.save(weights(), tmp_path / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(weights(), "a.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        Refused, match="names the shard a.safetensors, which is a pickle whatever its name says"
+    ):
+        Checkpoint.read(tmp_path)
+
+
+class TestSecondFiles:
+    """A folder's other weights, which whoever uses it may load."""
+
+    def folder(self, tmp_path):
+        save_file(weights(), tmp_path / "model.safetensors")
+        return tmp_path
+
+    def test_one_file_among_things_that_are_no_weights(self, tmp_path):
+        folder = self.folder(tmp_path)
+        (folder / "README.md").write_text("x" * 100_000)
+        torch.save(weights(), folder / "optimizer.pt")
+        save_file({"projector": torch.rand(300, 7)}, folder / "projector.safetensors")
+        assert Checkpoint.read(folder).second == {}
+
+    def test_half_precision_and_torch_files_are_found_by_content(self, tmp_path):
+        folder = self.folder(tmp_path)
+        halves = {f"net.{name}": t.half() if t.is_floating_point() else t for name, t in weights(1).items()}
+        save_file(halves, folder / "model.fp16.safetensors")
+        torch.save(weights(2), folder / "old.weights")
+        checkpoint = Checkpoint.read(folder)
+        assert set(checkpoint.second) == {"model.fp16.safetensors", "old.weights"}
+        assert all(said in checkpoint.warnings for said in checkpoint.second.values())
+        assert "holds the same network" in checkpoint.second["model.fp16.safetensors"]
+        assert "may hold the same network" in checkpoint.second["old.weights"]
+        assert Checkpoint.read(folder / "model.safetensors").second == {}  # the user said which one counts
+
+    def test_an_average_in_the_same_file_counts_too(self, tmp_path):
+        other = {f"ema.{name}": t for name, t in weights(3).items()}
+        save_file(weights() | other, tmp_path / "m.safetensors")
+        checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
+        assert list(checkpoint.second) == ["ema."]

@@ -1,6 +1,8 @@
 """How a suspect is understood where its tensors alone do not say."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,10 +22,20 @@ from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.progress import quiet
 from bdclean.record.run import CheckpointEntry, RunRecord
-from bdclean.runs.images import copies, keep_plausible_labels, one_answer, read_images
+from bdclean.runs.images import (
+    copies,
+    describe_images,
+    keep_plausible_labels,
+    one_answer,
+    read_images,
+    understand_labeled,
+)
 from bdclean.runs.options import Inputs
+from bdclean.runs.scan import _with_second
 from bdclean.runs.suspect import claimed_size, describe_suspect, input_size, understand
 from bdclean.training.students import set_batch_statistics
+
+LABELED = Path(__file__).resolve().parents[2] / "sample_models/images/labeled"
 
 
 @pytest.mark.parametrize("shortcut", ["a", pytest.param("a-end", marks=pytest.mark.slow)])
@@ -64,9 +76,54 @@ def test_labels_that_the_suspect_contradicts_are_dropped_or_doubted(source):
     suspect = SimpleNamespace(arch=SimpleNamespace(classes=4))
     kept, doubts = keep_plausible_labels(found, suspect, Answers(labels))
     assert kept.labels is labels and doubts == []
-    kept, doubts = keep_plausible_labels(found, suspect, Answers((labels + 1) % 4))
+    generator = torch.Generator().manual_seed(0)
+    anything = Answers(torch.randint(4, (200,), generator=generator))
+    kept, doubts = keep_plausible_labels(found, suspect, anything)
     assert len(doubts) == 1 and "no better than chance" in doubts[0]
     assert (kept.labels is None) == (source == "count")
+    if source != "count":
+        with pytest.raises(Refused, match="training on these labels would destroy it"):
+            keep_plausible_labels(found, suspect, anything, training=True)
+
+
+@pytest.mark.parametrize("source", ["count", "names", "integers", "forced"])
+def test_labels_that_only_a_matching_without_a_name_fits_are_dropped_or_refused(source):
+    images = torch.arange(200, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
+    labels = torch.arange(200) % 4
+    found = ImageSet(images, labels, ("a", "b", "c", "d"), labels_source=source)
+    suspect = SimpleNamespace(arch=SimpleNamespace(classes=4))
+    if source == "forced":
+        with pytest.raises(Refused, match="right on 0.0% .* 100.0% .* order of no known name"):
+            keep_plausible_labels(found, suspect, Answers((labels + 1) % 4))
+        return
+    kept, doubts = keep_plausible_labels(found, suspect, Answers((labels + 1) % 4))
+    assert kept.labels is None and kept.labels_source is None and "used as unlabeled" in doubts[0]
+
+
+def signs_in_text_order(root):
+    """The shipped road signs in folders `0` to `11` that stand for the head's classes as ImageFolder sorts them."""
+    signs = sorted(LABELED.iterdir(), key=lambda folder: folder.name)
+    for sign, number in zip(signs, sorted(str(k) for k in range(12)), strict=True):
+        shutil.copytree(sign, root / number)
+    return root
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_folders_in_torchvisions_order_are_used_in_it_and_said(tmp_path, forced):
+    checkpoint = Checkpoint.read(LABELED.parents[1] / "signs-badnets.safetensors")
+    path = signs_in_text_order(tmp_path / "signs")
+    inputs = Inputs(preprocess="auto")
+    images = read_images(path, checkpoint, inputs, quiet, forced=forced)
+    suspect, kept, doubts = understand_labeled(checkpoint, images, inputs, torch.device("cpu"))
+    (said,) = doubts
+    assert "in text order, as torchvision's ImageFolder sorts, which is used" in said
+    assert (
+        kept.labels_source == describe_images(path, kept).labels_source and "text order" in kept.labels_source
+    )
+    assert list(kept.classes) == sorted(str(k) for k in range(12))
+    classifier = suspect.classifier(suspect.choices[0])
+    right = classifier(kept.images).argmax(1) == kept.labels
+    assert float(right.float().mean()) > 0.9
 
 
 def test_a_warning_stands_once_in_a_record():
@@ -153,3 +210,13 @@ def test_a_normalisation_without_a_size_leaves_the_claimed_one(tmp_path):
         assert input_size(checkpoint, Inputs(preprocess=given)) == size
     (tmp_path / "config.json").write_text(json.dumps(claim | {"input_size": [3, 9, 9]}))
     assert claimed_size(Checkpoint.read(tmp_path)) in ((9, 9), None)
+
+
+def test_a_pass_is_none_where_the_input_holds_other_weights():
+    record = RunRecord("scan", verdict="no-evidence", outcome="ran")
+    alone, beside = SimpleNamespace(second={}), SimpleNamespace(second={"b.bin": "b.bin was not measured."})
+    assert _with_second(record, alone) == record
+    found = _with_second(record, beside)
+    assert (found.verdict, found.advice, found.exit_code) == ("not-assessed", "b.bin was not measured", 3)
+    assert [entry.what for entry in found.skipped] == ["b.bin"]
+    assert _with_second(RunRecord("scan", verdict="backdoored"), beside).verdict == "backdoored"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import stat
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,13 +75,17 @@ class FileLabels:
 def _form(name: str, cut: int, ending: bool) -> str:
     """`name` without its first `cut` folders (-1: without any), and without its ending where that is not wanted."""
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
-    name = "/".join(parts[min(cut, len(parts) - 1) :] if parts else parts)
+    name = unicodedata.normalize("NFC", "/".join(parts[min(cut, len(parts) - 1) :] if parts else parts))
     return name if ending else os.path.splitext(name)[0]
 
 
 def read_class_file(path: Path) -> tuple[str, ...] | FileLabels:
-    """Class names in the order of the head (one a line, a JSON list, or a JSON object from index to name), or the
-    labels of a CSV `file,label`. Raises Refused for what is neither."""
+    """Class names in the order of the head, or labels by file name. Raises Refused for what is neither.
+
+    Names: one a line, a JSON list, or a JSON object from index to name, from name to index (torchvision's
+    `class_to_idx`), or from index to [WordNet number, name] (Keras's `imagenet_class_index.json`). Labels: a CSV or
+    JSON lines with a file and a label each.
+    """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
@@ -96,6 +102,8 @@ def read_class_file(path: Path) -> tuple[str, ...] | FileLabels:
         found = _table(path, text)
     elif suffix == ".json":
         found = _json(path, text)
+    elif suffix in (".jsonl", ".ndjson"):
+        found = _json_lines(path, text)
     else:
         found = tuple(line.strip() for line in text.splitlines() if line.strip())
     if isinstance(found, tuple) and len(found) < 2:
@@ -106,11 +114,42 @@ def read_class_file(path: Path) -> tuple[str, ...] | FileLabels:
 def _json(path: Path, text: str) -> tuple[str, ...]:
     try:
         found = strictjson.parse(text)
+        if isinstance(found, dict) and all(type(value) is int for value in found.values()):
+            found = {str(index): name for name, index in found.items()}
         if isinstance(found, dict):
             found = [found[str(i)] for i in range(len(found))]
-        return tuple(str(name) for name in found)
+        # several words for one class are matched as synonyms
+        return tuple(", ".join(name) if isinstance(name, list) else str(name) for name in found)
     except (strictjson.NotJson, KeyError, TypeError):
         raise Refused(f"{path} is not a list of class names: give one name a line, or a JSON list.") from None
+
+
+def _json_lines(path: Path, text: str) -> FileLabels:
+    labels: dict[str, str] = {}
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        try:
+            row = strictjson.parse(line)
+        except strictjson.NotJson:
+            row = None
+        said = {str(key).lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
+        file = next((said[name] for name in FILE_COLUMNS if name in said), None)
+        label = next((said[name] for name in LABEL_COLUMNS if name in said), None)
+        if not isinstance(file, str) or not isinstance(label, (str, int, float)):
+            raise Refused(f"{path} has a line without a 'file' and a 'label': give both in each.")
+        labels[file.strip()] = label_text(str(label))
+    if not labels:
+        raise Refused(f"{path} is empty: give one object with 'file' and 'label' a line.")
+    return FileLabels(path, labels)
+
+
+def label_text(label: str) -> str:
+    """A label as it was meant: without quotes that were written into it, and a whole number without its `.0`."""
+    label = label.strip()
+    if len(label) > 1 and label[0] == label[-1] and label[0] in "\"'":
+        label = label[1:-1].strip()
+    return label[: label.index(".")] if re.fullmatch(r"-?[0-9]+\.0+", label) else label
 
 
 def _table(path: Path, text: str) -> tuple[str, ...] | FileLabels:
@@ -143,7 +182,8 @@ def _table(path: Path, text: str) -> tuple[str, ...] | FileLabels:
         held = ", ".join(repr(cell[:30]) for cell in header[:6])
         raise Refused(f"{path} has the columns {held}: name one 'file' and one 'label'.")
     return FileLabels(
-        path, {row[file].strip(): row[label].strip() for row in rows if len(row) > max(file, label)}
+        path,
+        {row[file].strip(): label_text(row[label]) for row in rows if len(row) > max(file, label)},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,23 +102,37 @@ def imagenet_folders() -> tuple[str, ...]:
 
 def match_names(folders: Sequence[str], names: tuple[str, ...]) -> dict[str, int] | None:
     """Each folder's place among `names`, if all of them are there and no two are the same one."""
-    # Exact first; then names may differ in case or hyphens alone; then a name's first synonym is enough.
-    for form in (str, _plain, _first):
-        counted = Counter(form(name) for name in names)
-        known = {form(name): i for i, name in enumerate(names) if counted[form(name)] == 1}
-        index = {folder: known.get(form(folder)) for folder in folders}
+    # Exact first; then names may differ in case or hyphens alone; then a name's first synonym is enough, then any one.
+    for forms in (_exact, _plainly, _first, _synonyms):
+        counted = Counter(form for name in names for form in forms(name))
+        known = {form: i for i, name in enumerate(names) for form in forms(name) if counted[form] == 1}
+        index = {folder: known.get(next(iter(forms(folder)))) for folder in folders}
         values = [value for value in index.values() if value is not None]
         if len(values) == len(set(values)) == len(folders):
             return {folder: value for folder, value in index.items() if value is not None}
     return None
 
 
+def _exact(name: str) -> tuple[str, ...]:
+    return (name,)
+
+
+def _plainly(name: str) -> tuple[str, ...]:
+    return (_plain(name),)
+
+
 def _plain(name: str) -> str:
+    # file systems and archives hold letters with accents as one character or as two
+    name = unicodedata.normalize("NFC", name)
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
-def _first(name: str) -> str:
-    return _plain(name.split(",", 1)[0])
+def _first(name: str) -> tuple[str, ...]:
+    return (_plain(name.split(",", 1)[0]),)
+
+
+def _synonyms(name: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_plain(part) for part in name.split(",")))
 
 
 def _by_number(folders: Sequence[str], head_classes: int | None) -> Labelling | None:
@@ -129,6 +144,11 @@ def _by_number(folders: Sequence[str], head_classes: int | None) -> Labelling | 
         return None
     if head_classes is None or len(order) == head_classes:
         return Labelling({name: i for i, name in enumerate(order)}, tuple(order), "integers")
+    if values[0] >= 1 and values[-1] == head_classes:
+        # Numbered from 1, some absent. Only the network can confirm it.
+        named = {value - 1: name for value, name in zip(values, order, strict=True)}
+        classes = tuple(named.get(i, str(i + 1)) for i in range(head_classes))
+        return Labelling({name: int(name) - 1 for name in order}, classes, "count")
     if len(order) > head_classes or values[-1] >= head_classes:
         numbered = f"there are {len(order)} numbered classes, the highest {order[-1]},"
         return Labelling(None, why=f"{numbered} and the network has {head_classes}")

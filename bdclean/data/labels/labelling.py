@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from bdclean.data.labels.classfile import FileLabels, read_class_file
+from bdclean.data.labels.classfile import FileLabels, label_text, read_class_file
 from bdclean.data.labels.folders import Labelling, label_folders, match_names
 from bdclean.data.sources.listing import SPLITS, Listing, held
 from bdclean.errors import Refused
 from bdclean.files import strictjson
 from bdclean.files.text import plain
+
+LOOSE_SHARE = 0.02
+"""Up to this share of images, or one, may lie beside the class folders and are left out."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def label_listing(
         labelling = _by_value(values, None, names, head_classes, forced=True)
         forced = True  # whoever gives labels wants them used
     elif listing.labels is not None:
-        keys = listing.labels
+        keys = [label if label is None else label_text(label) for label in listing.labels]
         labelling = _by_value(keys, listing.classes, names, head_classes, forced)
     else:
         keys, labelling = _by_folder(listing, names, head_classes, forced, notes)
@@ -141,13 +144,16 @@ def _by_folder(
                 f"{where}/{sorted(tops)[0]}."
             )
     loose = sum(name.count("/") <= depth for name in listing.names)
-    if loose:
+    few = loose <= LOOSE_SHARE * len(listing.names) or loose == 1 < len(listing.names)
+    if loose and not few:
         # a flat folder is unlabeled by intention: no word about it
         silent = loose == len(listing.names) and not forced
         return (), Labelling(None, why="" if silent else f"{loose:,} images lie outside any class folder")
-    keys = [name.split("/", depth + 1)[depth] for name in listing.names]
+    # a preview or two beside the class folders are of no class
+    keys = [name.split("/", depth + 1)[depth] if name.count("/") > depth else None for name in listing.names]
     labelling = label_folders(
-        sorted(set(keys)), empty=listing.empty if depth == 0 else (), names=names, head_classes=head_classes,
+        sorted({key for key in keys if key is not None}),
+        empty=listing.empty if depth == 0 else (), names=names, head_classes=head_classes,
         forced=forced, names_only=listing.stems_only,
     )  # fmt: skip
     if listing.stems_only and labelling.index is None and not forced:

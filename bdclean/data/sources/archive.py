@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bdclean.data.decode import MAX_BYTES, SUFFIXES, Picture, Slice, Unreadable
-from bdclean.data.sources.listing import HIDDEN, Listing, in_order
+from bdclean.data.decode import MAX_BYTES, SNIFFED, SUFFIXES, Picture, Slice, Unreadable
+from bdclean.data.sources.listing import HIDDEN, Listing, in_order, kind_without_ending
 from bdclean.data.sources.tar import MAX_MEMBERS, Archive, Member, members
 from bdclean.errors import Refused
 from bdclean.files import strictjson
@@ -20,6 +21,9 @@ from bdclean.files.text import decoded
 
 MAX_NOTE = 256 * 1024  # bytes of a sample's .cls or .json
 LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index", "target", "y", "class_name", "label_name")
+
+MASKS = frozenset(("seg", "segmentation", "mask", "semantic", "instance", "panoptic", "depth", "annotation"))
+"""What webdatasets call the pictures in a sample that are not what a network sees."""
 
 
 @dataclass
@@ -34,12 +38,15 @@ class _Found:
     """What a .cls or .json says, by the sample's key."""
     others: Counter[str] = field(default_factory=Counter)
     folders: set[str] = field(default_factory=set)
+    links: list[tuple[str, Member]] = field(default_factory=list)
+    """What a link that is called like an image is called here, and the link."""
 
 
 def list_tars(where: str, paths: Sequence[Path], inside: str = "") -> Listing:
     """The images of the tars `paths`, below the folder `inside` of them; raises Refused where one is damaged.
 
-    With several, each one's stem stands before its names. Links, devices and names with `..` are passed over.
+    With several, each one's stem stands before its names. A link to an image of the same tar is that image once more;
+    other links, devices and names with `..` are passed over.
     """
     found = _Found()
     packed = []
@@ -49,10 +56,15 @@ def list_tars(where: str, paths: Sequence[Path], inside: str = "") -> Listing:
             packed.append(archive.packed)
             for member in members(archive):
                 _note(found, member, archive, number, stem, inside)
+        _follow(found, stem, inside, number)
     if inside and not found.names:
         raise Refused(f"{where} has no images below {inside!r}.")
     cut = len(_wrapping(found.names)) if len(paths) == 1 else 0
-    order = sorted(range(len(found.names)), key=lambda i: (in_order(found.names[i]), i))
+    masks = _masks(found.names)
+    if masks:
+        found.others["masks"] += len(masks)
+    order = [i for i in range(len(found.names)) if i not in masks]
+    order.sort(key=lambda i: (in_order(found.names[i]), i))
     # a name that comes again replaces what came before, as it does when a tar is unpacked
     order = [
         i
@@ -99,8 +111,12 @@ def _note(found: _Found, member: Member, archive: Archive, number: int, stem: st
         found.folders.add(f"{stem}{name}/")
         return
     suffix = os.path.splitext(name)[1].lower()
-    if member.kind != "file":
+    if member.kind == "links" and suffix in SUFFIXES and member.target:
+        found.links.append((stem + name, member))
+    elif member.kind != "file":
         found.others[member.kind] += 1
+    elif not suffix and (kind := kind_without_ending(archive.read(min(member.size, SNIFFED)))) is not None:
+        found.others[kind] += 1
     elif suffix in SUFFIXES or not suffix:
         if len(found.names) >= MAX_MEMBERS:
             raise Refused(f"{archive.path} and its kin hold more than {MAX_MEMBERS:,} images: give fewer.")
@@ -119,6 +135,27 @@ def _note(found: _Found, member: Member, archive: Archive, number: int, stem: st
             found.others[suffix] += 1
         else:
             found.labels[_key(stem + name)] = label
+
+
+def _follow(found: _Found, stem: str, inside: str, number: int) -> None:
+    """Adds the links of the archive `number` that point to images in it, at their places; counts others."""
+    place = (
+        {name: row for row, name in enumerate(found.names) if found.shards[row] == number}
+        if found.links
+        else {}
+    )
+    for name, link in found.links:
+        # a hard link's target is a name in the archive, a symbolic one's is seen from its folder
+        folder = "" if link.hard else posixpath.dirname(posixpath.normpath(link.name))
+        target = posixpath.normpath(posixpath.join(folder, link.target))
+        row = place.get(stem + (target.removeprefix(f"{inside}/") if inside else target))
+        if row is None:
+            found.others["links"] += 1
+            continue
+        found.names.append(name)
+        for column in (found.shards, found.offsets, found.sizes):
+            column.append(column[row])
+    found.links.clear()
 
 
 def _stream(
@@ -154,6 +191,20 @@ def _wrapping(names: list[str]) -> str:
         if not any("/" in name[len(inner) :] for name in names):
             return cut
         cut = inner
+
+
+def _masks(names: list[str]) -> set[int]:
+    """Which of `names` are no pictures but masks of one: `a.seg.png` beside `a.jpg`, as webdatasets hold them."""
+
+    def part(name: str) -> str:
+        """What stands between a sample's key and the ending."""
+        return name.rpartition("/")[2].lower().partition(".")[2].rpartition(".")[0]
+
+    suspected = {i for i, name in enumerate(names) if part(name) in MASKS}
+    if not suspected:
+        return suspected
+    pictured = {_key(name) for i, name in enumerate(names) if i not in suspected}
+    return {i for i in suspected if _key(names[i]) in pictured}
 
 
 def _key(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bdclean.data.decode import SUFFIXES, Picture
-from bdclean.data.sources.listing import HIDDEN, Listing, in_order
+from bdclean.data.decode import SNIFFED, SUFFIXES, Picture
+from bdclean.data.sources.listing import HIDDEN, Listing, in_order, kind_without_ending
 from bdclean.errors import Refused
 
 SHARDS = (".tar", ".tar.gz", ".tgz", ".parquet")
@@ -38,7 +39,10 @@ def list_folder(found: Found) -> Listing:
 
 
 def search(root: Path) -> Found:
-    """Every image file below `root`, by suffix or without one; hidden ones are left out, links followed once."""
+    """Every image file below `root`, by suffix, or without one by its first bytes.
+
+    Hidden ones are left out, links followed once.
+    """
     # An archive often unpacks to one folder in another: its only folder stands for it.
     top = _entries(str(root))
     while len(top) == 1 and _own_folder(top[0]) and any(map(_is_folder, _entries(top[0].path))):
@@ -49,8 +53,14 @@ def search(root: Path) -> Found:
     others: Counter[str] = Counter()
     for relative in _walk(str(root)):
         suffix = os.path.splitext(relative)[1].lower()
-        if suffix in SUFFIXES or not suffix:
+        if suffix in SUFFIXES:
             files.append(relative)
+        elif not suffix:
+            kind = kind_without_ending(_start(f"{root}/{relative}"))
+            if kind is None:
+                files.append(relative)
+            else:
+                others[kind] += 1
         elif relative.lower().endswith(SHARDS):
             shards.append(relative)
         else:
@@ -62,6 +72,17 @@ def search(root: Path) -> Found:
     filled = {file.split("/", 1)[0] for file in files if "/" in file}
     empty = sorted(entry.name for entry in top if _is_folder(entry) and entry.name not in filled)
     return Found(root, files, shards, others, tuple(empty))
+
+
+def _start(path: str) -> bytes:
+    """The first bytes of a file; none where it cannot be read, or is a pipe or a device, which may never end."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(SNIFFED)
+    except OSError:
+        return b""
 
 
 def _fetch(root: str, files: list[str], indices: np.ndarray) -> Iterator[tuple[int, Picture]]:

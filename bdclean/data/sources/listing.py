@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bdclean.data.decode import Picture
+from bdclean.data.decode import Picture, looks_like_image
 from bdclean.files.text import plain
 
-HIDDEN = (".", "__MACOSX")
+HIDDEN = (".", "__MACOSX", "@eaDir", "#recycle")
+"""Beginnings of what systems leave beside people's files: Synology's thumbnails, macOS's resource forks."""
+PICKLED = "pickles"
+"""Among `Listing.others`: files of Python objects, as in CIFAR's official archives."""
 SPLITS = frozenset(
     ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "labeled", "unlabeled")
 )
@@ -38,6 +41,13 @@ class Listing:
     empty: tuple[str, ...] = ()
     others: Counter[str] = field(default_factory=Counter)
     stems_only: bool = False
+
+
+def kind_without_ending(start: bytes) -> str | None:
+    """What a file without an ending is among `Listing.others`, by its first bytes; None for a picture."""
+    if looks_like_image(start):
+        return None
+    return PICKLED if start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" else "files without an ending"
 
 
 def in_order(name: str) -> str:

@@ -20,6 +20,8 @@ IMAGES = ("images", "image", "imgs", "x", "data", "pixels", "arr_0")
 LABELS = ("labels", "label", "y", "targets", "target", "classes", "fine_labels", "arr_1")
 PARTS = ("train", "val", "valid", "test")
 MAX_ROWS = 10_000_000
+MOST_PIXELS = 0.9
+"""More than this share of the first images must be in one range of pixels; the others are left out."""
 PROBE = 256
 """So many images from the start say whether floats mean 0..1 or 0..255."""
 DAMAGE = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error)
@@ -152,10 +154,17 @@ def _images(file: zipfile.ZipFile, info: zipfile.ZipInfo, part: str, path: Path)
         values = np.frombuffer(raw, dtype)
     if dtype == np.uint8 or not len(values):
         return found
-    low, high = float(np.min(values)), float(np.max(values))
-    if dtype.kind == "b" or (dtype.kind == "f" and 0 <= low and high <= 1):
+    # A row of no pixels, such as one of NaN, is left out when it is read; most must be pixels, in the others' range.
+    each = values.reshape(count, -1)
+    lows, highs = each.min(1), each.max(1)
+    pixels = (lows >= 0) & (highs <= 255)  # false for NaN
+    usual = highs[pixels] <= 1
+    finite = each[np.isfinite(each)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (np.nan, np.nan)
+    most = pixels.mean() > MOST_PIXELS
+    if dtype.kind == "b" or (dtype.kind == "f" and most and usual.mean() > MOST_PIXELS):
         return _Array(info.filename, part, shape, dtype, 255.0, place)
-    if not (0 <= low and high <= 255):
+    if not most:
         raise Refused(
             f"{path}: {name!r} has values from {low:g} to {high:g}: give pixels from 0 to 255 or 0 to 1, before "
             "normalisation."

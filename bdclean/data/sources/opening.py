@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bdclean.data.sources.archive import list_tars
 from bdclean.data.sources.folder import SHARDS, list_folder, search
-from bdclean.data.sources.listing import Listing, held
+from bdclean.data.sources.listing import PICKLED, Listing, held
 from bdclean.data.sources.npz import list_npz
 from bdclean.data.sources.parquet import list_parquet
 from bdclean.errors import Refused
@@ -26,6 +26,12 @@ def open_images(path: Path) -> Listing:
     """
     listing = _open(path)
     if not len(listing.names):
+        if listing.others[PICKLED]:
+            raise Refused(
+                f"{plain(listing.where)} holds no images but {listing.others[PICKLED]} pickles, which can run "
+                "code when loaded: where you trust them, save their arrays with "
+                "numpy.savez('images.npz', x=IMAGES, y=LABELS)."
+            )
         others = held(listing.others)
         raise Refused(
             f"{plain(listing.where)} holds no images{f' (but {others} files)' if others else ', it is empty'}."

@@ -25,12 +25,17 @@ The first GiB is free: tiny archives of drawings do shrink that much."""
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One entry: `kind` is 'file', 'folder' or what it is else; its content is at `offset` of the unpacked archive."""
+    """One entry: `kind` is 'file', 'folder' or what it is else; its content is at `offset` of the unpacked archive.
+
+    `target`: what a link points to, by the archive's own names if it is `hard`.
+    """
 
     name: str
     kind: str
     offset: int
     size: int
+    target: str = ""
+    hard: bool = False
 
 
 KINDS = {b"1": "links", b"2": "links", b"3": "devices", b"4": "devices", b"6": "pipes", b"S": "sparse files"}
@@ -91,7 +96,7 @@ class Archive:
 
 def members(archive: Archive) -> Iterator[Member]:
     """Every entry of the archive in its order. Between two of them, the caller may read the content of the first."""
-    name, size = "", None  # what a header before the member says of it
+    name, target, size = "", "", None  # what a header before the member says of it
     sparse = False
     for _ in range(3 * MAX_MEMBERS):
         start = archive.position
@@ -118,9 +123,12 @@ def members(archive: Archive) -> Iterator[Member]:
             content = archive.read(length)
             if kind == b"L":
                 name = _text(content)
+            elif kind == b"K":
+                target = _text(content)
             elif kind in (b"x", b"X"):
                 said = _records(content)
                 name = _text(said.get(b"path", b"")) or name
+                target = _text(said.get(b"linkpath", b"")) or target
                 size = int(said[b"size"]) if said.get(b"size", b"").isdigit() else None
                 sparse = any(key.startswith(b"GNU.sparse") for key in said)
         else:
@@ -134,8 +142,9 @@ def members(archive: Archive) -> Iterator[Member]:
                 what = "sparse files" if sparse else "file"
             if kind in b"123456":
                 length = 0  # some writers state the size of what is linked to; no content follows
-            yield Member(shown, what, offset, length)
-            name, size, sparse = "", None, False
+            points = (target or _text(header[157:257])) if what == "links" else ""
+            yield Member(shown, what, offset, length, points, kind == b"1")
+            name, target, size, sparse = "", "", None, False
         archive.skip_to(offset + -(-length // BLOCK) * BLOCK)
     raise Refused(f"{archive.path} has more than {MAX_MEMBERS:,} members: split it.")
 

@@ -23,6 +23,7 @@ from bdclean.networks.arch import COUNTER, Arch
 from bdclean.networks.building import Undrawn, load
 from bdclean.networks.checkpoint.claims import claimed_resize
 from bdclean.networks.checkpoint.copies import copies
+from bdclean.networks.checkpoint.second_files import second_files
 from bdclean.networks.checkpoint.sources import open_source
 from bdclean.networks.recognition.identify import identify
 from bdclean.networks.recognition.matching import Match, Part, twins
@@ -46,7 +47,8 @@ class Checkpoint:
 
     `names`: the file's name for each tensor -> the network's, several to one where `parts` says which rows each is;
     `tied`: names of tensors that are copies of read ones, and stay so; `unread`: tensors that the network does not
-    have, carried over as they are; `candidates`: networks whose tensors have the same names and shapes, `arch` first.
+    have, carried over as they are; `candidates`: networks whose tensors have the same names and shapes, `arch` first;
+    `second`: what else the input holds that is the network again with weights of its own -> a sentence.
     """
 
     source: Path
@@ -65,6 +67,7 @@ class Checkpoint:
     parts: dict[str, Part] = field(default_factory=dict, repr=False)
     tied: dict[str, str] = field(default_factory=dict, repr=False)
     paths: tuple[Path, ...] = ()
+    second: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def read(
@@ -88,7 +91,8 @@ class Checkpoint:
         _check_types(source.entries, match, shown(path))
         tensors, digest = source.load()
         _check_finite(tensors, match, shown(path))
-        tied, more = copies(tensors, {e.name: e.dtype for e in source.entries}, match)
+        tied, more, second = copies(tensors, {e.name: e.dtype for e in source.entries}, match)
+        second |= second_files(Path(path), source.paths, shapes)
         return Checkpoint(
             source=Path(path),
             sha256=digest,
@@ -101,11 +105,12 @@ class Checkpoint:
             candidates=tuple(m.arch for m in found),
             config=config,
             preprocessor=source.preprocessor,
-            warnings=(*source.warnings, *notes, *more),
+            warnings=tuple(dict.fromkeys([*source.warnings, *notes, *more, *second.values()])),
             entries=source.entries,
             parts=match.parts,
             tied=tied,
             paths=source.paths,
+            second=second,
         )
 
     def again(self, path: Path | str) -> Checkpoint:

@@ -18,8 +18,8 @@ TELLING = 16
 
 def copies(
     tensors: Mapping[str, Tensor], types: Mapping[str, str], match: Match
-) -> tuple[dict[str, str], list[str]]:
-    """Unread names -> the read tensors that they repeat bit for bit, and what to warn of.
+) -> tuple[dict[str, str], list[str], dict[str, str]]:
+    """Unread names -> the read tensors that they repeat bit for bit; what to warn of; other copies, as `averages`.
 
     A group of unread tensors under one wrapper is tied only as a whole: a half of it cleansed would be neither network.
     Another copy, such as a moving average, is left as it is, and said: it may hold the backdoor.
@@ -51,11 +51,12 @@ def copies(
         warnings.append(
             f"{len(tied)} tensors are copies of others ({shown(min(tied))}, ...): they stay equal."
         )
-    return tied, warnings + averages(tensors, match, tied)
+    others = averages(tensors, match, tied)
+    return tied, [*warnings, *others.values()], others
 
 
-def averages(tensors: Mapping[str, Tensor], match: Match, tied: Mapping[str, str]) -> list[str]:
-    """A warning where unread tensors are the network once more, with other values, under whatever prefix."""
+def averages(tensors: Mapping[str, Tensor], match: Match, tied: Mapping[str, str]) -> dict[str, str]:
+    """Prefix -> a warning, where unread tensors are the network once more, with other values, under whatever prefix."""
     # An encoder's own holder (`encoder_q`) may be none that wraps classifiers.
     common = holder(match.names)
     reading = {inmost(k.removeprefix(common)): tensors[k].shape for k in match.names if tensors[k].ndim > 1}
@@ -77,15 +78,15 @@ def averages(tensors: Mapping[str, Tensor], match: Match, tied: Mapping[str, str
                 break
     wrapper, again = max(groups.items(), key=lambda group: len(group[1]), default=("", set()))
     if len(again) * 2 <= len(reading):
-        return []
+        return {}
     words = ("teacher", "momentum", "encoder_k", "target", "model_t", "backbone_k")
     average = AVERAGE.match(wrapper[:LONGEST]) or bare(wrapper).startswith(words)
     kind = "an average of the weights" if average else "a second copy of the network"
     where = shown(wrapper) if wrapper else "the part of the file without a prefix"
-    return [
-        f"{where} holds {kind} ({len(again)} matrices), which was neither measured nor cleansed: "
+    return {
+        where: f"{where} holds {kind} ({len(again)} matrices), which was neither measured nor cleansed: "
         "work on a file of it alone before anybody uses it."
-    ]
+    }
 
 
 def holder(names: Iterable[str]) -> str:

@@ -129,6 +129,13 @@ def _shards(
         path = index.parent / shard
         if not path.is_file():
             raise Refused(f"{where} names the shard {shown(shard)}, which is not there.")
+        if (known := sentence(path, shown(path))) is not None:
+            raise Refused(known)
+        if looks_like_pickle(path):
+            raise Refused(
+                f"{where} names the shard {shown(shard)}, which is a pickle whatever its name says: convert it to "
+                "safetensors where you trust it."
+            )
         headers[path] = read_header(path)
     entries: list[Entry] = []
     metadata: dict[str, str] = {}
