@@ -24,7 +24,6 @@ from bdclean.record.run import (
     TriggerRow,
 )
 
-
 ONE_ANSWER = 0.95
 """From this share of images on that get the same answer, nothing can be said of the class that they get."""
 NAMED_CLASSES = 10
