@@ -1,4 +1,4 @@
-"""The rule for trigger rows on simulated networks, whose truth is known: how often it misses and how often it cries wolf.
+"""The rule for trigger rows on simulated networks, whose truth is known: how often it misses, how often it cries wolf.
 
 A simulated network reads its class from the image, errs on a tenth of all images, and under any stamp lets a share of
 them drift to one class, which its controls do as well. A backdoor moves a share of the images that it is about.
@@ -17,7 +17,7 @@ from torch import Tensor
 from bdclean.measuring.assessment import assess
 from bdclean.measuring.trial import Trial
 from bdclean.measuring.verdict import verdict
-from bdclean.record.run import BACKDOORED, NO_EVIDENCE
+from bdclean.record.run import VERDICTS
 
 THRESHOLD = 0.2
 SURVIVORS = 12
@@ -28,7 +28,7 @@ ALL_TO_ONE, ONE_SOURCE, ALL_TO_ALL, NONE = "all to one", "one source", "all to a
 
 @dataclass(frozen=True)
 class Mark:
-    """Stamps one pixel, or the `whole` picture, with a level that tells which stamp it is: 255 the trigger, else controls."""
+    """Stamps a corner, or the `whole` picture, with a level that tells which it is: 255 the trigger, else controls."""
 
     level: int = 255
     whole: bool = False
@@ -126,15 +126,14 @@ def outcomes(case: Case, seeds: Sequence[int]) -> Counter[str]:
 
 def table(seeds: int) -> list[str]:
     """A row for each of CASES: how many of `seeds` networks got which verdict."""
-    lines = [
-        "| classes | images | backdoor | moves | drift | unstable class | changes | backdoored | not assessed | no evidence |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ("classes", "images", "backdoor", "moves", "drift", "unstable class", "changes", *VERDICTS)
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for case in CASES:
         found = outcomes(case, range(seeds))
-        unsettled = seeds - found[BACKDOORED] - found[NO_EVIDENCE]
-        lines.append(
-            f"| {case.classes} | {case.images} | {case.backdoor} | {100 * case.share:.0f} % "
-            f"| {100 * case.drift:.0f} % | {100 * case.unstable:.0f} % | {'all' if case.whole else 'a patch'} | {found[BACKDOORED]} | {unsettled} | {found[NO_EVIDENCE]} |"
-        )
+        shares = (f"{100 * share:.0f} %" for share in (case.share, case.drift, case.unstable))
+        cells = (
+            case.classes, case.images, case.backdoor, *shares, "all" if case.whole else "a patch",
+            *(found[verdict] for verdict in VERDICTS),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines

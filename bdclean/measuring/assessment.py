@@ -103,7 +103,7 @@ def _screened(trial: Trial, triggers: Sequence[Trigger], fixed: Mapping[str, Tar
 def _measured(
     trial: Trial, screened: Screened, aims: Sequence[Aim], second: Tensor, tried: int
 ) -> list[Measured]:
-    """Rows of one survivor: on a part of the images if it passes there, else on all, and at last towards its best pair."""
+    """Rows of one survivor: on a part of the images if it passes there, else on all, at last towards its best pair."""
     trigger, few = screened.trigger, second[: max(LEAST_SCREENED, len(second) // 4)]
     stamped = stamped_predictions(trial, trigger, few)
     if len(few) < len(second) and all(aim.searched and _tells(trial, aim.source, few) for aim in aims):

@@ -47,13 +47,18 @@ SOURCE_IMAGES = 100
 SMALL = 0.1
 """Share of the pixels up to which a change is a small patch."""
 FEW_CLASSES, FEW_STAMPED = 4, 64
-PATCH, PICTURE = (0.5, 0.9, 0.7), (0.9, 0.9, 0.9)
-"""Of small patches and of larger changes: the lower bound from which on controls do not matter, copies of a trigger fire
-like it; the same of one source class; and how much of one source class must move at least.
+PATCH, PICTURE = 0.5, 0.9
+WAVES = ((15, 0.9), (30, 0.97))
+"""The lower bounds from which on controls do not matter, since copies of a trigger fire like it: of small patches, of
+larger changes, and of waves by their strength (root mean square in grey levels), above which controls always matter.
 
-Of 36 networks without a backdoor (bench small-networks) under the stock bank and squares up to 14 of 32 pixels, small
-patches moved at most 0.32 of all images and 0.60 of a class, larger changes 0.83 and 0.92 with over FEW_CLASSES classes,
-but 0.96 and 0.99 with fewer, where they are never certain."""
+Of 40 networks without a backdoor (bench small-networks) under the stock bank and squares up to 8 of 32 pixels small
+patches moved at most 0.32 of the images, and blended pictures 0.7. Waves of up to 15 grey levels moved 0.47, of up to 30
+0.90, stronger ones 0.99, with over FEW_CLASSES classes. With fewer all of a picture may move: there controls always
+matter. A wave that was a trigger moved 0.996 and more, its controls as much."""
+NEEDED = (0.7, 0.9)
+"""So much of one source class must move, under a small patch and under a larger change: without a backdoor 0.60 of one
+moved under small patches, 0.9 and more under others, where controls always matter."""
 MANY = 100_000  # images: more than anybody will bring
 
 
@@ -128,8 +133,9 @@ def _rated(trial: Trial, aim: Aim, chosen: Tensor, stamped: Tensor) -> TriggerRo
 def _judged(
     trial: Trial, aim: Aim, row: TriggerRow, chosen: Tensor, stamped: Tensor, tried: int, beside: bool
 ) -> TriggerRow:
-    """`row` with its controls, what it is judged by, and its outcome. Without `beside` it has controls only if it might fail.
+    """`row` with its controls, what it is judged by, and its outcome.
 
+    Without `beside` it has controls only if it might fail.
     What goes to the target without a stamp, too, is in the rates that are shown, and fails no row. Sources are asked
     only where the whole does not decide.
     """
@@ -219,8 +225,8 @@ def _reason(row: TriggerRow, bounds: Sequence[Bound], shown: int, threshold: flo
         if stands_out(bound, threshold):
             needed = _needed(round(bound.value * bound.n), bound.n, bound.needed, LEVEL)
             return (
-                f"{bound.value:.3f} of {bound.n} images of class {bound.source} go to the target, which some classes of "
-                f"networks without a backdoor do, too: about {needed} images of that class would tell more"
+                f"{bound.value:.3f} of {bound.n} images of class {bound.source} go to the target, which some classes "
+                f"of networks without a backdoor do, too: about {needed} images of that class would tell more"
             )
         return (
             f"images of class {bound.source} reach the threshold, but under a control {bound.control or 0.0:.3f} of "
@@ -239,8 +245,8 @@ def _reason(row: TriggerRow, bounds: Sequence[Bound], shown: int, threshold: flo
 class _Moved:
     """The images that a trigger could move: neither of the target class nor predicted as it unstamped.
 
-    Indices `chosen`, `reference` classes, predictions `clean` of them and `stamped`, classes `wanted` under the trigger:
-    int64 [n] each.
+    Indices `chosen`, `reference` classes, predictions `clean` of them and `stamped`, classes `wanted` under the
+    trigger: int64 [n] each.
     """
 
     chosen: Tensor
@@ -260,7 +266,7 @@ def _movable(trial: Trial, target: Target | None, chosen: Tensor, stamped: Tenso
 
 @dataclass(frozen=True)
 class _Kind:
-    """What networks without a backdoor do under a change of this kind: see PATCH."""
+    """What networks without a backdoor do under a change of this kind: see WAVES, NEEDED."""
 
     certain: float | None
     source_certain: float | None
@@ -269,11 +275,15 @@ class _Kind:
     @staticmethod
     def of(trial: Trial, trigger: Trigger) -> _Kind:
         some = trial.images[:FEW_STAMPED]
-        changed = float((trigger(some) != some).any(1).float().mean())
-        whole, source, needed = PATCH if changed <= SMALL else PICTURE
-        if changed > SMALL and trial.classes <= FEW_CLASSES:
-            return _Kind(None, None, needed)
-        return _Kind(whole, source, needed)
+        change = trigger(some).float() - some.float()
+        if float((change != 0).any(1).float().mean()) <= SMALL:
+            return _Kind(PATCH, PICTURE, NEEDED[0])
+        if trial.classes <= FEW_CLASSES:
+            return _Kind(None, None, NEEDED[1])
+        if trigger.family != "wave":
+            return _Kind(PICTURE, None, NEEDED[1])
+        strength = float(change.square().mean().sqrt())
+        return _Kind(next((level for most, level in WAVES if strength <= most), None), None, NEEDED[1])
 
 
 def _bound(source: int | None, hits: int, n: int, level: float, kind: _Kind) -> Bound:

@@ -23,8 +23,8 @@ from bdclean.record.run import PASSES, Rate, TriggerRow
 from bdclean.triggers.stamping import Trigger
 
 FIRST_LOOK, GROWTH = 64, 4
-"""Sample sizes at which screening looks: 64 images, then enough to tell of each class by itself, then four times as many
-each time, at last the whole half."""
+"""Sample sizes at which screening looks: 64 images, then enough to tell of each class by itself, then four times as
+many each time, at last the whole half."""
 SURE_LOOK = 256
 """From so many images on a trigger that surely reaches the threshold is looked at no further, though another class may
 gain as much: what is told apart from controls does not hang on the third digit of a gain."""
@@ -35,7 +35,7 @@ LEAST_PAIR = 3
 
 @dataclass(frozen=True)
 class Pair:
-    """A source class and the class that a trigger sends it to: the one that most speaks for a backdoor of one source."""
+    """A source class and the class that a trigger sends `hits` of its `counted` images to."""
 
     source: int
     target: int
@@ -135,7 +135,7 @@ def _counts(wanted: Tensor, clean: Tensor, stamped: Tensor) -> tuple[int, int, i
 
 
 def _pairs(trial: Trial, reference: Tensor, clean: Tensor, stamped: Tensor) -> list[Pair]:
-    """Every source class and where its images go, the highest lower bound first; images that go there anyhow are out."""
+    """Every source class and where its images go, the highest lower bound first, without those that go there anyhow."""
     sizes = torch.bincount(reference, minlength=1)
     going = (stamped != reference) & (stamped != clean) & (sizes[reference] >= LEAST_PAIR)
     keys, hits = (reference[going] * trial.classes + stamped[going]).unique(return_counts=True)
