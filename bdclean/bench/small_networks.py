@@ -1,8 +1,8 @@
-"""Many small networks trained in many ways: clean ones, for measures and detectors to be held against, and attacked ones.
+"""Many small networks trained in many ways: clean ones, which measures are held against, and attacked ones.
 
 `python -m bdclean.bench small-networks --data cifar10.tar.gz --signs gtsrb.tar.gz --work DIR`. What each is follows
-from its number and the seed. Every network is a file in DIR, which is not made again, beside a folder of its test images and
-`networks.json`, which says what each of them is.
+from its number and the seed. Every network is a file in DIR, which is not made again, beside a folder of its test
+images and `networks.json`, which says what each of them is.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ FEW_CLASSES, FEW_STAMPED = 4, 64
 PATCH, PICTURE = 0.5, 0.9
 WAVES = ((15, 0.9), (30, 0.97))
 """The lower bounds from which on controls do not matter, since copies of a trigger fire like it: of small patches, of
-larger changes, and of waves by their strength (root mean square in grey levels), above which controls always matter.
+larger changes, and of waves by their strength (root mean square, grey levels), above which controls always matter.
 
 Of 40 networks without a backdoor (bench small-networks) under the stock bank and squares up to 8 of 32 pixels small
 patches moved at most 0.32 of the images, and blended pictures 0.7. Waves of up to 15 grey levels moved 0.47, of up to 30

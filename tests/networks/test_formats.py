@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torchvision.models import resnet18
 
 from bdclean.errors import Refused
 from bdclean.files.tensorfile import Entry, read_header, write_file
@@ -407,3 +408,28 @@ class TestSecondFiles:
         save_file(weights() | other, tmp_path / "m.safetensors")
         checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
         assert list(checkpoint.second) == ["ema."]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("base_model.model.fc.lora_A.weight", "LoRA adapters .* merge them"),
+        ("layers.0.q_proj.qweight", "quantised weights.*: give"),
+        ("_flat_param", "FSDP shard .* gather the full state dict"),
+        ("fc.weight_g", "weight norm.* take it off"),
+        ("fc.parametrizations.weight.original0", "parametrization, .* take it off"),
+    ],
+)
+def test_a_refusal_says_what_kind_of_tensors_these_are(name, said, tmp_path):
+    save_file({name: torch.rand(8, 4)}, tmp_path / "m.safetensors")
+    with pytest.raises(Refused, match=said):
+        Checkpoint.read(tmp_path / "m.safetensors")
+
+
+def test_a_replaced_head_is_told_from_another_network_by_what_is_shared(tmp_path):
+    state = resnet18(num_classes=5).state_dict()
+    for kind in ("weight", "bias"):
+        state[f"fc.1.{kind}"] = state.pop(f"fc.{kind}")
+    save_file(state, tmp_path / "m.safetensors")
+    with pytest.raises(Refused, match="nearest is resnet18 .*, of whose 102 tensors it has 100: give"):
+        Checkpoint.read(tmp_path / "m.safetensors")

@@ -92,7 +92,7 @@ class Checkpoint:
         tensors, digest = source.load()
         _check_finite(tensors, match, shown(path))
         tied, more, second = copies(tensors, {e.name: e.dtype for e in source.entries}, match)
-        second |= second_files(Path(path), source.paths, shapes)
+        beside_it = second_files(Path(path), source.paths, shapes)
         return Checkpoint(
             source=Path(path),
             sha256=digest,
@@ -105,12 +105,13 @@ class Checkpoint:
             candidates=tuple(m.arch for m in found),
             config=config,
             preprocessor=source.preprocessor,
-            warnings=tuple(dict.fromkeys([*source.warnings, *notes, *more, *second.values()])),
+            warnings=tuple(dict.fromkeys([*source.warnings, *notes, *more, *second.values(), *beside_it.values()])),
             entries=source.entries,
             parts=match.parts,
             tied=tied,
             paths=source.paths,
-            second=second,
+            # Files of self-supervision keep several copies by design, of which the family's rule takes one.
+            second=beside_it if match.arch.kind == "encoder" else second | beside_it,
         )
 
     def again(self, path: Path | str) -> Checkpoint:

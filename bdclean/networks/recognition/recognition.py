@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,6 +35,7 @@ from bdclean.networks.recognition.dialects import views
 from bdclean.networks.recognition.matching import Match, differences, listed
 from bdclean.networks.recognition.user_code import fit_user_code
 from bdclean.networks.recognition.variants import at_size, variants
+from bdclean.networks.recognition.wrapped import kind_of_tensors
 from bdclean.networks.stages import describe
 
 FAMILIES: tuple[Family, ...] = (
@@ -64,7 +65,7 @@ def recognise(shapes: Mapping[str, Shape]) -> list[Match]:
     if found:
         return found
     near += near_misses(shapes)
-    raise Refused(refusal(len(shapes), min(near, key=lambda n: len(n.differing), default=None)))
+    raise Refused(refusal(shapes, min(near, key=lambda n: len(n.differing), default=None)))
 
 
 def fitting(
@@ -95,9 +96,7 @@ def fitting(
                     return matches(at_usual_size(proposal, network), network, read, unread + aside), []
                 except (RuntimeError, ValueError):
                     differing = ["it cannot be run on images: its layers do not fit one another"]
-            held = sum(own.get(n) == s for n, s in expected.items() if not n.endswith(COUNTER))
-            of = sum(not n.endswith(COUNTER) for n in expected)
-            near.append(Near(proposal.name, differing, held, of))
+            near.append(Near.of_shapes(proposal.name, differing, own, expected))
     return [], near
 
 
@@ -112,6 +111,11 @@ class Near:
     differing: list[str]
     held: int = 0
     of: int = 0
+
+    @staticmethod
+    def of_shapes(name: str, differing: list[str], own: Shapes, expected: Shapes) -> Near:
+        counted = {n: s for n, s in expected.items() if not n.endswith(COUNTER)}
+        return Near(name, differing, sum(own.get(n) == s for n, s in counted.items()), len(counted))
 
 
 def renamings(
@@ -140,7 +144,7 @@ def near_misses(shapes: Mapping[str, Shape], only: str | None = None) -> Iterato
             expected = found[1]
             common = sum(n in expected for n in own)
             if only or common * 2 >= len(own.keys() | expected.keys()):
-                yield Near(name, differences(own, expected))
+                yield Near.of_shapes(name, differences(own, expected), own, expected)
 
 
 def classes_of(shapes: Mapping[str, Shape]) -> int:
@@ -242,11 +246,17 @@ def matches(
     return found
 
 
-def refusal(count: int, nearest: Near | None) -> str:
-    """The sentence that refuses a file of `count` tensors."""
+def refusal(names: Collection[str], nearest: Near | None) -> str:
+    """The sentence that refuses a file with tensors of these `names`."""
+    count = len(names)
     tensors = f"these {count} tensors" if count != 1 else "this 1 tensor"
     advice = "give the network's own code with --arch FILE.py:NAME"
+    kind = kind_of_tensors(names)
+    if kind is not None:
+        tensors, advice = f"{tensors} ({kind[0]})", kind[1]
     if nearest is None:
         return f"no known architecture has {tensors}, nor anything like them: {advice}."
     near = f"nearest is {nearest.name} ({listed(nearest.differing)})"
+    if nearest.held:
+        near += f", of whose {nearest.of} tensors it has {nearest.held}"
     return f"no known architecture has {tensors}; {near}: {advice}."
