@@ -105,7 +105,9 @@ class Checkpoint:
             candidates=tuple(m.arch for m in found),
             config=config,
             preprocessor=source.preprocessor,
-            warnings=tuple(dict.fromkeys([*source.warnings, *notes, *more, *second.values(), *beside_it.values()])),
+            warnings=tuple(
+                dict.fromkeys([*source.warnings, *notes, *more, *second.values(), *beside_it.values()])
+            ),
             entries=source.entries,
             parts=match.parts,
             tied=tied,
