@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +25,7 @@ from torch import nn
 from bdclean.attacks.badnets import BadNets
 from bdclean.attacks.blend import Blend
 from bdclean.bench.cifar10 import linked, unpack
+from bdclean.bench.encoders import attacks_of
 from bdclean.data.imageset import ImageSet
 from bdclean.data.loading import load_images
 from bdclean.networks.classifier import Classifier
@@ -69,7 +70,9 @@ class Plan:
             return ResidualNetwork(depth, self.widths, self.widths[0], count)
         if self.family == "preact":
             return PreActNetwork(depth, self.widths, self.widths[0], count)
-        plan = [part for width in self.widths for part in (*(width,) * self.blocks, "M")]
+        plan: list[int | str] = []
+        for width in self.widths:
+            plan += [*(width,) * self.blocks, "M"]
         # Nothing in a file shows a last pool.
         return SmallVGG(tuple(plan[:-1]), True, 1, ((None, self.widths[-1], count),))
 
@@ -169,10 +172,8 @@ def train(plan: Plan, source: Source, seed: int, out: Path) -> None:
 
 
 def attack_of(text: str) -> Callable[[ImageSet], ImageSet]:
-    from bdclean.bench.encoders import attacks_of
-
     (attack,) = attacks_of(text).values()
-    return attack  # type: ignore[no-any-return]
+    return cast("Callable[[ImageSet], ImageSet]", attack)
 
 
 def main(arguments: list[str]) -> int:
@@ -191,10 +192,10 @@ def main(arguments: list[str]) -> int:
         Source(unpack(options.data, options.work)),
         Source(unpack(options.signs, options.work / "signs")),
     )
-    names = [sorted(p.name for p in (s.folder / "train").iterdir()) for s in (cifar, signs)]
+    names, numbers = (sorted(p.name for p in (s.folder / "train").iterdir()) for s in (cifar, signs))
     made: list[dict[str, Any]] = []
-    for plan in plans(options.count, options.attacked, *names, options.seed):
-        source = signs if plan.classes[0] in names[1] else cifar
+    for plan in plans(options.count, options.attacked, names, numbers, options.seed):
+        source = signs if plan.classes[0] in numbers else cifar
         out = options.work / f"{plan.name}.safetensors"
         if not out.exists():
             train(plan, source, options.seed, out)

@@ -53,9 +53,9 @@ WAVES = ((15, 0.9), (30, 0.97))
 larger changes, and of waves by their strength (root mean square, grey levels), above which controls always matter.
 
 Of 40 networks without a backdoor (bench small-networks) under the stock bank and squares up to 8 of 32 pixels small
-patches moved at most 0.32 of the images, and blended pictures 0.7. Waves of up to 15 grey levels moved 0.47, of up to 30
-0.90, stronger ones 0.99, with over FEW_CLASSES classes. With fewer all of a picture may move: there controls always
-matter. A wave that was a trigger moved 0.996 and more, its controls as much."""
+patches moved at most 0.32 of the images, and blended pictures 0.7. Waves of up to 15 grey levels moved 0.47, of up to
+30 0.90, stronger ones 0.99, with over FEW_CLASSES classes. With fewer all of a picture may move: there controls always
+matter. Waves that were a trigger moved 0.996 and more, their controls as much."""
 NEEDED = (0.7, 0.9)
 """So much of one source class must move, under a small patch and under a larger change: without a backdoor 0.60 of one
 moved under small patches, 0.9 and more under others, where controls always matter."""
@@ -187,8 +187,10 @@ def _judged(
 
 def _picked(moved: _Moved, aim: Aim, level: float, kind: _Kind) -> Bound | None:
     """What is judged of the source class that was picked on other images: corrected for no other class."""
-    of = moved.reference == aim.source
-    if aim.source is None or not of.any():
+    if aim.source is None:
+        return None
+    of = torch.eq(moved.reference, aim.source)
+    if not of.any():
         return None
     return _bound(aim.source, int((moved.stamped == moved.wanted)[of].sum()), int(of.sum()), level, kind)
 
@@ -206,10 +208,9 @@ def _not_excluded(
 ) -> str | None:
     """Why another class than `target` may be where the trigger sends images, which are too few to tell; or None."""
     reference, clean = trial.reference[chosen], trial.clean[chosen]
-    size = {"minlength": trial.classes}
     # Neither of the class nor predicted as it: the images that could go there.
-    there = torch.bincount(torch.cat([reference, clean[clean != reference]]), **size)
-    going = torch.bincount(stamped[(stamped != reference) & (stamped != clean)], **size)
+    there = torch.bincount(torch.cat([reference, clean[clean != reference]]), minlength=trial.classes)
+    going = torch.bincount(stamped[(stamped != reference) & (stamped != clean)], minlength=trial.classes)
     for k, (hits, stay) in enumerate(zip(going.tolist(), there.tolist(), strict=True)):
         n = len(chosen) - stay
         if k != target and upper_bound(hits, n, level) >= trial.threshold:
@@ -335,7 +336,7 @@ def _controlled(
     for answers in _controls(trial, trigger, moved, few):
         gone = (answers != reference) & (answers != clean)
         for k, bound in enumerate(sources):
-            of = reference == bound.source
+            of = torch.eq(reference, bound.source or 0)
             share = int(answers[of & gone].bincount(minlength=1).max()) / int(of.sum())
             sources[k] = replace(bound, control=max(share, bound.control or 0.0))
         if not any(stands_out(bound, threshold) for bound in sources):

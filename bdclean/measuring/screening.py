@@ -120,10 +120,9 @@ class _Rate:
 
 def _rates(trial: Trial, reference: Tensor, clean: Tensor, stamped: Tensor) -> Iterator[_Rate]:
     """Of every class, the images of other classes that go there."""
-    size = {"minlength": trial.classes}
-    sizes = torch.bincount(reference, **size)[: trial.classes]
-    hits = torch.bincount(stamped[stamped != reference], **size)
-    before = torch.bincount(clean[clean != reference], **size)
+    sizes = torch.bincount(reference, minlength=trial.classes)[: trial.classes]
+    hits = torch.bincount(stamped[stamped != reference], minlength=trial.classes)
+    before = torch.bincount(clean[clean != reference], minlength=trial.classes)
     for k, (h, b, n) in enumerate(
         zip(hits.tolist(), before.tolist(), (len(reference) - sizes).tolist(), strict=True)
     ):
