@@ -48,13 +48,13 @@ SMALL = 0.1
 """Share of the pixels up to which a change is a small patch."""
 FEW_CLASSES, FEW_STAMPED = 4, 64
 PATCH, PICTURE = 0.5, 0.9
-WAVES = ((15, 0.9), (30, 0.97))
+WAVES = ((15, 0.9), (30, 0.98))
 """The lower bounds from which on controls do not matter, since copies of a trigger fire like it: of small patches, of
 larger changes, and of waves by their strength (root mean square, grey levels), above which controls always matter.
 
 Of 40 networks without a backdoor (bench small-networks) under the stock bank and squares up to 8 of 32 pixels small
-patches moved at most 0.32 of the images, and blended pictures 0.7. Waves of up to 15 grey levels moved 0.47, of up to
-30 0.90, stronger ones 0.99, with over FEW_CLASSES classes. With fewer all of a picture may move: there controls always
+patches moved at most 0.34 of the images, and blended pictures 0.7. Waves of up to 15 grey levels moved 0.63, of up to
+30 0.96, stronger ones 0.99, with over FEW_CLASSES classes. With fewer all of a picture may move: there controls always
 matter. Waves that were a trigger moved 0.996 and more, their controls as much."""
 NEEDED = (0.7, 0.9)
 """So much of one source class must move, under a small patch and under a larger change: without a backdoor 0.60 of one
