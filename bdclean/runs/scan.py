@@ -105,7 +105,7 @@ def scan(
             for each in assess(trial, made, aim):
                 measured.append(each)
                 found.append(each.row)
-            looked = look(looking, suspect, choice, images.images, inputs, tell)
+            looked = look(looking, suspect, choice, images.images, inputs, tell, asked=bool(detectors))
             readings.append(_Reading.of(choice, trial, in_order(measured, made), made, floor, looked))
         return _conclude(record, readings, made, inputs.pictures)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
@@ -156,6 +156,7 @@ def _conclude(
             *(pictures.strips(worst.rows, made, worst.trial) if shown else []),
             *worst.looked.pictures,
         ],
+        calibration=worst.looked.calibration or None,
         skipped=[*record.skipped, *worst.looked.skipped, *unsaid(worst.trial)],
         precision=worst.looked.precision or record.precision,
         confusion=pictures.confusions(worst.rows, made, worst.trial),
