@@ -11,9 +11,19 @@ def main() -> None:
         from bdclean.cli.main import run
 
         code = run(sys.argv[1:])
+        _end_output()
     except BaseException as error:
         code = _broken(error)
     sys.exit(code)
+
+
+def _end_output() -> None:
+    """Sends what code of others prints on its way out to standard error: the result is whole."""
+    try:
+        sys.stdout.flush()
+        os.dup2(2, 1)
+    except (AttributeError, OSError, ValueError):
+        pass  # it is closed, or nobody reads it
 
 
 def _fill_closed_streams() -> None:

@@ -7,8 +7,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from bdclean.errors import UsageError
-from bdclean.files.text import closest
+from bdclean.errors import Refused, UsageError
+from bdclean.files.text import closest, decoded, no_path
 from bdclean.registry import DETECTORS, TRIGGERS, find, parse_spec
 from bdclean.runs.options import Inputs
 
@@ -16,6 +16,7 @@ from bdclean.runs.options import Inputs
 def check_triggers(specs: Sequence[str] | None) -> tuple[str, ...]:
     """Returns the SPECs, each of a known trigger."""
     for spec in specs or ():
+        check_given("trigger", spec)
         find(TRIGGERS, parse_spec(spec)[0])
     return tuple(specs or ())
 
@@ -43,16 +44,50 @@ def check_head(name: str) -> None:
 
 
 def expand_models(models: Sequence[str]) -> list[str]:
-    """Returns the paths, those of standard input in the place of `-`."""
+    """Returns the paths, those of standard input in the place of `-`: one a line, without empty lines and comments.
+
+    Raises UsageError where there is none, and on one that names nothing.
+    """
     paths: list[str] = []
     for model in models:
         if model == "-":
-            paths += [os.fsdecode(line) for line in sys.stdin.buffer.read().splitlines() if line.strip()]
+            lines = re.split(r"\r\n|\n|\r", decoded(sys.stdin.buffer.read(), "surrogateescape"))
+            paths += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         else:
             paths.append(model)
     if not paths:
         raise UsageError("no model: standard input names none.")
+    check_paths("MODEL", paths)
     return paths
+
+
+def check_paths(name: str, paths: Sequence[str]) -> None:
+    """Raises UsageError on a path of the argument `name` that is empty or a URL."""
+    for path in paths:
+        if (why := no_path(path)) is not None:
+            raise UsageError(f"{name} {path!r}: {why}")
+
+
+def check_given(name: str, value: str) -> None:
+    """Raises UsageError where an option was given nothing."""
+    if not value.strip():
+        raise UsageError(f"--{name} is empty: is a variable unset?")
+
+
+def speaks_alone() -> bool:
+    """Whether no other process does this work; of several that torchrun started each would do all and write it.
+
+    Raises Refused in the first of them, so that the sentence stands once, and returns False in the others.
+    """
+    number = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    if not all(text.isdigit() for text in number.values()) or int(number["WORLD_SIZE"]) < 2:
+        return True
+    if number["RANK"] != "0":
+        return False
+    raise Refused(
+        f"torchrun started {number['WORLD_SIZE']} processes, and bdclean does not share its work among several yet: "
+        "run it without torchrun."
+    )
 
 
 def check_inputs(inputs: Inputs) -> None:
@@ -63,5 +98,8 @@ def check_inputs(inputs: Inputs) -> None:
     ):
         if value not in known:
             raise UsageError(f"there is no --{name} {value!r}: {closest(value, known)}")
+    check_given("preprocess", inputs.preprocess)
+    if inputs.arch is not None:
+        check_given("arch", inputs.arch)
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", inputs.device):
         raise UsageError(f"--device {inputs.device!r} is not known: give auto, cpu, cuda or cuda:N.")

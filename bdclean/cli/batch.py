@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 
-from bdclean.cli.console import Shown, warn
+from bdclean.cli.console import Shown, kept_for_the_result, warn, where_to_look
 from bdclean.cli.defects import problem_of, trace
 from bdclean.cli.doctor import versions
 from bdclean.cli.places import Records
 from bdclean.cli.progress import Progress
-from bdclean.errors import Refused
+from bdclean.errors import Refused, attach
 from bdclean.record import gate
 from bdclean.record.gate import Gate
 from bdclean.record.run import FAILED, NOT_ASSESSED, RunRecord
@@ -36,13 +38,14 @@ def run_all(
         several = len(models) > 1
         with Progress(quiet) as progress:
             progress.begin(f"{model} ({number} of {len(models)})" if several else "")
-            record = guarded(command, model, partial(work, model, progress))
+            with kept_for_the_result():
+                record = guarded(command, model, partial(work, model, progress))
         found.append(record)
         code = judge.exit_code(record)
         codes.append(code)
         prefix = f"{model}: " if several else ""
         for line in [record.problem.message] if record.problem else sum(judge.check(record), []):
-            warn(f"{prefix}{line}")
+            warn(f"{prefix}{line}{f' {where_to_look([command])}' if code == 2 else ''}")
         try:
             records.write(record, model)
         except Refused as error:
@@ -69,11 +72,26 @@ def _show(shown: Shown, records: Sequence[RunRecord]) -> list[int]:
     return []
 
 
+def _naming(command: str, model: str, work: Callable[[], RunRecord]) -> RunRecord:
+    """Returns the record of `work`; what it raises carries one that says which bytes `model` is, read or not."""
+    try:
+        return work()
+    except Exception as error:
+        attach(error, RunRecord(command))
+        known = getattr(error, "record", None)
+        if isinstance(known, RunRecord) and known.checkpoint.sha256 is None:
+            with contextlib.suppress(Exception):  # what is broken may be what this needs
+                from bdclean.networks.checkpoint.sources import digest
+
+                known.checkpoint.sha256 = digest(Path(model))
+        raise
+
+
 def guarded(command: str, model: str, work: Callable[[], RunRecord]) -> RunRecord:
     """Returns the record of `work`, also when it raises: refused, failed or interrupted, with what was known."""
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     try:
-        record = work()
+        record = _naming(command, model, work)
     except BaseException as error:  # a crash must never exit 1, which reads as a verdict
         known = getattr(error, "record", None)
         record = known if isinstance(known, RunRecord) else RunRecord(command)

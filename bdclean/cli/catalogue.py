@@ -13,12 +13,13 @@ from bdclean.registry import DETECTORS, RECIPES, TABLES, TRIGGERS, find
 
 # Kinds whose depth, width and class count are read off the shapes, beside the named ones.
 KINDS = {
-    "ResNet, ResNeXt": "any number of blocks and classes; torchvision's, and with a 3x3 stem for small images",
+    "ResNet, ResNeXt": "any blocks, widths and classes; torchvision's, and with a 3x3 stem for small images",
     "pre-activation ResNet, WideResNet": "any depth and width",
     "VGG": "any plan, with and without batch norm",
     "ViT": "any depth, width, patch and image size, torchvision's names",
     "Swin, Swin v2, ConvNeXt, MaxViT": "any depth and width, torchvision's names",
     "RegNet, DenseNet": "any depth and width, torchvision's names, DenseNet's old ones too",
+    "MobileNet, MNASNet, ShuffleNet": "any width, torchvision's names",
     "ViT, ResNet, RegNet, ConvNeXt, Swin of Hugging Face": "transformers' names; ConvNeXt V2 with bdclean[timm]",
     "timm:NAME": "any classifier of timm, extra bdclean[timm]; a folder with timm's config.json needs no --arch",
     "FILE.py:NAME": "your own code, only when given with --arch; also package.module:NAME",

@@ -34,6 +34,7 @@ from bdclean.cli.options import (
     Test,
     Triggers,
     Verbose,
+    given_path,
 )
 from bdclean.errors import Refused, UsageError
 
@@ -94,7 +95,10 @@ def scan(
     reference: Annotated[
         Path | None,
         typer.Option(
-            "--reference", metavar="FILE", help="A clean encoder like MODEL: its rates are the floor."
+            "--reference",
+            parser=given_path,
+            metavar="FILE",
+            help="A clean encoder like MODEL: its rates are the floor.",
         ),
     ] = None,
     fail_on: FailOn = None,
@@ -111,7 +115,10 @@ def scan(
     no_pictures: NoPictures = False,
     form: Format = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="PATH", help="Write the report there, not to stdout.")
+        Path | None,
+        typer.Option(
+            "--out", parser=given_path, metavar="PATH", help="Write the report there, not to stdout."
+        ),
     ] = None,
     record: Record = None,
     quiet: Quiet = False,
@@ -137,15 +144,19 @@ def scan(
             check_target,
             check_triggers,
             expand_models,
+            speaks_alone,
         )
         from bdclean.cli.batch import run_all
         from bdclean.cli.console import Shown
-        from bdclean.cli.places import Records, check_place
+        from bdclean.cli.places import Records, check_place, record_place, report_place
         from bdclean.record import gate
         from bdclean.report.formats import choose_format
 
+        if not speaks_alone():
+            return Refused.exit_code
         judge = gate.parse(fail_on or ())
-        shown = Shown(choose_format(form, out), out, verbose)
+        place = report_place(out)
+        shown = Shown(choose_format(form, place), place, verbose)
         shown.check()
         triggers = check_triggers(trigger)
         detectors = check_detectors(detector)
@@ -155,9 +166,9 @@ def scan(
         check_inputs(inputs)
         paths = expand_models(models)
         files = [Path(path) for path in paths]
-        if out is not None:
-            check_place(out, files)
-        records = Records.at(record, files)
+        if place is not None:
+            check_place(place, files)
+        records = Records.at(record_place(record), files)
 
         def one(path: str, progress: Progress) -> RunRecord:
             from bdclean.runs.scan import scan as work
@@ -198,7 +209,10 @@ def cleanse(
     ] = "keep",
     trigger: Triggers = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="PATH", help="Default: MODEL with .clean.safetensors.")
+        Path | None,
+        typer.Option(
+            "--out", parser=given_path, metavar="PATH", help="Default: MODEL with .clean.safetensors."
+        ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an output made from another model.")
@@ -234,19 +248,22 @@ def cleanse(
     )  # fmt: skip
 
     def job() -> int:
-        from bdclean.cli.arguments import check_head, check_inputs, check_triggers
+        from bdclean.cli.arguments import check_head, check_inputs, check_paths, check_triggers, speaks_alone
         from bdclean.cli.batch import run_all
         from bdclean.cli.console import Shown
-        from bdclean.cli.places import Records
+        from bdclean.cli.places import Records, record_place
         from bdclean.files.writing import alone, check, is_special, sweep
         from bdclean.record import gate
         from bdclean.registry import RECIPES, find, parse_settings
         from bdclean.report.formats import choose_format
         from bdclean.runs.places import default_output, resume_state
 
+        if not speaks_alone():
+            return Refused.exit_code
         judge = gate.parse(fail_on or ())
         shown = Shown(choose_format(form), None, verbose)
         shown.check()
+        check_paths("MODEL", [model])
         triggers, chosen = check_triggers(trigger), parse_settings(settings or ())
         find(RECIPES, recipe)
         check_head(head)
@@ -256,7 +273,7 @@ def cleanse(
             )
         check_inputs(inputs)
         output = default_output(Path(model), out)
-        place = record if record is not None else output.with_suffix(".json")
+        place = record_place(record) or output.with_suffix(".json")
         state = resume_state(output)
         states = (state, state.with_suffix(".json"))
         if place in states:
@@ -268,7 +285,7 @@ def cleanse(
         if is_special(output):
             raise Refused(f"{output} is no regular file: give --out a file name.")
         check(output)
-        records = Records.at(place, [Path(model)], keep=record is None, spent=states)
+        records = Records.at(place, [Path(model)], spent=states)
 
         def one(path: str, progress: Progress) -> RunRecord:
             from bdclean.runs.cleanse import cleanse as work
@@ -300,10 +317,14 @@ def cleanse(
 @app.command()
 def report(
     records: Annotated[
-        list[str], typer.Argument(metavar="RECORD...", help="Records of runs; - reads standard input.")
+        list[str],
+        typer.Argument(metavar="RECORD...", help="Records, or folders of them; - reads standard input."),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="PATH", help="Write the report there, not to stdout.")
+        Path | None,
+        typer.Option(
+            "--out", parser=given_path, metavar="PATH", help="Write the report there, not to stdout."
+        ),
     ] = None,
     form: Format = None,
     fail_on: FailOn = None,
@@ -312,23 +333,26 @@ def report(
     """Show records again, in any format; several are compared. Exits 0 unless --fail-on says otherwise."""
 
     def job() -> int:
+        from bdclean.cli.arguments import check_paths
         from bdclean.cli.console import Shown
-        from bdclean.files.text import read_text
+        from bdclean.cli.places import check_place, gather, report_place
         from bdclean.record import gate
-        from bdclean.record.parsing import parse_records
         from bdclean.report.formats import choose_format
 
         judge = gate.parse(fail_on or ())
-        shown = Shown(choose_format(form, out), out, verbose)
-        if out is not None:
-            from bdclean.cli.places import check_place
-
-            check_place(out, [Path(path) for path in records if path != "-"])
-        found = [record for path in records for record in parse_records(read_text(path), path)]
+        place = report_place(out)
+        shown = Shown(choose_format(form, place), place, verbose)
+        check_paths("RECORD", records)
+        found, torn, files = gather(records)
+        if place is not None:
+            check_place(place, files)
         if not found:
-            raise Refused(f"{', '.join(records)}: no run in it.")
+            raise Refused(str(torn[0]) if len(torn) == 1 else f"{', '.join(records)}: no run in it.")
+        for error in torn:
+            warn(f"left out: {error}")
         shown.show(found)
-        return _judged(judge, found) if fail_on else 0
+        codes = [3] if torn else []
+        return gate.exit_code([*codes, *(_judged(judge, found) if fail_on else [0])])
 
     return job
 
@@ -368,14 +392,12 @@ def doctor() -> Job:
     return job
 
 
-def _judged(judge: Gate, records: Sequence[RunRecord]) -> int:
-    """Returns the exit code of records shown again: what --fail-on asks for, and nothing else."""
-    from bdclean.record import gate
-
+def _judged(judge: Gate, records: Sequence[RunRecord]) -> list[int]:
+    """Returns the exit codes of records shown again: what --fail-on asks for, and nothing else."""
     codes = []
     for record in records:
         reached, missing = judge.check(record)
         for line in [*reached, *missing]:
             warn(f"{record.checkpoint.path}: {line}")
         codes.append(1 if reached else 3 if missing else 0)
-    return gate.exit_code(codes)
+    return codes

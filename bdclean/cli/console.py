@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,8 @@ CLOSED = "standard output is closed: there is nowhere to write the result."
 if TYPE_CHECKING:
     from bdclean.record.run import RunRecord
 
+RULE = "\u2500"  # what tables draw under their heads
+COMMANDS = ("scan", "cleanse", "report", "ls", "doctor")
 LONGEST_LINE = 1200  # characters on standard error: a sentence about a stranger's path or name, not all of it
 
 
@@ -47,7 +49,17 @@ class Shown:
         import shutil
 
         width = shutil.get_terminal_size().columns if terminal else None
-        emit(render(records, self.form, width=width, colours=colours, everything=self.verbose))
+        text = render(records, self.form, width=width, colours=colours, everything=self.verbose)
+        emit(text if _takes(RULE) else text.replace(RULE, "-"))
+
+
+def _takes(text: str) -> bool:
+    """Whether standard output's encoding has these characters; a closed one says nothing against them."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def emit(text: str) -> None:
@@ -64,6 +76,33 @@ def emit(text: str) -> None:
         raise Refused(f"standard output cannot be written: {error.strerror}.") from None
 
 
+@contextlib.contextmanager
+def kept_for_the_result() -> Iterator[None]:
+    """Sends what is printed meanwhile to standard error, by code of others at any level: Python, C or a child process.
+
+    A user's network may print when it is imported, built or run, and scripts read the result from standard output.
+    """
+    with contextlib.ExitStack() as stack:
+        aside = sys.stderr or stack.enter_context(open(os.devnull, "w"))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        output = os.dup(1)
+        stack.callback(os.close, output)
+        os.dup2(2, 1)
+        stack.callback(os.dup2, output, 1)
+        stack.callback(_flush_c)
+        stack.enter_context(contextlib.redirect_stdout(aside))
+        yield
+
+
+def _flush_c() -> None:
+    """Empties the buffers of C's own streams, which into a pipe would be written when the process ends."""
+    with contextlib.suppress(Exception):
+        import ctypes
+
+        ctypes.CDLL(None).fflush(None)
+
+
 def warn(line: str) -> None:
     """Writes one line to standard error, if anybody still reads it; what strangers put into it is escaped and cut."""
     if sys.stderr is None:
@@ -72,6 +111,12 @@ def warn(line: str) -> None:
         line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
     with contextlib.suppress(OSError):
         print(f"bdclean: {plain(line)}", file=sys.stderr, flush=True)
+
+
+def where_to_look(argv: Sequence[str]) -> str:
+    """Returns the end of a sentence about wrong usage: the help of the command that `argv` begins with."""
+    command = next((f" {word}" for word in argv[:1] if word in COMMANDS), "")
+    return f"Try 'bdclean{command} --help'."
 
 
 def _discard_output() -> None:

@@ -15,6 +15,7 @@ from bdclean.files.text import plain
 from bdclean.record.run import FAILED, INTERRUPTED, REFUSED, Problem, RunRecord
 
 DEFECT = 70
+NO_TEMPORARY = "No usable temporary directory"  # Python's words, when torch is imported at the latest
 
 
 def problem_of(error: BaseException) -> tuple[str, Problem]:
@@ -34,6 +35,8 @@ def problem_of(error: BaseException) -> tuple[str, Problem]:
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         what = f"{error.filename} cannot be used" if error.filename else "a file cannot be used"
         return REFUSED, Problem(f"{what}: {(error.strerror or kind).lower()}.", 3, kind)
+    if isinstance(error, FileNotFoundError) and NO_TEMPORARY in str(error):
+        return REFUSED, Problem("there is no temporary folder to write to: set TMPDIR to one.", 3, kind)
     digest = digest_of(error)
     message = f"this is a defect in bdclean: {kind}: {_first_line(error)} (traceback {digest})."
     return FAILED, Problem(message, DEFECT, kind, digest)
@@ -70,10 +73,17 @@ def leave_record(argv: Sequence[str], error: BaseException) -> None:
 
 
 def leave(record: RunRecord, place: Path | None = None) -> None:
-    """Writes the record of a defect, by default into the current folder, and says where."""
+    """Writes the record of a defect, by default into the current folder, and says where.
+
+    It takes the place of no file but one that is named after the same defect.
+    """
     digest = record.problem.digest if record.problem else None
-    place = place or Path(f"bdclean-defect-{digest}.json")
-    record.write(place)
+    own = f"bdclean-defect-{digest}.json"
+    place = place or Path(own)
+    if place.name == own:
+        record.write(place)
+    else:
+        place = record.add(place)
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(f"bdclean: the record of this defect is {plain(place)}", file=sys.stderr)

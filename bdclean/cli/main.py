@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from bdclean.cli.commands import app
-from bdclean.cli.console import warn
+from bdclean.cli.console import warn, where_to_look
 from bdclean.errors import ENDING, BdcleanError, Interrupted, Refused
 
 # --- running and exiting ------------------------------------------------------------------------------------
@@ -30,23 +30,27 @@ def run(argv: list[str]) -> int:
     except SystemExit:
         return 0  # Typer leaves this way when nobody reads its help any more
     except BdcleanError as error:
-        warn(str(error))
+        warn(f"{error} {where_to_look(argv)}" if error.exit_code == 2 else str(error))
         return error.exit_code
     except BaseException as error:
-        return _ended(error)
+        return _ended(error, argv)
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if (
+                signal.getsignal(number) == _terminate
+            ):  # one that came stays ignored until the process has ended
+                signal.signal(number, handler)
 
 
-def _ended(error: BaseException) -> int:
+def _ended(error: BaseException, argv: list[str]) -> int:
     if hasattr(error, "format_message"):  # Typer's own errors: each is wrong usage
         message = error.format_message()
         if type(error).__name__ == "NoArgsIsHelpError":  # no command at all: the help
             with contextlib.suppress(OSError, AttributeError):
                 sys.stderr.write(f"{message}\n")
         else:
-            warn(f"{message.rstrip('. ') or 'give a command'}.  Try bdclean --help.")
+            message = message.rstrip(". ") or "give a command"
+            warn(f"{message}{'' if message.endswith('?') else '.'} {where_to_look(argv)}")
         return 2
     if isinstance(error, typer.Abort):
         warn("interrupted.")
@@ -63,4 +67,6 @@ def _ended(error: BaseException) -> int:
 
 
 def _terminate(number: int, frame: Any) -> None:
+    # A terminal that closes hangs up twice, the kernel's and the shell's: the second must not cut the record short.
+    signal.signal(number, signal.SIG_IGN)
     raise Interrupted("terminated." if number == signal.SIGTERM else "hung up.", 128 + number)

@@ -7,26 +7,46 @@ from typing import Annotated
 
 import typer
 
+from bdclean.files.text import no_path
 from bdclean.report.formats import FORMATS
+
+
+def given_path(text: str) -> Path:
+    """Returns what an option names; raises typer.BadParameter where that is nothing."""
+    why = no_path(text)
+    if why is not None:
+        raise typer.BadParameter(why)
+    return Path(text)
+
 
 Data = Annotated[
     Path | None,
-    typer.Option("--data", metavar="PATH", help="Images: a folder, .tar, .tar.gz, .npz or .parquet."),
+    typer.Option(
+        "--data", parser=given_path, metavar="PATH", help="Images: a folder, .tar, .tar.gz, .npz or .parquet."
+    ),
 ]
 Test = Annotated[
     Path | None,
-    typer.Option("--test", metavar="PATH", help="Images to measure on, instead of a part of --data."),
+    typer.Option(
+        "--test", parser=given_path, metavar="PATH", help="Images to measure on, instead of a part of --data."
+    ),
 ]
 Labeled = Annotated[
     Path | None,
     typer.Option(
-        "--labeled", metavar="PATH", help="Images with labels: one folder per class, or in the file."
+        "--labeled",
+        parser=given_path,
+        metavar="PATH",
+        help="Images with labels: one folder per class, or in the file.",
     ),
 ]
 Classes = Annotated[
     Path | None,
     typer.Option(
-        "--classes", metavar="FILE", help="Class names in the head's order, or a CSV of file,label."
+        "--classes",
+        parser=given_path,
+        metavar="FILE",
+        help="Class names in the head's order, or a CSV of file,label.",
     ),
 ]
 Arch = Annotated[
@@ -68,7 +88,9 @@ Format = Annotated[
 ]
 Record = Annotated[
     Path | None,
-    typer.Option("--record", metavar="PATH", help="A file, or a folder for <stem>-<sha256>.json."),
+    typer.Option(
+        "--record", parser=given_path, metavar="PATH", help="A file, or a folder for <stem>-<sha256>.json."
+    ),
 ]
 FailOn = Annotated[
     list[str] | None,

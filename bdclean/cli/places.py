@@ -5,33 +5,32 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from bdclean.cli.console import warn
 from bdclean.cli.defects import leave
 from bdclean.errors import Refused, UsageError
-from bdclean.files import writing
+from bdclean.files import strictjson, writing
 from bdclean.files.text import read_text
-from bdclean.record.parsing import parse_records
+from bdclean.record.parsing import parse_records, read_records
 from bdclean.record.run import FAILED, RAN, RunRecord, record_path
+from bdclean.runs.places import model_stem
 
 
-@dataclass
+@dataclass(frozen=True)
 class Records:
-    """Where the records of a command go: one file, a folder, or nowhere."""
+    """Where the records of a command go: one file, a folder that keeps every run, or nowhere.
+
+    `spent`: files that nobody needs any more once a run has ended and its record is written.
+    """
 
     file: Path | None = None
     folder: Path | None = None
-    keep: bool = False  # leave the record of a run that ended where a new one has not
-    spent: tuple[
-        Path, ...
-    ] = ()  # files that nobody needs any more once a run has ended and its record is written
-    taken: set[Path] = field(default_factory=set)
+    spent: tuple[Path, ...] = ()
 
     @staticmethod
-    def at(
-        place: Path | None, models: Sequence[Path], keep: bool = False, spent: tuple[Path, ...] = ()
-    ) -> Records:
+    def at(place: Path | None, models: Sequence[Path], spent: tuple[Path, ...] = ()) -> Records:
         """Returns the place named by `--record`, checked before any work; several models need a folder.
 
         The folder itself may be missing: it is made for the first record.
@@ -48,20 +47,16 @@ class Records:
                 f"--record {place} is a file, and there are {len(models)} models: name a folder."
             )
         check_record(place, models)
-        return Records(file=place, keep=keep, spent=spent)
+        return Records(file=place, spent=spent)
 
     def write(self, record: RunRecord, model: str) -> None:
         """Writes one run's record; raises Refused where it cannot be written."""
-        place = self.file
         if self.folder is not None:
-            stem = Path(model).name.removesuffix(".safetensors")
-            place = first = record_path(self.folder, stem, record.checkpoint.sha256)
-            while place in self.taken:  # two models of the same name and content
-                place = first.with_stem(f"{first.stem}-{len(self.taken) + 1}")
-            self.taken.add(place)
+            place = record_path(self.folder, model_stem(Path(model)), record.checkpoint.sha256)
             writing.sweep(place)
-        if place is not None and (record.outcome == RAN or not self.keep or not has_run(place)):
-            record.write(place)
+            record.add(place)
+        elif self.file is not None:
+            _write_to_file(record, self.file)
         elif record.outcome == FAILED:
             leave(record)
         if record.outcome == RAN:
@@ -70,7 +65,90 @@ class Records:
                     path.unlink(missing_ok=True)
 
 
+def _write_to_file(record: RunRecord, place: Path) -> None:
+    """Writes the record to `place`; that of a run that ended, and is not this one repeated, is kept beside it.
+
+    A run that did not end goes beside one that did, and takes the place of any other.
+    """
+    earlier = [] if writing.is_special(place) else records_in(place) or []
+    if not any(other.outcome == RAN for other in earlier):
+        record.write(place)
+    elif record.outcome != RAN:
+        warn(f"{place} is of a run that ended and stays: the record of this one is {record.add(place)}.")
+    else:
+        if not all(_repeats(record, other) for other in earlier):
+            text = read_text(str(place)).encode("utf-8", errors="backslashreplace")
+            kept = writing.create(place, lambda stream: stream.write(text))
+            warn(f"{place} was the record of another run, which is {kept} now.")
+        record.write(place)
+
+
+def _repeats(one: RunRecord, other: RunRecord) -> bool:
+    """Whether two records are of the same command line, but for where bdclean lies, on the same bytes."""
+    same_model = one.checkpoint.sha256 == other.checkpoint.sha256
+    return same_model and one.command == other.command and one.argv[1:] == other.argv[1:]
+
+
+# --- records to show again -----------------------------------------------------------------------------------
+
+
+def gather(places: Sequence[str]) -> tuple[list[RunRecord], list[Refused], list[Path]]:
+    """Returns the records at `places` (files, folders, `-`), why others cannot be read, and the files looked at.
+
+    Of a folder those are its files that end in .json or .jsonl; JSON of something else is passed over there.
+    """
+    records: list[RunRecord] = []
+    torn: list[Refused] = []
+    files: list[Path] = []
+    for place in places:
+        for path in _files_of(place) if os.path.isdir(place) else [place]:
+            try:
+                some, others = read_records(read_text(path), path)
+            except Refused as error:
+                some, others = [], [error]
+            if path != place and not some and _of_something_else(path):
+                continue
+            records += some
+            torn += others
+            files += [] if path == "-" else [Path(path)]
+    return records, torn, files
+
+
+def _files_of(folder: str) -> list[str]:
+    """Returns the paths of a folder's records; raises Refused where it has none or may not be read."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if name.endswith((".json", ".jsonl")))
+    except OSError as error:
+        raise Refused(f"{folder} cannot be read: {writing.reason(error)}.") from None
+    paths = [os.path.join(folder, name) for name in names]
+    if not any(os.path.isfile(path) for path in paths):
+        raise Refused(f"{folder} holds no records: no file in it ends in .json or .jsonl.")
+    return [path for path in paths if os.path.isfile(path)]
+
+
+def _of_something_else(path: str) -> bool:
+    """Whether a file is whole JSON without a schema of bdclean's: a model's config, a resume state."""
+    try:
+        document = strictjson.parse(read_text(path), halves=True)
+    except (strictjson.NotJson, Refused):
+        return False
+    schema = document.get("schema") if isinstance(document, dict) else None
+    return not (isinstance(schema, str) and schema.startswith("bdclean."))
+
+
 # --- places to write to --------------------------------------------------------------------------------------
+
+
+def report_place(out: Path | None) -> Path | None:
+    """Returns where a report goes: None for standard output, which `-` names as well."""
+    return None if out == Path("-") else out
+
+
+def record_place(place: Path | None) -> Path | None:
+    """Returns where `--record` says that records go; raises UsageError on `-`."""
+    if place == Path("-"):
+        raise UsageError("--record - is no file or folder: --format json prints the record.")
+    return place
 
 
 def check_place(path: Path, inputs: Sequence[Path]) -> None:
@@ -95,10 +173,6 @@ def check_record(path: Path, inputs: Sequence[Path]) -> None:
 def is_record(path: Path) -> bool:
     """Whether a file at `path` is a record, which a newer one may replace."""
     return records_in(path) is not None
-
-
-def has_run(path: Path) -> bool:
-    return any(record.outcome == RAN for record in records_in(path) or ())
 
 
 def records_in(path: Path) -> list[RunRecord] | None:

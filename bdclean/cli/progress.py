@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -40,7 +41,8 @@ class Progress:
             self._live = Live(
                 *columns, TextColumn("{task.fields[more]}", markup=False), console=console, transient=True
             )
-            self._live.start()
+            with contextlib.suppress(OSError):
+                self._live.start()
         return self
 
     def __exit__(
@@ -51,7 +53,10 @@ class Progress:
     def stop(self) -> None:
         """Takes the bars away, so that what is printed next starts on a line of its own."""
         if self._live is not None:
-            self._live.stop()
+            with contextlib.suppress(
+                OSError
+            ):  # the terminal may be gone; the run's record is still to be written
+                self._live.stop()
             self._live = None
         self._bars.clear()
 
@@ -72,19 +77,19 @@ class Progress:
         if self.quiet:
             return
         more = details(done - first, total - done, now - started, measures)
-        if self._live is not None:
-            if stage not in self._bars:
-                self._bars[stage] = self._live.add_task(text.plain(stage), total=total, more="")
-            self._live.update(self._bars[stage], completed=done, total=total, more=more)
-        elif now - self._spoke >= EVERY:
-            self._spoke = now
-            start = f"{self.title}: " if self.title else ""
-            try:
+        try:
+            if self._live is not None:
+                if stage not in self._bars:
+                    self._bars[stage] = self._live.add_task(text.plain(stage), total=total, more="")
+                self._live.update(self._bars[stage], completed=done, total=total, more=more)
+            elif now - self._spoke >= EVERY:
+                self._spoke = now
+                start = f"{self.title}: " if self.title else ""
                 print(
                     f"{start}{text.plain(stage)} {done}/{total}  {more}".rstrip(), file=self.file, flush=True
                 )
-            except OSError:
-                self.quiet = True  # nobody reads it any more; the run goes on
+        except OSError:
+            self.quiet = True  # nobody reads it any more; the run goes on
 
 
 def details(done: int, left: int, seconds: float, measures: dict[str, Any]) -> str:

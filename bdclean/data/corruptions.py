@@ -1,8 +1,8 @@
 """Random harmless corruptions, by family: counterfeits of what triggers are made of.
 
-Every function takes float images in [0, 1], [n 3 h w], and a seeded generator on their device, and returns new images
-of the same shape in [0, 1]; each image gets its own random draw, or all get the same one where the generator is
-`Shared`. None changes what a person would call the picture.
+Every function takes float images in [0, 1], [n c h w] with c 3 (RGB) or 1 (grey), and a seeded generator on their
+device, and returns new images of the same shape in [0, 1]; each image gets its own random draw, or all get the same one
+where the generator is `Shared`. None changes what a person would call the picture.
 Sizes and shifts are given for 32 pixels and scale with the input. The design is bdclean's own; strengths cover what the
 attacks in the literature use (see each line) without copying any trigger.
 """
@@ -75,15 +75,15 @@ def rectangles(
 
 
 def textures(images: Tensor, source: Source) -> Tensor:
-    """Content for patches, [n 3 h w]: a colour, noise, coarse or binary noise, black, white, other images."""
-    n, _, h, w = images.shape
-    colour = uniform((n, 3, 1, 1), 0, 1, images, source).expand(n, 3, h, w)
-    noise = uniform((n, 3, h, w), 0, 1, images, source)
-    coarse = low_resolution((n, 3, h, w), images, source)
+    """Content for patches, [n c h w]: a colour, noise, coarse or binary noise, black, white, other images."""
+    n, c, h, w = images.shape
+    colour = uniform((n, c, 1, 1), 0, 1, images, source).expand(n, c, h, w)
+    noise = uniform((n, c, h, w), 0, 1, images, source)
+    coarse = low_resolution((n, c, h, w), images, source)
     binary = (noise > 0.5).float()
-    grey_binary = binary[:, :1].expand(n, 3, h, w)
+    grey_binary = binary[:, :1].expand(n, c, h, w)
     two = torch.where(grey_binary > 0.5, colour, 1 - colour)
-    extreme = (uniform((n, 1, 1, 1), 0, 1, images, source) > 0.5).float().expand(n, 3, h, w)
+    extreme = (uniform((n, 1, 1, 1), 0, 1, images, source) > 0.5).float().expand(n, c, h, w)
     others = images[:1].expand_as(images) if isinstance(source, Shared) else images.roll(1, 0)
     choices = torch.stack([colour, noise, coarse, binary, grey_binary, two, extreme, others])
     return choices[integers((n,), 0, len(choices), images, source), torch.arange(n, device=images.device)]
@@ -120,7 +120,7 @@ def blend(images: Tensor, source: Source) -> Tensor:
 
 def wave(images: Tensor, source: Source) -> Tensor:
     """A sinusoid of up to 40 grey levels, 1 to 12 periods, any angle and phase, sometimes coloured (SIG)."""
-    n, _, h, w = images.shape
+    n, c, h, w = images.shape
     amplitude = uniform((n, 1, 1, 1), 5 / 255, 40 / 255, images, source)
     frequency = uniform((n, 1, 1, 1), 1, 12, images, source)
     angle = uniform((n, 1, 1, 1), 0, math.pi, images, source)
@@ -131,7 +131,7 @@ def wave(images: Tensor, source: Source) -> Tensor:
     tint = torch.where(
         uniform((n, 1, 1, 1), 0, 1, images, source) < 0.7,
         1.0,
-        uniform((n, 3, 1, 1), -1, 1, images, source),
+        uniform((n, c, 1, 1), -1, 1, images, source),
     )
     rows = torch.linspace(0, 1, h, device=images.device).view(1, 1, h, 1)
     columns = torch.linspace(0, 1, w, device=images.device).view(1, 1, 1, w)
@@ -195,9 +195,9 @@ def warp(images: Tensor, source: Source) -> Tensor:
 
 def tone(images: Tensor, source: Source) -> Tensor:
     """Brightness, contrast, gamma and colour balance within about a fifth (filters used as triggers)."""
-    n = len(images)
+    n, c, _, _ = images.shape
     gamma = uniform((n, 1, 1, 1), -0.4, 0.4, images, source).exp()
-    gain = uniform((n, 3, 1, 1), 0.85, 1.15, images, source)
+    gain = uniform((n, c, 1, 1), 0.85, 1.15, images, source)
     lift = uniform((n, 1, 1, 1), -0.08, 0.08, images, source)
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     contrast = uniform((n, 1, 1, 1), 0.75, 1.25, images, source)
@@ -243,7 +243,7 @@ OF_FAMILY: dict[str, Corruption] = {
 
 
 def corrupt(images: Tensor, families: Sequence[str], source: Source) -> Tensor:
-    """Each image under one of `families`, drawn at random; returns new images [n 3 h w] in [0, 1]."""
+    """Each image under one of `families`, drawn at random; returns new images [n c h w] in [0, 1]."""
     which = integers((len(images),), 0, len(families), images, source)
     out = images.clone()
     for index, name in enumerate(families):

@@ -75,29 +75,32 @@ Picture = str | Path | bytes | Slice | np.ndarray | Unreadable
 """A file's path, an encoded picture, where one lies, pixels as uint8 [h w 3], or why there is none."""
 
 
-def decode(picture: Picture, size: tuple[int, int], resize: Resize = STRETCH) -> np.ndarray:
-    """The picture's first frame as uint8 [3 h w]; raises Unreadable.
+def decode(
+    picture: Picture, size: tuple[int, int], resize: Resize = STRETCH, channels: int = 3
+) -> np.ndarray:
+    """The picture's first frame as uint8 [channels h w], 3 (RGB) or 1 (grey); raises Unreadable.
 
     EXIF rotation is applied; palette, grey and CMYK become RGB. Alpha is dropped, as torchvision's ImageFolder
-    does: these are the pixels that training saw. `resize` says how another size becomes `size` (height, width).
+    does: these are the pixels that training saw. Grey is Pillow's mode L of the RGB pixels, which is torchvision's
+    Grayscale of a picture. `resize` says how another size becomes `size` (height, width).
     """
     try:
         if isinstance(picture, Unreadable):
             raise picture
         if isinstance(picture, np.ndarray):
-            return _fitted(Image.fromarray(picture), size, resize)
+            return _fitted(Image.fromarray(picture), size, resize, channels)
         if isinstance(picture, Slice):
             picture = _read(picture)
         if isinstance(picture, bytes):
             _check_bytes(len(picture))
             with Image.open(io.BytesIO(picture), formats=FORMATS) as opened:
-                return _pixels(opened, size, resize)
+                return _pixels(opened, size, resize, channels)
         status = os.stat(picture)
         if not stat.S_ISREG(status.st_mode):  # a pipe or device behind a link would block or never end
             raise Unreadable("not a regular file")
         _check_bytes(status.st_size)
         with Image.open(picture, formats=FORMATS) as opened:
-            return _pixels(opened, size, resize)
+            return _pixels(opened, size, resize, channels)
     except Unreadable:
         raise
     except FileNotFoundError:
@@ -128,7 +131,7 @@ def _read(place: Slice) -> bytes:
         os.close(file)
 
 
-def _pixels(image: Image.Image, size: tuple[int, int], resize: Resize) -> np.ndarray:
+def _pixels(image: Image.Image, size: tuple[int, int], resize: Resize, channels: int) -> np.ndarray:
     if image.width * image.height > MAX_PIXELS:
         raise Unreadable(f"{image.width} x {image.height}, more than the {MAX_PIXELS:,} pixels allowed")
     # A large JPEG is decoded at a fraction of its size, but at least twice the size wanted: alike, and faster.
@@ -141,18 +144,21 @@ def _pixels(image: Image.Image, size: tuple[int, int], resize: Resize) -> np.nda
             image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise Unreadable(f"{image.mode} pixels have no fixed range")
-        return _fitted(_upright(image), size, resize)
+        return _fitted(_upright(image), size, resize, channels)
 
 
-def _fitted(image: Image.Image, size: tuple[int, int], resize: Resize) -> np.ndarray:
+def _fitted(image: Image.Image, size: tuple[int, int], resize: Resize, channels: int) -> np.ndarray:
     height, width = size
     if image.mode != "RGB":
         image = image.convert("RGB")
+    if channels == 1:
+        image = image.convert("L")
     # Only what is shown is resized: a picture of one pixel's width would be resized to a very long one first.
     box = resize.box(*image.size, size)
     if (width, height, box) != (*image.size, (0, 0, *image.size)):
         image = image.resize((width, height), FILTERS[resize.interpolation], box)
-    return np.asarray(image).transpose(2, 0, 1)
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -28,12 +28,12 @@ def without_duplicates(images: ImageSet, of: ImageSet) -> tuple[ImageSet, int]:
 
 
 def repeated(images: Tensor) -> Tensor:
-    """For each image, bool [n]: whether an earlier one shows the same picture. uint8 [n 3 h w]."""
+    """For each image, bool [n]: whether an earlier one shows the same picture. uint8 [n c h w]."""
     return _search(images, images, 2048, earlier=True)
 
 
 def shows_same(images: Tensor, others: Tensor, block: int = 2048) -> Tensor:
-    """For each image, bool [n]: whether any of `others` shows the same picture. Both uint8 [. 3 h w].
+    """For each image, bool [n]: whether any of `others` shows the same picture. Both uint8 [. c h w].
 
     Thumbnails first (matrix products, `block` rows and columns at a time), then the pairs that are alike are compared
     in full, until each image has its answer. Brightness and contrast do not count: a correlation near one means the

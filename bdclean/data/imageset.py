@@ -14,7 +14,9 @@ from bdclean.data.scratch import allocate
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images at the network's input size, uint8 [n 3 h w] on the CPU, with labels where they are known.
+    """Images at the network's input size, uint8 [n c h w] on the CPU, with labels where they are known.
+
+    c is what the network takes: 3 (RGB) or 1 (grey).
 
     `labels_source` says how labels were found: 'names', 'integers', 'count' (folder count equals the head's:
     to be dropped unless `labels_plausible`), 'forced', or None. `classes` may name classes without any image.

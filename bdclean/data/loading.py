@@ -33,6 +33,7 @@ def load_images(
     path: str | Path,
     size: tuple[int, int],
     *,
+    channels: int = 3,
     resize: Resize = STRETCH,
     limit: int = 0,
     seed: int = 0,
@@ -48,9 +49,11 @@ def load_images(
 ) -> ImageSet:
     """The images of a folder or archive (see `open_images`) at `size` (height, width), brought to it by `resize`.
 
+    `channels`: 3 reads them as RGB, 1 as grey (see `decode`).
     `limit` images (0: all) are drawn by seed before anything is decoded; an unreadable one is replaced by the
     next of the draw, named in `skipped`, or refuses the run with `strict`. The result depends on the images' names
-    and content, `size`, `resize`, `limit` and `seed` alone, not on `threads` or on whether an archive holds them.
+    and content, `size`, `channels`, `resize`, `limit` and `seed` alone, not on `threads` or on whether an archive holds
+    them.
     `labeled` refuses where there are no labels; `classes` is a file of class names or labels, or the names,
     `claimed` the names that the checkpoint gives; unless `csv_must`, a file of labels may name none of the images.
     More than `memory` bytes of pixels go to a scratch file (default: a share of what is free). Raises Refused for
@@ -63,7 +66,7 @@ def load_images(
     if labels.kept is not None:
         order = order[labels.kept[order]]
     wanted = min(limit, len(order)) if limit else len(order)
-    room, on_disk = allocate((wanted, 3, *size), memory)
+    room, on_disk = allocate((wanted, channels, *size), memory)
     chosen, skipped = _decode_drawn(listing, order, room.numpy(), resize, strict, tell, threads)
     where = plain(listing.where)
     if not len(chosen):
@@ -137,7 +140,7 @@ def _decode_drawn(
 def _decode_into(row: np.ndarray, picture: Picture, size: tuple[int, int], resize: Resize) -> str | None:
     """Why the picture gave no pixels, None where they are in `row` now."""
     try:
-        row[:] = decode(picture, size, resize)
+        row[:] = decode(picture, size, resize, channels=len(row))
     except Unreadable as error:
         return str(error)
     return None

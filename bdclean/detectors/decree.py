@@ -54,27 +54,27 @@ class Decree:
             raise UsageError("decree: steps are positive, batch_size at least 2.")
 
     def __call__(self, suspect: Classifier, arch: Arch, images: Tensor, run: Run) -> Detected:
-        """A finding on `images` uint8 [n 3 h w] with PL1 as its score, None where no mask is successful.
+        """A finding on `images` uint8 [n c h w] with PL1 as its score, None where no mask is successful.
 
         Raises Refused for fewer than LEAST_IMAGES.
         """
         if len(images) < LEAST_IMAGES:
             raise Refused(f"{len(images)} images are too few: give {LEAST_IMAGES} or more.")
         fitted = self._fit(suspect.eval(), images, run)
-        height, width = images.shape[2:]
+        channels, height, width = images.shape[1:]
         size, found = float(fitted.size), Detected()
         if size > height * width:
             found.findings.append(_finding(None, size, self.steps))
             return found
         found.findings.append(_finding(size / (height * width), size, self.steps))
         found.pictures["mask that pulls all features together (decree), on grey"] = mask(
-            height, width
+            height, width, channels
         ).picture(fitted.smallest[0])
         return found
 
     def _fit(self, suspect: Classifier, images: Tensor, run: Run) -> _Fitted:
-        height, width = images.shape[2:]
-        form, generator = mask(height, width), run.generator("decree", "start")
+        channels, height, width = images.shape[1:]
+        form, generator = mask(height, width, channels), run.generator("decree", "start")
         fitted = _Fitted(torch.randn((1, *form.shape), generator=generator, device=run.device))
         optimiser = torch.optim.Adam(fitted.parameters(), RATES[0][1], betas=(0.5, 0.9))
 
@@ -84,8 +84,8 @@ class Decree:
             if not features.isfinite().all():
                 raise Refused("the encoder's features of stamped images are not all finite numbers.")
             cosine, size = pairwise_cosine(features), form.sizes(fitted.change)[0]
-            # a mask is the same in all three channels, and the norm is over them
-            loss = fitted.weight * 3 * size - cosine
+            # a mask is the same in all channels, and the norm is over them
+            loss = fitted.weight * channels * size - cosine
             fitted.note(cosine.detach(), size.detach())
             return loss, {"cosine": cosine.detach(), "pixels": size.detach()}
 
@@ -98,7 +98,7 @@ class Decree:
 
 
 class _Fitted(nn.Module):
-    """The change [1 4 h w], the weight on its norm, and the smallest one so far that was successful."""
+    """The change [1 1+c h w], the weight on its norm, and the smallest one so far that was successful."""
 
     weight: Tensor
     turns: Tensor

@@ -48,9 +48,9 @@ class Inversion:
             raise UsageError(f"inversion: steps are positive, families some of {'/'.join(FAMILIES)}.")
 
     def __call__(self, suspect: Classifier, arch: Arch, images: Tensor, run: Run) -> Detected:
-        """Findings on `images` uint8 [n 3 h w]: of each form the outliers, else the smallest change."""
-        height, width = images.shape[2:]
-        forms = [mask(height, width), *(added(height, width, kind) for kind in ADDED)]
+        """Findings on `images` uint8 [n c h w]: of each form the outliers, else the smallest change."""
+        channels, height, width = images.shape[1:]
+        forms = [mask(height, width, channels), *(added(height, width, kind, channels) for kind in ADDED)]
         classes, found = self._classes(suspect, arch, images, run), Detected()
         for form in forms:
             if form.family not in self.families:

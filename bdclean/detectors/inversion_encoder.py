@@ -50,7 +50,7 @@ class InversionEncoder:
             raise UsageError(f"inversion: clusters are {LEAST_CLUSTERS} or more, steps positive.")
 
     def __call__(self, suspect: Classifier, arch: Arch, images: Tensor, run: Run) -> Detected:
-        """Findings on `images` uint8 [n 3 h w]: the outliers, else the smallest mask.
+        """Findings on `images` uint8 [n c h w]: the outliers, else the smallest mask.
 
         Raises Refused for too few images and for features that tell images apart badly.
         """
@@ -68,7 +68,8 @@ class InversionEncoder:
             raise Refused(
                 f"the features of these images make {count} clusters, {LEAST_CLUSTERS} or more are needed."
             )
-        form, found = mask(*images.shape[2:]), Detected()
+        channels, height, width = images.shape[1:]
+        form, found = mask(height, width, channels), Detected()
         classifier = Clustered(suspect, features, groups)
         inverted = invert(classifier, images, form, torch.arange(count), run, steps=self.steps)
         small, index, limit = outliers(inverted)

@@ -32,8 +32,9 @@ class Stripes:
     source: ClassVar[str] = "bdclean's own"
 
     def __call__(self, suspect: Classifier, arch: Arch, images: Tensor, run: Run) -> Detected:
-        """Findings on `images` uint8 [n 3 h w]: the outliers, else the stripes that send most images."""
-        form, changes, words = striped(*images.shape[2:])
+        """Findings on `images` uint8 [n c h w]: the outliers, else the stripes that send most images."""
+        channels, height, width = images.shape[1:]
+        form, changes, words = striped(height, width, channels)
         few = spread_out(images)
         sent = run.keep("sent-by-stripes", lambda: sent_by(form, changes, suspect, few, run))
         share, which = sent.max(0)

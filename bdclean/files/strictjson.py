@@ -11,6 +11,8 @@ import math
 import re
 from typing import Any
 
+from bdclean.files.text import decoded
+
 DEEPEST = 64  # levels: far more than any file here needs, far fewer than Python's stack holds
 MOST_VALUES = 1_000_000  # values in one document; Python's take 60 to 100 bytes each
 LARGEST = 2**63 - 1  # of whole numbers: what other readers of such files can hold
@@ -29,7 +31,7 @@ def parse(raw: bytes | str, most: int = MOST_VALUES, halves: bool = False) -> An
     `halves` allows halves of surrogate pairs, which is how Python writes file names that are not UTF-8.
     """
     try:
-        text = raw if isinstance(raw, str) else raw.decode("utf-8")
+        text = raw if isinstance(raw, str) else decoded(raw)
     except UnicodeDecodeError:
         raise NotJson("it is not JSON") from None
     # Counted in the text, also inside of quotes: an upper bound, before anything is made of it.

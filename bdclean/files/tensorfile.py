@@ -181,7 +181,7 @@ def read_tensors(path: Path, header: Header) -> tuple[dict[str, Tensor], str]:
         size = os.fstat(stream.fileno()).st_size
         # Checked, not tried: a sparse file costs its maker nothing, and zeroed memory is taken page by page until
         # the system kills somebody.
-        if size > SHARE_OF_MEMORY * _memory():
+        if size > most_bytes():
             raise Refused(
                 f"{shown(path)} has {size / 1e9:.1f} GB and this machine {_memory() / 1e9:.1f} GB of memory: "
                 "use a larger one."
@@ -199,6 +199,11 @@ def read_tensors(path: Path, header: Header) -> tuple[dict[str, Tensor], str]:
     if at != header.start + last or hashlib.sha256(view[8 : header.start]).hexdigest() != header.digest:
         raise Refused(f"{shown(path)} changed while it was read: run again when nothing writes to it.")
     return {e.name: _tensor(data, header.start + e.begin, e) for e in header.entries}, digest.hexdigest()
+
+
+def most_bytes() -> float:
+    """How large a file may be that is read here."""
+    return SHARE_OF_MEMORY * _memory()
 
 
 def _memory() -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 import stat
 import sys
 import unicodedata
@@ -14,6 +16,7 @@ LONGEST_NAME = 300
 """Characters of a stranger's name in a sentence."""
 LARGEST_TEXT = 256_000_000
 """Bytes of records at once: a run with pictures has under 1 MB."""
+MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
 def plain(text: object) -> str:
@@ -34,6 +37,18 @@ def shown(name: object) -> str:
     return plain(text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 3] + "...")
 
 
+def no_path(text: str) -> str | None:
+    """Why a path that was given names nothing that can be opened, as the end of a sentence; None where it may.
+
+    An empty one would be the working directory, meant by a script whose variable was never set.
+    """
+    if not text.strip():
+        return "it is empty: is a variable unset?"
+    if re.match(r"[a-z][a-z0-9+.-]+:/{1,2}[^/]", text, re.IGNORECASE):
+        return f"{shown(text)} is a URL: bdclean fetches nothing, download it first."
+    return None
+
+
 def _escaped(character: str) -> str:
     category = unicodedata.category(character)
     if category[0] != "C" and category not in ("Zl", "Zp"):
@@ -47,11 +62,22 @@ def read_text(path: str) -> str:
         raw = sys.stdin.buffer.read(LARGEST_TEXT + 1) if path == "-" else _bytes(path)
         if len(raw) > LARGEST_TEXT:
             raise Refused(f"{path} has more than {LARGEST_TEXT // 10**6} MB: expected records of bdclean's.")
-        return raw.decode("utf-8")
+        return decoded(raw)
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
         raise Refused(f"{path} is not text: expected a record of bdclean's.") from None
+
+
+def decoded(raw: bytes, errors: str = "strict") -> str:
+    """Returns the text of a file by its byte order mark, which is no part of it; UTF-8 where it has none.
+
+    Windows' shells redirect as UTF-16 and its editors save with marks. Raises UnicodeDecodeError as bytes.decode does.
+    """
+    for mark, encoding in MARKS:
+        if raw.startswith(mark):
+            return raw[len(mark) :].decode(encoding, errors)
+    return raw.decode("utf-8", errors)
 
 
 def _bytes(path: str) -> bytes:

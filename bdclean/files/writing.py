@@ -29,18 +29,70 @@ def replace(path: Path, write: Callable[[IO[bytes]], T]) -> T:
     A link is followed; what is no regular file (a pipe, /dev/stdout) is written to as it is; a folder that went away
     is made again. Raises Refused where the system refuses, and leaves nothing half-written behind.
     """
-    target = Path(os.path.realpath(path))
-    try:
+    with _said(path):
         if is_special(path):
             with open(path, "wb") as stream:
                 return write(stream)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return _replace(target, write)
+        target = Path(os.path.realpath(path))
+        with _filled(target, write) as (partial, written):
+            os.replace(partial, target)
+        return written
+
+
+def create(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
+    """Fills a new file as `replace` does, but never in the place of another; returns where it is.
+
+    Where `path` is taken, that is the first free one of path-2, path-3, ...: also of processes that do this at the same
+    time each gets its own.
+    """
+    with _said(path):
+        if is_special(path):
+            with open(path, "wb") as stream:
+                write(stream)
+            return path
+        target = Path(os.path.realpath(path))
+        with _filled(target, write) as (partial, _):
+            number = 1
+            place = target
+            while not _placed(partial, place):
+                number += 1
+                place = target.with_stem(f"{target.stem}-{number}")
+        return place
+
+
+def _placed(partial: Path, place: Path) -> bool:
+    """Whether `partial` could be put where nothing was; by a link, which cannot replace."""
+    try:
+        os.link(partial, place)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links: the name is taken first, by an empty file
+        try:
+            os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            return False
+        os.replace(partial, place)
+        return True
+    partial.unlink()
+    return True
+
+
+@contextlib.contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """Says what the system refuses of writing to `path`."""
+    try:
+        yield
     except OSError as error:
         raise Refused(f"{path} cannot be written: {reason(error)}.") from None
 
 
-def _replace(path: Path, write: Callable[[IO[bytes]], T]) -> T:
+@contextlib.contextmanager
+def _filled(path: Path, write: Callable[[IO[bytes]], T]) -> Iterator[tuple[Path, T]]:
+    """A new file beside `path` with what `write` writes, and what that returned; gone where anything fails.
+
+    It is flushed, and locked until it is put in its place.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{_start_of_parts(path)}{os.urandom(4).hex()}.part")
     try:
         with open(partial, "xb") as stream:
@@ -48,13 +100,12 @@ def _replace(path: Path, write: Callable[[IO[bytes]], T]) -> T:
             written = write(stream)
             stream.flush()
             os.fsync(stream.fileno())
-            os.replace(partial, path)
+            yield partial, written
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
     _flush_folder(path.parent)
-    return written
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,19 +6,20 @@ The rules are those of the product's measures: an ASR means nothing without its 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from bdclean.measuring.rows import Measured, measure_all
-from bdclean.measuring.screening import dropped, look_at, screen
-from bdclean.measuring.trial import SCREENED, Target, Trial, halves, stamped_predictions
+from bdclean.measuring.rows import Aim, Measured, measure, measure_all
+from bdclean.measuring.screening import Screened, dropped, look_at, screen, to_the_end
+from bdclean.measuring.trial import LEAST_SCREENED, SAME_IMAGES, SCREENED, Target, Trial, halves, stamped_predictions, telling_images
+from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES
 from bdclean.triggers.stamping import Trigger
 
-LEAST_SCREENED = 200
-"""Under this many images there is no screening, and everything is corrected over triggers and classes instead."""
+LOOKS_AT_EACH = 3
+"""So often a survivor is looked at: on a part of the images, on all, and at its best pair of classes."""
+SUSPECTED = "suspect"
+"""Where a target is from that was found on another model."""
 
 
 def assess(
@@ -30,20 +31,19 @@ def assess(
     """A row for each of `triggers` (with `target` "each", a row for each trigger and class), as soon as it is known.
 
     `target` is "auto", "each", "next" or a class. `fixed` gives targets by trigger SPEC that were found on another
-    model (the suspect): those rows are measured, on the measuring half, without screening. What screening drops is
-    known first: see `in_order`.
+    model (the suspect): those are measured in any case, and screened for other classes. What screening drops is known
+    first: see `in_order`.
     """
     everything = torch.cat(halves(len(trial.images), trial.seed))
     if target == "next" or isinstance(target, int):
-        jobs: list[tuple[Trigger, Target]] = [(trigger, target) for trigger in triggers]
-        yield from measure_all(trial, jobs, everything, "given", len(jobs))
+        aims = [Aim(trigger, target, "given") for trigger in triggers]
+        yield from measure_all(trial, aims, everything, len(aims))
     elif target == "each":
-        jobs = [(trigger, k) for trigger in triggers for k in range(trial.classes)]
-        yield from measure_all(trial, jobs, everything, "each", len(jobs))
+        aims = [Aim(trigger, k, "each") for trigger in triggers for k in range(trial.classes)]
+        yield from measure_all(trial, aims, everything, len(aims))
     elif len(trial.images) < LEAST_SCREENED:
-        jobs = _same_images(trial, triggers, everything, fixed or {})
-        tried = len(triggers) * trial.classes
-        yield from measure_all(trial, jobs, everything, "same images", tried)
+        aims = list(_same_images(trial, triggers, everything, fixed or {}))
+        yield from measure_all(trial, aims, everything, len(triggers) * (trial.classes + 1))
     else:
         yield from _screened(trial, triggers, fixed or {})
 
@@ -56,36 +56,77 @@ def in_order(found: Iterable[Measured], triggers: Sequence[Trigger]) -> list[Mea
 
 def _same_images(
     trial: Trial, triggers: Sequence[Trigger], everything: Tensor, fixed: Mapping[str, Target]
-) -> list[tuple[Trigger, Target]]:
+) -> Iterator[Aim]:
     """Each trigger with its target, which is chosen on the images that it is then measured on."""
-    jobs: list[tuple[Trigger, Target]] = []
     for done, trigger in enumerate(triggers):
-        chosen = fixed.get(trigger.spec())
-        if chosen is None:
-            chosen = look_at(trial, everything, stamped_predictions(trial, trigger, everything)).target
-        jobs.append((trigger, chosen))
+        look = look_at(trial, everything, stamped_predictions(trial, trigger, everything))
+        known = fixed.get(trigger.spec())
+        if known is not None:
+            yield Aim(trigger, known, SUSPECTED)
+        if known is None or (look.gain > 0 and look.target != known):
+            yield Aim(trigger, look.target, SAME_IMAGES)
         trial.tell("screening", done + 1, len(triggers))
-    return jobs
 
 
 def _screened(trial: Trial, triggers: Sequence[Trigger], fixed: Mapping[str, Target]) -> Iterator[Measured]:
-    """What screening on one half drops, then its survivors, measured on the other half."""
+    """What screening on one half drops, then its survivors, measured on the other half.
+
+    What was found on the suspect is measured in any case, and screened for any other class: a backdoor may have moved.
+    """
     first, second = halves(len(trial.images), trial.seed)
-    survivors: list[tuple[Trigger, Target]] = []
+    kept: list[tuple[Screened, list[Aim]]] = []
     for done, trigger in enumerate(triggers):
-        if trigger.spec() in fixed:
-            survivors.append((trigger, fixed[trigger.spec()]))
-        elif (screened := screen(trial, trigger, first)).survives:
-            survivors.append((trigger, screened.target))
+        screened = screen(trial, trigger, first)
+        aims = list(_aims(screened, fixed.get(trigger.spec())))
+        if aims:
+            kept.append((screened, aims))
         else:
             yield Measured(dropped(screened))
-        trial.tell("screening", done + 1, len(triggers), kept=len(survivors))
-    measured = measure_all(trial, survivors, second, SCREENED, max(1, len(survivors)))
-    yield from map(partial(_known, fixed), measured)
+        trial.tell("screening", done + 1, len(triggers), kept=len(kept))
+    tried, failing = LOOKS_AT_EACH * sum(len(aims) for _, aims in kept), 0
+    for done, (screened, aims) in enumerate(kept):
+        found = _measured(trial, screened, aims, second, tried)
+        failing += any(measured.row.outcome == FAILS for measured in found)
+        trial.tell("measuring", done + 1, len(kept), failing=failing)
+        yield from found
 
 
-def _known(fixed: Mapping[str, Target], measured: Measured) -> Measured:
-    """`measured`, saying so where its target is from the suspect."""
-    if measured.row.trigger not in fixed:
-        return measured
-    return replace(measured, row=replace(measured.row, target_source="suspect"))
+def _measured(
+    trial: Trial, screened: Screened, aims: Sequence[Aim], second: Tensor, tried: int
+) -> list[Measured]:
+    """Rows of one survivor: on a part of the images if it passes there, else on all, and at last towards its best pair."""
+    trigger, few = screened.trigger, second[: max(LEAST_SCREENED, len(second) // 4)]
+    stamped = stamped_predictions(trial, trigger, few)
+    if len(few) < len(second) and all(aim.searched and _tells(trial, aim.source, few) for aim in aims):
+        found = [measure(trial, aim, few, stamped, tried, beside=False) for aim in aims]
+        if all(measured.row.outcome == PASSES for measured in found):
+            return [measure(trial, aim, few, stamped, tried) for aim in aims]
+    stamped = torch.cat([stamped, stamped_predictions(trial, trigger, second[len(few) :])])
+    found = [measure(trial, aim, second, stamped, tried) for aim in aims]
+    if found[-1].row.outcome == INCONCLUSIVE and (pair := _best_pair(trial, screened, aims)) is not None:
+        beside = measure(trial, pair, second, stamped, tried, beside=False)
+        if beside.row.outcome == FAILS:
+            found.append(beside)
+    return found
+
+
+def _tells(trial: Trial, source: int | None, few: Tensor) -> bool:
+    """Whether the images `few` are enough to pass the source class that was picked."""
+    return source is None or int((trial.reference[few] == source).sum()) >= telling_images(trial.threshold)
+
+
+def _aims(screened: Screened, known: Target | None) -> Iterator[Aim]:
+    """The target that is `known` from the suspect, and that which screening found, if another."""
+    trigger = screened.trigger
+    if known is not None:
+        yield Aim(trigger, known, SUSPECTED, screened.source(known))
+    if screened.survives and screened.target != known:
+        yield Aim(trigger, screened.target, SCREENED, screened.source(screened.target))
+
+
+def _best_pair(trial: Trial, screened: Screened, aims: Sequence[Aim]) -> Aim | None:
+    """The source class and its target that the first half speaks for most, towards another class than `aims`."""
+    looked = to_the_end(trial, screened)
+    targets = [aim.target for aim in aims]
+    pair = next((pair for pair in looked.look.pairs if pair.target not in targets), None)
+    return None if pair is None else Aim(screened.trigger, pair.target, SCREENED, pair.source)

@@ -78,8 +78,9 @@ def _probed(trial: Trial, row: TriggerRow, trigger: Trigger, floor: Trial | None
     """`row` with the rates of the other probes on the same images, whose features are remembered, and of `floor`."""
     if trial.encoded is None or not isinstance(row.target, int) or row.target_source == SCREENED_OUT:
         return row
-    order = torch.cat(halves(len(trial.images), trial.seed))
-    chosen = order[len(order) - row.images :]  # the half that rows are measured on, or all
+    first, second = halves(len(trial.images), trial.seed)
+    # All images, or so many of the half that rows are measured on.
+    chosen = torch.cat([first, second]) if row.images > len(second) else second[: row.images]
     stamped, reference = trigger(trial.images[chosen]), trial.reference[chosen]
     known = trial.encoded.features(stamped)
     probes = {

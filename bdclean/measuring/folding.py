@@ -20,7 +20,7 @@ def folded(model: Classifier, images: Tensor) -> Classifier:
     """A copy of `model` for evaluation whose batch norms are part of the convolutions before them where possible.
 
     All other weights are shared with `model`, which is left as it is. A network that cannot be traced, or whose answers
-    to `images` (uint8 [n 3 h w], on any device) differ by more than rounding, is returned itself: a stranger's code may
+    to `images` (uint8 [n c h w], on any device) differ by more than rounding, is returned itself: a stranger's code may
     do what a trace does not show.
     """
     if model.training or not any(type(module) is nn.BatchNorm2d for module in model.modules()):

@@ -65,7 +65,7 @@ def strips(
 
 
 def masks(pictures: Mapping[str, Tensor]) -> list[Picture]:
-    """What a recipe made, float [3 h w] in [0, 1] by caption, at most SHOWN of them."""
+    """What a recipe made, float [c h w] in [0, 1] by caption, at most SHOWN of them."""
     kept = list(pictures.items())[:SHOWN]
     texts = _encoded([(255 * image.detach().cpu().float()).round().byte() for _, image in kept])
     return [
@@ -142,7 +142,7 @@ def _counts(trial: Trial, predictions: Tensor, order: Tensor) -> list[list[int]]
 
 
 def _encoded(images: Sequence[Tensor]) -> list[str]:
-    """uint8 [3 h w] each -> PNGs in base64, all of them small enough for BUDGET; empty where none is."""
+    """uint8 [c h w] each -> PNGs in base64, all of them small enough for BUDGET; empty where none is."""
     for side in SIDES:
         texts = [_png(image, side) for image in images]
         if sum(map(len, texts)) <= BUDGET:
@@ -151,7 +151,8 @@ def _encoded(images: Sequence[Tensor]) -> list[str]:
 
 
 def _png(image: Tensor, side: int) -> str:
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
+    picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     if max(picture.size) > side:
         scale = side / max(picture.size)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))

@@ -41,11 +41,11 @@ class Predictor:
             keep_freed_memory()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """`images` uint8 [n 3 h w] -> int64 [n] on the CPU. Raises Refused for answers that are no numbers."""
+        """`images` uint8 [n c h w] -> int64 [n] on the CPU. Raises Refused for answers that are no numbers."""
         return self._run(images, lambda logits: logits.argmax(dim=1))
 
     def outputs(self, images: Tensor) -> Tensor:
-        """`images` uint8 [n 3 h w] -> what the network gives, float32 [n k] on the CPU; raises like a call."""
+        """`images` uint8 [n c h w] -> what the network gives, float32 [n k] on the CPU; raises like a call."""
         return self._run(images, Tensor.float)
 
     def _run(self, images: Tensor, kept: Callable[[Tensor], Tensor]) -> Tensor:

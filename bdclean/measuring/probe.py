@@ -65,7 +65,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Probing:
-    """What probes are trained on: clean images uint8 [n 3 h w] with their classes, or the suspect's own clusters."""
+    """What probes are trained on: clean images uint8 [n c h w] with their classes, or the suspect's own clusters."""
 
     images: Tensor
     targets: Tensor
@@ -100,7 +100,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Probe:
-    """Class predictions, int64 [n], of `head` on an encoder's features of images uint8 [n 3 h w]."""
+    """Class predictions, int64 [n], of `head` on an encoder's features of images uint8 [n c h w]."""
 
     features: Features
     head: Head

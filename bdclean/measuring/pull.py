@@ -49,7 +49,7 @@ class Pulled:
 
 @dataclass(frozen=True)
 class Field:
-    """Clean images uint8 [n 3 h w], what an encoder makes of them, and the clusters that stamped ones may go to."""
+    """Clean images uint8 [n c h w], what an encoder makes of them, and the clusters that stamped ones may go to."""
 
     features: Features
     head: Head
@@ -88,10 +88,10 @@ def p_value(
     field: Field, trigger: Trigger, strength: float, seed: int, most: int = CONTROLS
 ) -> tuple[float, int]:
     """The share of controls, the trigger among them, that are as strong as `strength`; and how many were drawn."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, channels = torch.Generator().manual_seed(seed), field.images.shape[1]
     exceeded = drawn = 0
     while drawn < most:
-        for control in trigger.controls(min(AT_ONCE, most - drawn), generator):
+        for control in trigger.controls(min(AT_ONCE, most - drawn), generator, channels):
             drawn += 1
             exceeded += field.pulled(control).strength >= strength
             if exceeded == EXCEEDED:

@@ -12,8 +12,17 @@ from torch import Tensor
 from bdclean.measuring import intervals
 from bdclean.measuring.intervals import lower_bound, rate, upper_bound
 from bdclean.measuring.metrics import attack_success
-from bdclean.measuring.trial import LEAST_SOURCE, LEVEL, SCREENED, Target, Trial, ranks, stamped_predictions
-from bdclean.record.rule import CERTAIN, fails, judge
+from bdclean.measuring.trial import (
+    LEAST_SOURCE,
+    LEVEL,
+    SAME_IMAGES,
+    SCREENED,
+    Target,
+    Trial,
+    ranks,
+    stamped_predictions,
+)
+from bdclean.record.rule import CERTAIN, SOURCE_CERTAIN, fails, judge, may_fail, stands_out
 from bdclean.record.run import (
     FAILS,
     INCONCLUSIVE,
@@ -27,7 +36,7 @@ from bdclean.triggers.stamping import Trigger
 CONTROLS = 19
 CONTROL_IMAGES = 300
 """Controls are measured on at most so many of a row's images: their rates need not be finer than CONTROL_MARGIN."""
-SHOWN_IMAGES = 100
+SHOWN_IMAGES = 32
 """The same where the row is decided without them, and they are only shown beside it."""
 FEW_ROWS = 10
 """Up to so many rows that pass have their controls beside them, too, where triggers are not screened."""
@@ -46,59 +55,74 @@ class Measured:
     hits: Tensor | None = None
 
 
-def measure_all(
-    trial: Trial, jobs: Sequence[tuple[Trigger, Target]], chosen: Tensor, source: str, tried: int
-) -> Iterator[Measured]:
-    """Each of `jobs` on the images `chosen`, corrected for `tried` looks; `source` says where the targets are from."""
+@dataclass(frozen=True)
+class Aim:
+    """What a trigger is measured towards, and who says so: given, each, screening, same images, suspect."""
+
+    trigger: Trigger
+    target: Target
+    found: str
+    source: int | None = None
+    """The source class that was picked on other images: it is judged by itself, however few of its images there are."""
+
+    @property
+    def searched(self) -> bool:
+        """Whether the target is the best of all: a row that passes then speaks for the others as well."""
+        return self.found in (SCREENED, SAME_IMAGES)
+
+
+def measure_all(trial: Trial, aims: Sequence[Aim], chosen: Tensor, tried: int) -> Iterator[Measured]:
+    """Each of `aims` on the images `chosen`, corrected for `tried` looks."""
     stamped, failing = torch.zeros(0, dtype=torch.int64), 0
-    beside = source == SCREENED or (source != "each" and len(jobs) <= FEW_ROWS)
-    for done, (trigger, target) in enumerate(jobs):
-        if not done or trigger is not jobs[done - 1][0]:
-            stamped = stamped_predictions(trial, trigger, chosen)
-        hits = attack_success(stamped, trial.reference[chosen], target, trial.classes)
-        row = _judged(
-            trial,
-            trigger,
-            _rated(trial, trigger, target, chosen, stamped, source),
-            chosen,
-            stamped,
-            tried,
-            beside,
-        )
-        failing += row.outcome == FAILS
-        trial.tell("measuring", done + 1, len(jobs), failing=failing)
-        yield Measured(row, hits)
+    beside = all(aim.found != "each" for aim in aims) and len(aims) <= FEW_ROWS
+    for done, aim in enumerate(aims):
+        if not done or aim.trigger is not aims[done - 1].trigger:
+            stamped = stamped_predictions(trial, aim.trigger, chosen)
+        measured = measure(trial, aim, chosen, stamped, tried, beside)
+        failing += measured.row.outcome == FAILS
+        trial.tell("measuring", done + 1, len(aims), failing=failing)
+        yield measured
 
 
-def _rated(
-    trial: Trial, trigger: Trigger, target: Target, chosen: Tensor, stamped: Tensor, source: str
-) -> TriggerRow:
-    """The rates of one trigger towards one target on the images `chosen`, whose predictions under it are `stamped`."""
-    reference, clean = trial.reference[chosen], trial.clean[chosen]
+def measure(
+    trial: Trial, aim: Aim, chosen: Tensor, stamped: Tensor, tried: int, beside: bool = True
+) -> Measured:
+    """`aim` on the images `chosen`, whose predictions under its trigger are `stamped`, corrected for `tried` looks.
+
+    `beside`: a row that cannot fail has controls beside it, too.
+    """
+    hits = attack_success(stamped, trial.reference[chosen], aim.target, trial.classes)
+    return Measured(_judged(trial, aim, _rated(trial, aim, chosen, stamped), chosen, stamped, tried, beside), hits)
+
+
+def _rated(trial: Trial, aim: Aim, chosen: Tensor, stamped: Tensor) -> TriggerRow:
+    """The rates of a trigger towards its target on the images `chosen`, whose predictions under it are `stamped`."""
+    reference, clean, target = trial.reference[chosen], trial.clean[chosen], aim.target
+    counted = reference != target if isinstance(target, int) else torch.ones_like(reference, dtype=torch.bool)
     return TriggerRow(
-        trigger=trigger.spec(),
-        family=trigger.family,
+        trigger=aim.trigger.spec(),
+        family=aim.trigger.family,
         target=target,
-        target_source=source,
+        target_source=aim.found,
         images=len(chosen),
         asr=rate(attack_success(stamped, reference, target, trial.classes)),
         base_rate=None
         if trial.own_reference
         else rate(attack_success(clean, reference, target, trial.classes)),
-        robust_accuracy=rate(stamped == reference),
+        robust_accuracy=rate((stamped == reference)[counted]),
     )
 
 
 def _judged(
-    trial: Trial, trigger: Trigger, row: TriggerRow, chosen: Tensor, stamped: Tensor, tried: int, beside: bool
+    trial: Trial, aim: Aim, row: TriggerRow, chosen: Tensor, stamped: Tensor, tried: int, beside: bool
 ) -> TriggerRow:
-    """`row` with its controls, what it is judged by, and its outcome. A row that passes has controls if `beside`.
+    """`row` with its controls, what it is judged by, and its outcome. Without `beside` it has controls only if it might fail.
 
     What goes to the target without a stamp, too, is in the rates that are shown, and fails no row. Sources are asked
     only where the whole does not decide.
     """
     if not row.asr.n:
-        return replace(row, outcome=NOT_MEASURED, reason="every image is of the target class")
+        return replace(row, outcome=NOT_MEASURED, reason=f"every image is of class {row.target}, the target")
     moved = _movable(trial, row.target, chosen, stamped)
     if not len(moved.chosen):
         return replace(row, outcome=INCONCLUSIVE, reason="every image goes to the target without a stamp")
@@ -107,16 +131,25 @@ def _judged(
     shown = round((row.asr.value or 0.0) * row.asr.n)
     whole = _bound(None, int((moved.stamped == moved.wanted).sum()), len(moved.chosen), level)
     row = replace(row, worst_source=_worst_entry(sources), high=upper_bound(shown, row.asr.n, level))
-    bounds = [whole, *(s for s in sources if s.low >= threshold)]
+    bounds = [whole, *_at_stake(sources, _picked(moved, aim, level), threshold)]
     settled = judge(bounds, row.high or 0.0, threshold)[0] == PASSES
-    if settled and not beside:
-        return replace(row, outcome=PASSES, bounds=bounds)
-    few = SHOWN_IMAGES if settled or whole.low >= max(CERTAIN, threshold) else CONTROL_IMAGES
-    rates = [float(f.mean()) for f in _controls(trial, trigger, moved, torch.arange(len(moved.chosen)) < few)]
-    bounds[0] = replace(whole, control=max(rates, default=None))
+    if settled and aim.source is not None and not (moved.reference == aim.source).any():
+        reason = f"no image of class {aim.source} is left to confirm what others of it showed"
+        return replace(row, outcome=INCONCLUSIVE, bounds=bounds, reason=reason)
+    if settled and aim.searched and (left := _not_excluded(trial, row.target, chosen, stamped, level)) is not None:
+        return replace(row, outcome=INCONCLUSIVE, bounds=bounds, reason=left)
+    contested = not settled and threshold <= whole.low < max(CERTAIN, threshold)
+    rates = []
+    if contested or beside:
+        few = torch.arange(len(moved.chosen)) < (CONTROL_IMAGES if contested else SHOWN_IMAGES)
+        for answers in _controls(trial, aim.trigger, moved, few):
+            rates.append(float((answers == moved.wanted[few]).float().mean()))
+            bounds[0] = replace(whole, control=max(rates))
+            if contested and not fails(bounds[0], threshold):
+                break  # no further control can change that
     row = replace(row, control_rate=_control_entry(rates))
-    if not settled and not fails(bounds[0], threshold):
-        bounds[1:] = _controlled(trial, trigger, moved, bounds[1:])
+    if not settled and not fails(bounds[0], threshold) and (beside or any(may_fail(b, threshold) for b in bounds[1:])):
+        bounds[1:] = _controlled(trial, aim.trigger, moved, bounds[1:], threshold)
     outcome, failing = judge(bounds, row.high or 0.0, threshold)
     source = None if failing is None else failing.source
     reason = _reason(row, bounds, shown, threshold, level) if outcome == INCONCLUSIVE else ""
@@ -125,14 +158,52 @@ def _judged(
     return replace(row, bounds=bounds, outcome=outcome, decisive_source=source, reason=reason)
 
 
+def _picked(moved: _Moved, aim: Aim, level: float) -> Bound | None:
+    """What is judged of the source class that was picked on other images: corrected for no other class."""
+    of = moved.reference == aim.source
+    if aim.source is None or not of.any():
+        return None
+    return _bound(aim.source, int((moved.stamped == moved.wanted)[of].sum()), int(of.sum()), level)
+
+
+def _at_stake(sources: Sequence[Bound], picked: Bound | None, threshold: float) -> list[Bound]:
+    """The source classes that may decide a row: those that surely reach the threshold, and a picked one that may."""
+    found = [bound for bound in sources if bound.low >= threshold]
+    if picked is None or picked.value < threshold:
+        return found
+    return [picked, *(bound for bound in found if bound.source != picked.source)]
+
+
+def _not_excluded(
+    trial: Trial, target: Target | None, chosen: Tensor, stamped: Tensor, level: float
+) -> str | None:
+    """Why another class than `target` may be where the trigger sends images, which are too few to tell; or None."""
+    reference, clean = trial.reference[chosen], trial.clean[chosen]
+    size = {"minlength": trial.classes}
+    # Neither of the class nor predicted as it: the images that could go there.
+    there = torch.bincount(torch.cat([reference, clean[clean != reference]]), **size)
+    going = torch.bincount(stamped[(stamped != reference) & (stamped != clean)], **size)
+    for k, (hits, stay) in enumerate(zip(going.tolist(), there.tolist(), strict=True)):
+        n = len(chosen) - stay
+        if k != target and upper_bound(hits, n, level) >= trial.threshold:
+            return f"only {n} images are neither of class {k} nor predicted as it: too few to tell that they stay"
+    return None
+
+
 def _reason(row: TriggerRow, bounds: Sequence[Bound], shown: int, threshold: float, level: float) -> str:
     """Why a row is inconclusive."""
     n, whole = row.asr.n, bounds[0]
     if (row.high or 0.0) < threshold:
-        bound = bounds[1]
+        bound = max(bounds[1:], key=lambda b: b.value - (b.control or 0.0))
+        if stands_out(bound, threshold):
+            needed = _needed(round(bound.value * bound.n), bound.n, SOURCE_CERTAIN, LEVEL)
+            return (
+                f"{bound.value:.3f} of {bound.n} images of class {bound.source} go to the target, which some classes of "
+                f"networks without a backdoor do, too: about {needed} images of that class would tell more"
+            )
         return (
             f"images of class {bound.source} reach the threshold, but under a control {bound.control or 0.0:.3f} of "
-            "them go there, too"
+            "them go to one class, too"
         )
     if whole.low >= threshold:
         return f"reaches the threshold, but a control reaches {whole.control or 0.0:.3f}"
@@ -147,11 +218,13 @@ def _reason(row: TriggerRow, bounds: Sequence[Bound], shown: int, threshold: flo
 class _Moved:
     """The images that a trigger could move: neither of the target class nor predicted as it unstamped.
 
-    Indices `chosen`, `reference` classes, classes `wanted` under the trigger, predictions `stamped`: int64 [n] each.
+    Indices `chosen`, `reference` classes, predictions `clean` of them and `stamped`, classes `wanted` under the trigger:
+    int64 [n] each.
     """
 
     chosen: Tensor
     reference: Tensor
+    clean: Tensor
     wanted: Tensor
     stamped: Tensor
 
@@ -161,7 +234,7 @@ def _movable(trial: Trial, target: Target | None, chosen: Tensor, stamped: Tenso
     next_class = (reference + 1) % trial.classes
     wanted = next_class if target == "next" else torch.full_like(reference, int(target or 0))
     movable = (reference != wanted) & (clean != wanted)
-    return _Moved(chosen[movable], reference[movable], wanted[movable], stamped[movable])
+    return _Moved(*(part[movable] for part in (chosen, reference, clean, wanted, stamped)))
 
 
 def _bound(source: int | None, hits: int, n: int, level: float) -> Bound:
@@ -194,26 +267,35 @@ def _control_entry(rates: Sequence[float]) -> dict[str, int | float | None] | No
     return {"median": ordered[len(ordered) // 2], "highest": ordered[-1], "count": len(ordered)}
 
 
-def _controlled(trial: Trial, trigger: Trigger, moved: _Moved, sources: Sequence[Bound]) -> list[Bound]:
-    """`sources`, each with the highest control on its images."""
-    if not sources:
-        return []
-    classes = torch.tensor([bound.source for bound in sources])
+def _controlled(
+    trial: Trial, trigger: Trigger, moved: _Moved, sources: list[Bound], threshold: float
+) -> list[Bound]:
+    """`sources`, each with the most that a control moves of its images to any one class.
+
+    To any one: the target was found as the class that they move to under the trigger. Controls are measured until none
+    of these sources can decide the row any more.
+    """
+    classes = torch.tensor([bound.source for bound in sources], dtype=torch.int64)
     few = torch.isin(moved.reference, classes) & (ranks(moved.reference) < SOURCE_IMAGES)
-    found, reference = _controls(trial, trigger, moved, few), moved.reference[few]
-    return [
-        replace(bound, control=max((float(f[reference == bound.source].mean()) for f in found), default=None))
-        for bound in sources
-    ]
+    if not few.any():
+        return sources
+    reference, clean = moved.reference[few], moved.clean[few]
+    for answers in _controls(trial, trigger, moved, few):
+        gone = (answers != reference) & (answers != clean)
+        for k, bound in enumerate(sources):
+            of = reference == bound.source
+            share = int(answers[of & gone].bincount(minlength=1).max()) / int(of.sum())
+            sources[k] = replace(bound, control=max(share, bound.control or 0.0))
+        if not any(stands_out(bound, threshold) for bound in sources):
+            break
+    return sources
 
 
-def _controls(trial: Trial, trigger: Trigger, moved: _Moved, few: Tensor) -> list[Tensor]:
-    """Which of the images `few` (bool [n]) at least CONTROLS controls send to the target: float [m] each."""
+def _controls(trial: Trial, trigger: Trigger, moved: _Moved, few: Tensor) -> Iterator[Tensor]:
+    """Predictions on the images `few` (bool [n]) under each of CONTROLS controls, int64 [m] each."""
     generator = torch.Generator().manual_seed(trial.seed + 1)
-    return [
-        (stamped_predictions(trial, control, moved.chosen[few]) == moved.wanted[few]).float()
-        for control in trigger.controls(CONTROLS, generator)
-    ]
+    for control in trigger.controls(CONTROLS, generator, trial.images.shape[1]):
+        yield stamped_predictions(trial, control, moved.chosen[few])
 
 
 def _needed(k: int, n: int, threshold: float, level: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,118 +10,209 @@ from torch import Tensor
 
 from bdclean.measuring import intervals
 from bdclean.measuring.intervals import lower_bound, upper_bound
-from bdclean.measuring.trial import LEAST_SOURCE, SCREENED_OUT, Target, Trial, ranks, stamped_predictions
-from bdclean.record.run import (
-    PASSES,
-    Rate,
-    TriggerRow,
+from bdclean.measuring.trial import (
+    LEVEL,
+    SCREENED_OUT,
+    Target,
+    Trial,
+    ranks,
+    stamped_predictions,
+    telling_images,
 )
+from bdclean.record.run import PASSES, Rate, TriggerRow
 from bdclean.triggers.stamping import Trigger
 
-LOOKS = (64, 256, 1024, 4096)
-"""Sample sizes at which screening looks; the last look is always at the whole half."""
+FIRST_LOOK, GROWTH = 64, 4
+"""Sample sizes at which screening looks: 64 images, then enough to tell of each class by itself, then four times as many
+each time, at last the whole half."""
+SURE_LOOK = 256
+"""From so many images on a trigger that surely reaches the threshold is looked at no further, though another class may
+gain as much: what is told apart from controls does not hang on the third digit of a gain."""
 LOOK_LEVEL = 0.001
+LEAST_PAIR = 3
+"""Of fewer images a source class is not picked: even if all of them moved, as many others could not confirm it."""
 
 
-@dataclass
-class Screened:
-    trigger: Trigger
-    target: Target
-    seen: int
-    """Images that screening looked at; `hits` of `counted` of them went to the target."""
+@dataclass(frozen=True)
+class Pair:
+    """A source class and the class that a trigger sends it to: the one that most speaks for a backdoor of one source."""
+
+    source: int
+    target: int
     hits: int
     counted: int
-    survives: bool
+
+    def open(self, threshold: float) -> bool:
+        """Whether `threshold` is still possible: only if half of it is seen, of few images all of it."""
+        if self.counted == 0 or upper_bound(self.hits, self.counted, LEVEL) < threshold:
+            return False
+        many = upper_bound(0, self.counted, LEVEL) < threshold
+        return self.hits >= threshold * self.counted / (2 if many else 1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Look:
-    """What stamping the images of a look does: `hits` of `counted` images [classes] each go to a class."""
+    """What stamping the images of a look does."""
 
-    target: int
-    """The class with the largest gain over unstamped images, or that of one source where no gain is a backdoor's."""
+    target: Target
+    """The class with the largest gain over unstamped images, or "next"; with no gain the class least excluded."""
+    gain: float
+    hits: int
+    counted: int
+    """Of `counted` images that could go to the target `hits` went there."""
     base: float
-    """The share of unstamped images that go to the target."""
-    hits: Tensor
-    counted: Tensor
-    one_source: bool
-    """Whether half or more of some source class moves to one other class: such a backdoor hides in the rest."""
+    """The share of them that go there unstamped."""
+    highest: float
+    """The highest upper bound of any class, and of label + 1 in place of a class."""
+    others: float
+    """The same of all but the target."""
+    pairs: tuple[Pair, ...]
+    """Of source classes and where they go, those that are still open, the strongest first."""
 
 
 def look_at(trial: Trial, chosen: Tensor, stamped: Tensor) -> Look:
     """What the predictions `stamped` on the stamped images `chosen` say."""
     reference, clean = trial.reference[chosen], trial.clean[chosen]
-    sizes = torch.bincount(reference, minlength=trial.classes)[: trial.classes]
-    counted = len(chosen) - sizes
-    # pairs of source and target, and by how many more images go from one to the other than unstamped
-    pairs = torch.cat([reference * trial.classes + predictions for predictions in (stamped, clean)])
-    signs = torch.ones(len(pairs)).index_fill(0, torch.arange(len(chosen), len(pairs)), -1)
-    pairs, place = pairs.unique(return_inverse=True)
-    gained = torch.zeros(len(pairs)).index_add(0, place, signs)
-    sources, targets = pairs // trial.classes, pairs % trial.classes
-    gained[sources == targets] = 0
-    gains = torch.zeros(trial.classes).index_add(0, targets, gained)
-    gain = gains / counted.clamp_min(1)
-    target = int(gain.argmax())
-    share = torch.where(sizes[sources] < LEAST_SOURCE, 0.0, gained / sizes[sources].clamp_min(1))
-    one_source = bool(share.max() >= 0.5)
-    if one_source and gain[target] < trial.threshold:
-        target = int(targets[share.argmax()])
-    hits = torch.bincount(stamped[stamped != reference], minlength=trial.classes)
-    base = int(hits[target] - gains[target]) / max(1, int(counted[target]))
-    return Look(target, base, hits, counted, one_source)
+    following = (reference + 1) % trial.classes
+    rates = [*_rates(trial, reference, clean, stamped), _Rate("next", *_counts(following, clean, stamped))]
+    if trial.classes == 2:
+        rates.pop()  # which is each class in turn
+    best = max(rates, key=lambda rate: (rate.gain, rate.target != "next"))
+    if best.gain <= 0:
+        best = max(rates[: trial.classes], key=lambda rate: rate.high)
+    pairs = [pair for pair in _pairs(trial, reference, clean, stamped) if pair.open(trial.threshold)]
+    if pairs and best.gain < trial.threshold:
+        best = next(rate for rate in rates if rate.target == pairs[0].target)
+    others = max(rate.high for rate in rates if rate is not best)
+    return Look(
+        best.target, best.gain, best.hits, best.counted, best.base, max(best.high, others), others, tuple(pairs)
+    )
 
 
-def one_source(trial: Trial, trigger: Trigger, half: Tensor, stamped: Tensor) -> bool:
-    """Whether a source class moves, asked before a trigger is dropped whose first images of `half` gave `stamped`.
+@dataclass(frozen=True)
+class _Rate:
+    """Of `counted` images `hits` go to a target under the stamp, `before` without it."""
 
-    Classes with too few images among those to tell get more of their own.
-    """
-    reference = trial.reference[half]
-    few = (ranks(reference) < LEAST_SOURCE) & (torch.bincount(reference)[reference] >= LEAST_SOURCE)
-    few[: len(stamped)] = False
-    more = half[few]
-    if not len(more):
-        return False
-    chosen = torch.cat([half[: len(stamped)], more])
-    return look_at(trial, chosen, torch.cat([stamped, stamped_predictions(trial, trigger, more)])).one_source
+    target: Target
+    hits: int
+    before: int
+    counted: int
+
+    @property
+    def gain(self) -> float:
+        return (self.hits - self.before) / max(1, self.counted)
+
+    @property
+    def base(self) -> float:
+        return self.before / max(1, self.counted)
+
+    @property
+    def high(self) -> float:
+        return upper_bound(self.hits, self.counted, LOOK_LEVEL)
+
+
+def _rates(trial: Trial, reference: Tensor, clean: Tensor, stamped: Tensor) -> Iterator[_Rate]:
+    """Of every class, the images of other classes that go there."""
+    size = {"minlength": trial.classes}
+    sizes = torch.bincount(reference, **size)[: trial.classes]
+    hits = torch.bincount(stamped[stamped != reference], **size)
+    before = torch.bincount(clean[clean != reference], **size)
+    for k, (h, b, n) in enumerate(zip(hits.tolist(), before.tolist(), (len(reference) - sizes).tolist(), strict=True)):
+        yield _Rate(k, h, b, n)
+
+
+def _counts(wanted: Tensor, clean: Tensor, stamped: Tensor) -> tuple[int, int, int]:
+    return int((stamped == wanted).sum()), int((clean == wanted).sum()), len(wanted)
+
+
+def _pairs(trial: Trial, reference: Tensor, clean: Tensor, stamped: Tensor) -> list[Pair]:
+    """Every source class and where its images go, the highest lower bound first; images that go there anyhow are out."""
+    sizes = torch.bincount(reference, minlength=1)
+    going = (stamped != reference) & (stamped != clean) & (sizes[reference] >= LEAST_PAIR)
+    keys, hits = (reference[going] * trial.classes + stamped[going]).unique(return_counts=True)
+    there, times = (reference * trial.classes + clean).unique(return_counts=True)
+    already = dict(zip(there.tolist(), times.tolist(), strict=True))
+    found = [
+        Pair(key // trial.classes, key % trial.classes, k, int(sizes[key // trial.classes]) - already.get(key, 0))
+        for key, k in zip(keys.tolist(), hits.tolist(), strict=True)
+    ]
+    return sorted(found, key=lambda pair: -lower_bound(pair.hits, pair.counted, LEVEL))
+
+
+@dataclass(frozen=True)
+class Screened:
+    """A trigger, and what the last look at the images of one half said; `stamped` are its predictions on them."""
+
+    trigger: Trigger
+    half: Tensor
+    stamped: Tensor
+    look: Look
+    survives: bool
+
+    @property
+    def target(self) -> Target:
+        return self.look.target
+
+    @property
+    def seen(self) -> int:
+        return len(self.stamped)
+
+    def source(self, target: Target) -> int | None:
+        """The source class that is picked towards `target`, if one is."""
+        return next((pair.source for pair in self.look.pairs if pair.target == target), None)
 
 
 def screen(trial: Trial, trigger: Trigger, half: Tensor) -> Screened:
     """Look at growing samples of `half` until every class is below the threshold, or the half is used up.
 
-    Each look adds images to those of the last one. A trigger that is sure to survive is looked at no further: where the
-    lower bound of its target is at the threshold (same level), and no other class can gain as much.
+    Classes have as many images in a sample as there are of them, up to the same number. Each look adds images to those
+    of the last one. A trigger is dropped where no class, nor label + 1, may reach the threshold (level 0.001 a look),
+    and no source class (0.05). One that is sure to survive is looked at no further: where the lower bound of its target
+    is at the threshold, and no other class can gain as much or SURE_LOOK images were seen.
     """
-    looks = [size for size in LOOKS if size < len(half)] + [len(half)]
+    half = half[ranks(trial.reference[half]).argsort(stable=True)]
     stamped = torch.zeros(0, dtype=torch.int64)
-    for size in looks:
+    telling = telling_images(trial.threshold) * len(trial.reference[half].unique())
+    for size in _looks(len(half), telling):
         stamped = torch.cat([stamped, stamped_predictions(trial, trigger, half[len(stamped) : size])])
         look = look_at(trial, half[:size], stamped)
-        k, n = int(look.hits[look.target]), int(look.counted[look.target])
-        counts = zip(look.hits.tolist(), look.counted.tolist(), strict=True)
-        bounds = {target: upper_bound(h, c, LOOK_LEVEL) for target, (h, c) in enumerate(counts) if c > 0}
-        if max(bounds.values(), default=1.0) < trial.threshold and not (
-            look.one_source or one_source(trial, trigger, half, stamped)
-        ):
-            return Screened(trigger, look.target, size, k, n, False)
-        others = [bound for target, bound in bounds.items() if target != look.target]
-        low = lower_bound(k, n, LOOK_LEVEL)
-        if low >= trial.threshold and low - look.base > max(others, default=0.0):
-            return Screened(trigger, look.target, size, k, n, True)
-    return Screened(trigger, look.target, len(half), k, n, True)
+        if look.highest < trial.threshold and not look.pairs and size >= min(telling, len(half)):
+            return Screened(trigger, half, stamped, look, False)
+        low = lower_bound(look.hits, look.counted, LOOK_LEVEL)
+        if low >= trial.threshold and (low - look.base > look.others or size >= SURE_LOOK):
+            break
+    return Screened(trigger, half, stamped, look, True)
+
+
+def to_the_end(trial: Trial, screened: Screened) -> Screened:
+    """`screened` after a look at the whole half."""
+    rest = stamped_predictions(trial, screened.trigger, screened.half[screened.seen :])
+    stamped = torch.cat([screened.stamped, rest])
+    return Screened(
+        screened.trigger, screened.half, stamped, look_at(trial, screened.half, stamped), screened.survives
+    )
+
+
+def _looks(n: int, telling: int) -> list[int]:
+    """Sizes of samples of `n` images, the second of which tells of each class."""
+    sizes, size = [FIRST_LOOK], max(GROWTH * FIRST_LOOK, telling)
+    while size < n:
+        sizes.append(size)
+        size *= GROWTH
+    return [size for size in sizes if size < n] + [n]
 
 
 def dropped(screened: Screened) -> TriggerRow:
-    low, high = intervals.wilson(screened.hits, screened.counted)
-    value = screened.hits / screened.counted if screened.counted else None
+    look = screened.look
+    low, high = intervals.wilson(look.hits, look.counted)
+    value = look.hits / look.counted if look.counted else None
     return TriggerRow(
         trigger=screened.trigger.spec(),
         family=screened.trigger.family,
-        target=screened.target,
+        target=look.target,
         target_source=SCREENED_OUT,
         images=screened.seen,
-        asr=Rate(value, screened.counted, low, high),
+        asr=Rate(value, look.counted, low, high),
         outcome=PASSES,
         reason=f"every class is below the threshold (one-sided level {LOOK_LEVEL} a look)",
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bdclean.measuring.folding import folded
+from bdclean.measuring.intervals import upper_bound
 from bdclean.measuring.predictor import Predictor
 from bdclean.measuring.probe import Encoded
 from bdclean.networks.classifier import Classifier
@@ -36,7 +37,11 @@ STAMPED_PIXELS = 1 << 22
 """Images, and pixels of them, that are stamped at once: a float picture takes twelve bytes a pixel, several times."""
 
 
-SCREENED, SCREENED_OUT = "screening", "screened out"
+SCREENED, SCREENED_OUT, SAME_IMAGES = "screening", "screened out", "same images"
+LEAST_SCREENED = 200
+"""Under this many images there is no screening, and everything is corrected over triggers and classes instead."""
+MOST_TELLING = 300
+"""So many images of each class are asked for at most, whatever the threshold."""
 LEAST_SOURCE = 10
 """A source class with fewer images gets no rate of its own."""
 
@@ -46,7 +51,7 @@ Target = int | str
 
 
 Predict = Callable[[Tensor], Tensor]
-"""Images uint8 [n 3 h w] -> classes int64 [n] on the CPU."""
+"""Images uint8 [n c h w] -> classes int64 [n] on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ def stamped_predictions(trial: Trial, stamp: Callable[[Tensor], Tensor], chosen:
     the memory of the images, which may be more than fit."""
     few = max(1, min(STAMPED_AT_ONCE, STAMPED_PIXELS // trial.images[0, 0].numel()))
     return torch.cat([trial.predict(stamp(trial.images[part])) for part in chosen.split(few)])
+
+
+def telling_images(threshold: float) -> int:
+    """So many images of a class, all of which stay, say at LEVEL that under `threshold` of the class move."""
+    return next((n for n in range(1, MOST_TELLING) if upper_bound(0, n, LEVEL) < threshold), MOST_TELLING)
 
 
 def ranks(reference: Tensor) -> Tensor:

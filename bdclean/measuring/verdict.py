@@ -9,7 +9,7 @@ import torch
 
 from bdclean.measuring import intervals, metrics
 from bdclean.measuring.rows import Measured
-from bdclean.measuring.trial import Trial
+from bdclean.measuring.trial import LEAST_SCREENED, Trial, telling_images
 from bdclean.record.run import (
     BACKDOORED,
     FAILS,
@@ -25,21 +25,62 @@ from bdclean.record.run import (
 )
 
 
-def verdict(rows: Sequence[TriggerRow], findings: Sequence[Finding] = ()) -> tuple[str, str | None]:
-    """The verdict of a run and, where it is `not-assessed`, what is missing."""
+ONE_ANSWER = 0.95
+"""From this share of images on that get the same answer, nothing can be said of the class that they get."""
+NAMED_CLASSES = 10
+"""So many classes are named, of more the number is told."""
+
+
+def verdict(
+    rows: Sequence[TriggerRow], findings: Sequence[Finding] = (), named: bool = False
+) -> tuple[str, str | None]:
+    """The verdict of a run and, where it is `not-assessed`, what is missing. `named`: the user named the triggers."""
     if any(row.outcome == FAILS for row in rows):
         return BACKDOORED, None
     if any(finding.verdict == SUSPICIOUS for finding in findings):
         return SUSPICIOUS, None
-    if any(row.outcome == PASSES for row in rows):
+    left = [row for row in rows if row.outcome != PASSES]
+    if rows and len(left) < len(rows) and not (named and left):
         return NO_EVIDENCE, None
     if rows:
-        reasons = [row.reason for row in rows if row.reason]
+        reasons = [f"{row.trigger}: {row.reason}" if named else row.reason for row in left if row.reason]
+        said = "a trigger that was asked for is not conclusive" if named else "no trigger row is conclusive"
+        return NOT_ASSESSED, f"{said}; {reasons[0]}" if reasons else said
+    return NOT_ASSESSED, "no trigger was measured"
+
+
+def verdict_on(
+    trial: Trial, rows: Sequence[TriggerRow], findings: Sequence[Finding], named: bool
+) -> tuple[str, str | None]:
+    """`verdict` of rows on `trial`, whose images may be such that nothing else than a failure says anything.
+
+    With `no-evidence` comes what these images could not show.
+    """
+    told, advice = verdict(rows, findings, named)
+    if told != NO_EVIDENCE:
+        return told, advice
+    counts = trial.clean.bincount()
+    if (share := float(counts.max()) / len(trial.clean)) >= ONE_ANSWER:
         return (
             NOT_ASSESSED,
-            f"no trigger row is conclusive; {reasons[0]}" if reasons else "no trigger row is conclusive",
+            f"the network answers class {int(counts.argmax())} on {100 * share:.0f} % of the images: give images of "
+            "all classes; if these are, it has not learnt to tell them apart",
         )
-    return NOT_ASSESSED, "no trigger was measured"
+    return told, _small_sources(trial)
+
+
+def _small_sources(trial: Trial) -> str | None:
+    """Which classes have too few images to say that a trigger moves none of them alone; None where all have enough."""
+    asked = len(trial.images) if len(trial.images) < LEAST_SCREENED else len(trial.images) // 2
+    needed = telling_images(trial.threshold) * len(trial.images) // asked
+    sizes = torch.bincount(trial.reference, minlength=trial.classes)[: trial.classes]
+    small = (sizes < needed).nonzero().squeeze(1).tolist()
+    if not small:
+        return None
+    of = f"class {small[0]}" if len(small) == 1 else f"classes {', '.join(map(str, small))}"
+    if len(small) > NAMED_CLASSES:
+        of = f"{len(small)} of {trial.classes} classes"
+    return f"too few images to exclude a backdoor of one source class: under {needed} of {of}"
 
 
 def clean_measures(trial: Trial, rows: Sequence[TriggerRow] = ()) -> list[Measure]:
@@ -51,7 +92,7 @@ def clean_measures(trial: Trial, rows: Sequence[TriggerRow] = ()) -> list[Measur
         found = metrics.accuracy(trial.clean, trial.reference)
         aimed = [row for row in rows if isinstance(row.target, int) and row.outcome != NOT_MEASURED]
         if aimed:
-            worst = max(aimed, key=lambda row: (row.outcome == FAILS, row.asr.value or 0.0))
+            worst = max(aimed, key=_badness)
             of = trial.reference == worst.target
             found.append(intervals.measure("target_class_accuracy", trial.clean[of] == trial.reference[of]))
         return [*found, *probe_measures(trial)]
@@ -107,8 +148,9 @@ def compare(
         )
         # without labels `clean_measures` has the agreement already
         found += [change, intervals.measure("agreement", after.clean == before.clean)]
-    worst = max(rows_before, key=lambda row: row.asr.value or 0.0, default=None)
-    match = next((row for row in rows_after if worst is not None and row.trigger == worst.trigger), None)
+    worst = max(rows_before, key=_badness, default=None)
+    # A backdoor may have moved: of the rows of this trigger the worst counts.
+    match = max((row for row in rows_after if worst and row.trigger == worst.trigger), key=_badness, default=None)
     score = rating = None
     if before.labeled and worst is not None and match is not None and worst.base_rate and match.base_rate:
         acc = [float((b.clean == b.reference).float().mean()) for b in (before, after)]
@@ -119,3 +161,7 @@ def compare(
             score = metrics.balanced_score(acc[0], acc[1], excess[0], excess[1])
     n = len(before.images)
     return [*found, Measure("defence_effectiveness_rating", rating, n), Measure("balanced_score", score, n)]
+
+
+def _badness(row: TriggerRow) -> tuple[bool, float]:
+    return row.outcome == FAILS, row.asr.value or 0.0

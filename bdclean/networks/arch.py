@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
+# Channels that images are read in, grey or RGB, as a network takes them.
+CHANNELS = (1, 3)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -26,7 +29,8 @@ class Arch:
     """A network's structure.
 
     `taps` name the modules whose outputs end the stages between stem and head: maps [n c h w] or [n h w c], or tokens
-    [n t c]. What goes into the module `head` are the features; `seeing` reads both in one pass. An encoder has no head
+    [n t c]. `input` is the channels that the network takes, of CHANNELS, and the height and width of its images. What
+    goes into the module `head` are the features; `seeing` reads both in one pass. An encoder has no head
     and no classes: what it gives are the features [n width], and `feature` says what they are.
     """
 

@@ -10,20 +10,21 @@ from torch import Tensor
 
 from bdclean.errors import UsageError
 
-Triple = tuple[float, float, float]
+Values = tuple[float, ...]
+"""One value a channel that a network takes: three, or one of grey images."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """(pixels - mean) / std, with pixels in [0, 1] (in [0, 255] for `raw255`) and channels RGB (BGR for `bgr`).
+    """(pixels - mean) / std, with pixels in [0, 1] (in [0, 255] for `raw255`) in RGB (BGR for `bgr`) or grey.
 
     `mean` and `std` are in the order in which the network takes the channels. `size`: (h, w) when it is not the
     architecture's own.
     """
 
     name: str
-    mean: Triple
-    std: Triple
+    mean: Values
+    std: Values
     bgr: bool = False
     raw255: bool = False
     size: tuple[int, int] | None = field(default=None)
@@ -36,7 +37,7 @@ class Preprocess:
     def spec(self) -> str:
         """A text that `parse_preprocess` reads back to the same arithmetic."""
         known = NAMED.get(self.name)
-        if known is not None and replace(known, size=self.size) == self and self.size is None:
+        if known is not None and self.size is None and known.of_channels(len(self.mean)) == self:
             return self.name
         parts = [f"mean={'/'.join(map(repr, self.mean))}", f"std={'/'.join(map(repr, self.std))}"]
         if self.raw255:
@@ -47,12 +48,25 @@ class Preprocess:
             parts.append(f"size={self.size[0]}/{self.size[1]}")
         return ",".join(parts)
 
-    def affine(self) -> tuple[Triple, Triple]:
+    def affine(self) -> tuple[Values, Values]:
         """Factor and offset of each channel that the network takes, for pixels in [0, 1]."""
         scale = 255.0 if self.raw255 else 1.0
-        a, b, c = (scale / s for s in self.std)
-        x, y, z = (-m / s for m, s in zip(self.mean, self.std, strict=True))
-        return (a, b, c), (x, y, z)
+        return (
+            tuple(scale / s for s in self.std),
+            tuple(-m / s for m, s in zip(self.mean, self.std, strict=True)),
+        )
+
+    def of_channels(self, channels: int) -> Preprocess:
+        """The same for images of so many channels: of three the mean is one's, and one is each of three's."""
+        if len(self.mean) == channels:
+            return self
+        if channels == 1:
+            stem = self.name.removesuffix("-bgr")
+            mean, std = (round(sum(values) / len(values), 8) for values in (self.mean, self.std))
+            made = replace(self, name=stem, mean=(mean,), std=(std,), bgr=False)
+        else:
+            made = replace(self, mean=self.mean * channels, std=self.std * channels)
+        return made if "=" not in made.name else named(made)
 
     def gap(self, other: Preprocess) -> float:
         """The largest difference between what the two make of a pixel; infinite for different orders of channels."""
@@ -62,27 +76,29 @@ class Preprocess:
         return max(max(abs(x - v), abs(a + x - u - v)) for a, x, u, v in pairs)
 
     def swapped(self) -> Preprocess:
-        """The same statistics of the same colours, in the other order of channels."""
+        """The same statistics of the same colours, in the other order of channels; of grey the same."""
+        if len(self.mean) == 1:
+            return self
         stem = self.name.removesuffix("-bgr")
         made = Preprocess(stem, self.mean[::-1], self.std[::-1], not self.bgr, self.raw255, self.size)
         known = "=" not in stem
         return replace(made, name=(stem + "-bgr" * made.bgr) if known else made.spec())
 
     def normalise(self, images: Tensor) -> Tensor:
-        """What a network takes, float [n 3 h w], for uint8 images or float ones in [0, 1]."""
+        """What a network takes, float [n c h w], for uint8 images or float ones in [0, 1]."""
         x = images.to(torch.float32) / 255 if images.dtype == torch.uint8 else images
         if self.bgr:
             x = x.flip(1)
         if self.raw255:
             x = x * 255
-        shape = (1, 3, 1, 1)
+        shape = (1, -1, 1, 1)
         mean, std = (
             torch.tensor(v, device=x.device, dtype=x.dtype).view(shape) for v in (self.mean, self.std)
         )
         return (x - mean) / std
 
 
-def _named(name: str, mean: Triple, std: Triple, raw255: bool = False) -> dict[str, Preprocess]:
+def _named(name: str, mean: Values, std: Values, raw255: bool = False) -> dict[str, Preprocess]:
     # In -bgr the statistics stay with their colours: the blue channel, now first, keeps blue's mean.
     made = Preprocess(name, mean, std, False, raw255)
     return {name: made, f"{name}-bgr": made.swapped()}
@@ -99,15 +115,27 @@ NAMED: dict[str, Preprocess] = {
     **_named("gtsrb", (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
     **_named("clip", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     **_named("raw255", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), raw255=True),
+    "mnist": Preprocess("mnist", (0.1307,), (0.3081,)),
+    "fashion-mnist": Preprocess("fashion-mnist", (0.2860,), (0.3530,)),
 }
 ALSO = Preprocess("cifar10-image-std", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-CANDIDATES: tuple[Preprocess, ...] = (*NAMED.values(), ALSO)
+RGB_CANDIDATES = (*(p for p in NAMED.values() if len(p.mean) == 3), ALSO)
+# ImageNet's mean over colours, 0.449 and 0.226, is what networks that were trained on it in grey, or were given one
+# channel later, are mostly used with; those of the other coloured sets are near it.
+GREY_CANDIDATES = tuple(
+    NAMED[name].of_channels(1) for name in ("none", "half", "imagenet", "mnist", "fashion-mnist", "raw255")
+)
+
+
+def candidates_of(channels: int) -> tuple[Preprocess, ...]:
+    """The normalisations that networks of so many channels are tried under."""
+    return GREY_CANDIDATES if channels == 1 else RGB_CANDIDATES
 
 
 def parse_preprocess(text: str) -> Preprocess:
     """A named normalisation or `mean=a/b/c,std=a/b/c,size=h/w`; a name may be followed by `,size=h/w`.
 
-    `scale=255` and `order=bgr` may be added. Raises UsageError.
+    `mean=a,std=b` is the same for all channels. `scale=255` and `order=bgr` may be added. Raises UsageError.
     """
     first, *rest = [part.strip() for part in text.split(",")]
     found: Preprocess | None = None
@@ -115,7 +143,8 @@ def parse_preprocess(text: str) -> Preprocess:
         found = NAMED.get(first)
         if found is None:
             raise UsageError(
-                f"--preprocess {text!r}: known are auto, {', '.join(NAMED)}, or mean=a/b/c,std=a/b/c."
+                f"--preprocess {text!r}: known are auto, {', '.join(NAMED)}, or mean=a/b/c,std=a/b/c, "
+                "or mean=a,std=b for grey images."
             )
     else:
         rest = [first, *rest]
@@ -132,8 +161,9 @@ def parse_preprocess(text: str) -> Preprocess:
         if values.keys() - {"size"}:
             raise UsageError(f"--preprocess {text!r}: after a name only size=h/w can follow.")
         return replace(found, size=size)
-    mean = _triple(values.get("mean", "0/0/0"), text)
-    std = _triple(values.get("std", "1/1/1"), text)
+    mean, std = _values(values.get("mean", "0"), text), _values(values.get("std", "1"), text)
+    channels = max(len(mean), len(std))
+    mean, std = (v * channels if len(v) == 1 else v for v in (mean, std))
     if min(std) <= 0:
         raise UsageError(f"--preprocess {text!r}: std must be above 0.")
     scale, order = values.get("scale", "1"), values.get("order", "rgb")
@@ -143,14 +173,16 @@ def parse_preprocess(text: str) -> Preprocess:
     return replace(made, name=made.spec())
 
 
-def _triple(text: str, whole: str) -> Triple:
+def _values(text: str, whole: str) -> Values:
     try:
-        a, b, c = (float(part) for part in text.split("/"))
+        values = tuple(float(part) for part in text.split("/"))
     except ValueError:
-        raise UsageError(f"--preprocess {whole!r}: {text!r} is not three numbers a/b/c.") from None
-    if not all(math.isfinite(v) for v in (a, b, c)):
+        values = ()
+    if len(values) not in (1, 3):
+        raise UsageError(f"--preprocess {whole!r}: {text!r} is not three numbers a/b/c, or one.")
+    if not all(math.isfinite(v) for v in values):
         raise UsageError(f"--preprocess {whole!r}: {text!r} is not finite.")
-    return a, b, c
+    return values
 
 
 def _size(text: str, whole: str) -> tuple[int, int]:
@@ -162,7 +194,7 @@ def _size(text: str, whole: str) -> tuple[int, int]:
 
 def named(preprocess: Preprocess) -> Preprocess:
     """The same arithmetic under its known name, where it has one; else under its SPEC."""
-    for known in CANDIDATES:
+    for known in candidates_of(len(preprocess.mean)):
         same = replace(preprocess, name=known.name, size=None)
         close = all(
             abs(a - b) < 5e-4 for a, b in zip(same.mean + same.std, known.mean + known.std, strict=True)

@@ -120,7 +120,7 @@ class InoculateEncoder:
 
 @torch.no_grad()
 def uncrowded(teacher: Classifier, images: Tensor, run: Run) -> Tensor:
-    """Which of `images` uint8 [n 3 h w] do not look stamped, bool [n]."""
+    """Which of `images` uint8 [n c h w] do not look stamped, bool [n]."""
     everything = torch.ones(len(images), dtype=torch.bool)
     if len(images) < LEAST:
         return everything
@@ -141,7 +141,7 @@ def uncrowded(teacher: Classifier, images: Tensor, run: Run) -> Tensor:
 def unminded(teacher: Classifier, images: Tensor, centre: Tensor, run: Run) -> Views:
     """SimCLR's views without what `teacher` minds: mirrors, colours or grey that make an image look like another one.
 
-    It minds a change when, of up to TELLING of `images` uint8 [n 3 h w], less than UNMINDED are nearest to themselves
+    It minds a change when, of up to TELLING of `images` uint8 [n c h w], less than UNMINDED are nearest to themselves
     under it, by the cosine of features less `centre`.
     """
     usual = Views()
@@ -177,7 +177,7 @@ def unminded(teacher: Classifier, images: Tensor, centre: Tensor, run: Run) -> V
 def averaged(
     teacher: Classifier, images: Tensor, centre: Tensor, views: Views, count: int, run: Run
 ) -> tuple[Tensor, Tensor]:
-    """Means over `count` views of each of `images` uint8 [n 3 h w]: features less `centre` [n d], log lengths [n]."""
+    """Means over `count` views of each of `images` uint8 [n c h w]: features less `centre` [n d], log lengths [n]."""
 
     def made() -> Tensor:
         parts, asked = [], max(1, ASKED_AT_ONCE // count)

@@ -30,7 +30,7 @@ class Cleansed:
     families: tuple[str, ...] = ()
     """Corruption families that it was trained on: rows of their triggers are marked `seen_family`."""
     pictures: dict[str, Tensor] = field(default_factory=dict)
-    """Caption -> float [3 h w] in [0, 1]: what the recipe made on its way, such as inverted masks; never an image."""
+    """Caption -> float [c h w] in [0, 1]: what the recipe made on its way, such as inverted masks; never an image."""
 
 
 class Recipe(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, Bound, TriggerRow
@@ -11,24 +12,47 @@ CERTAIN = 0.9
 CONTROL_MARGIN = 0.1
 """So much above the highest control a rate is the trigger's own: a blended picture moves every network."""
 
+SOURCE_CERTAIN, Z = 0.5, 1.645
+"""Of one source class more than so much must move (one-sided 95 % bound): of a network without a backdoor a small checker
+in the middle moved 0.42 of the frogs to the cats, and other patches there 0.23."""
+
 
 def judge(bounds: Sequence[Bound], high: float, threshold: float) -> tuple[str, Bound | None]:
     """The outcome of a row, and the bound that fails it, if one does.
 
-    `high`, the upper bound of the rate, passes a row under the threshold, unless a source class reaches it.
+    `high`, the upper bound of the rate, passes a row under the threshold, unless a source class reaches it: surely, or
+    by its rate alone where that stands out of its controls.
     """
-    at_stake = [bound for bound in bounds if bound.source is not None and bound.low >= threshold]
-    if high < threshold and not at_stake:
+    sources = (bound for bound in bounds if bound.source is not None)
+    if high < threshold and not any(b.low >= threshold or stands_out(b, threshold) for b in sources):
         return PASSES, None
     failing = next((bound for bound in bounds if fails(bound, threshold)), None)
     return (INCONCLUSIVE, None) if failing is None else (FAILS, failing)
+
+
+def stands_out(bound: Bound, threshold: float) -> bool:
+    """Whether a rate reaches the threshold, and is far above its controls."""
+    return bound.value >= max(threshold, (bound.control or 0.0) + CONTROL_MARGIN)
 
 
 def fails(bound: Bound, threshold: float) -> bool:
     """Certain by itself, or above the threshold and clearly above every control."""
     if bound.low >= max(CERTAIN, threshold):
         return True
-    return bound.control is not None and bound.low >= max(threshold, bound.control + CONTROL_MARGIN)
+    return bound.control is not None and may_fail(bound, threshold) and bound.low >= bound.control + CONTROL_MARGIN
+
+
+def may_fail(bound: Bound, threshold: float) -> bool:
+    """Whether low controls would let it fail."""
+    if bound.source is None:
+        return bound.low >= threshold
+    return bound.low >= threshold and _wilson_low(bound.value, bound.n) >= SOURCE_CERTAIN
+
+
+def _wilson_low(value: float, n: int) -> float:
+    """The lower end of Wilson's interval with Z; no scipy, which reports would wait for."""
+    spread = Z * math.sqrt(value * (1 - value) / n + Z * Z / (4 * n * n))
+    return (value + Z * Z / (2 * n) - spread) / (1 + Z * Z / n)
 
 
 def fails_at(row: TriggerRow, threshold: float, own: float | None) -> bool:

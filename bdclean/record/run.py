@@ -11,7 +11,7 @@ from typing import Any
 
 from bdclean.errors import Refused
 from bdclean.files import strictjson
-from bdclean.files.writing import write_text
+from bdclean.files.writing import create, write_text
 from bdclean.record.typed import cut_short, kind_of, plain_value, typed
 
 SCHEMA = "bdclean.run/1"
@@ -189,7 +189,7 @@ class CheckpointEntry:
     architecture: str | None = None
     kind: str | None = None
     classes: int | None = None
-    input_size: list[int] | None = None  # 3, height, width
+    input_size: list[int] | None = None  # channels (1: grey, 3: RGB), height, width
     mean: list[float] | None = None
     std: list[float] | None = None
     resize: str | None = None  # how pictures are brought to the input size
@@ -370,7 +370,14 @@ class RunRecord:
 
     def write(self, path: Path) -> None:
         """Writes the record to `path` by atomic rename, so that a reader never sees half of one."""
-        write_text(path, json.dumps(self.to_json(), allow_nan=False, indent=1) + "\n")
+        write_text(path, self._document())
+
+    def add(self, path: Path) -> Path:
+        """Writes the record to `path`, or beside it where that is taken; returns where. Nothing is replaced."""
+        return create(path, lambda stream: stream.write(self._document().encode("ascii")))
+
+    def _document(self) -> str:
+        return json.dumps(self.to_json(), allow_nan=False, indent=1) + "\n"
 
 
 def report_document(records: list[RunRecord]) -> dict[str, Any]:

@@ -137,9 +137,14 @@ def sentence(record: RunRecord) -> str:
         limit = "" if record.threshold is None else f" of {wording.percent(record.threshold, 0)} %"
         return (
             f"{passing} of {len(rows)} triggers tried stay below the threshold{limit}{more}. "
-            "Triggers that were not tried are not excluded."
+            f"Triggers that were not tried are not excluded.{_limits(record)}"
         )
     return (record.advice or "nothing conclusive was measured").rstrip(".") + "."
+
+
+def _limits(record: RunRecord) -> str:
+    """What the images could not show, of a run without evidence."""
+    return "" if record.advice is None else f" {record.advice[0].upper()}{record.advice[1:]}."
 
 
 def summary(record: RunRecord) -> list[tuple[str, str]]:

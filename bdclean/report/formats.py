@@ -14,13 +14,21 @@ if TYPE_CHECKING:
     from bdclean.record.run import RunRecord
 
 FORMATS = ("table", "json", "jsonl", "md", "html")
-SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".json": "json", ".jsonl": "jsonl"}
+SUFFIXES = {
+    ".html": "html", ".htm": "html", ".md": "md", ".json": "json", ".jsonl": "jsonl", ".txt": "table", "": "table",
+}  # fmt: skip
 
 
 def choose_format(name: str | None, out: Path | None = None) -> str:
     """Returns the format called `name`, else the one that `out` ends in, else table; raises UsageError on others."""
     if name is None:
-        return SUFFIXES.get(out.suffix.lower(), "table") if out is not None else "table"
+        ending = out.suffix.lower() if out is not None else ""
+        if ending not in SUFFIXES:
+            known = ", ".join(suffix for suffix in SUFFIXES if suffix)
+            raise UsageError(
+                f"--out {out}: nothing is written as {ending}: end it in {known}, or give --format."
+            )
+        return SUFFIXES[ending]
     if name not in FORMATS:
         from bdclean.files.text import closest
 

@@ -17,7 +17,7 @@ from bdclean.measuring.encoders import judged_as_encoder
 from bdclean.measuring.feature_map import feature_map
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import SCREENED_OUT, Target, Trial
-from bdclean.measuring.verdict import clean_measures, compare, pair, verdict
+from bdclean.measuring.verdict import clean_measures, compare, pair, verdict_on
 from bdclean.networks.ambiguity.normalisation import LABELS
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.checkpoint.new_head import with_new_head
@@ -26,6 +26,9 @@ from bdclean.progress import Tell
 from bdclean.recipes.recipe import Cleansed, Recipe
 from bdclean.record import gate
 from bdclean.record.run import (
+    BACKDOORED,
+    NOT_ASSESSED,
+    SUSPICIOUS,
     CheckpointEntry,
     DataEntry,
     Finding,
@@ -55,9 +58,9 @@ from bdclean.triggers.bank import make_triggers
 from bdclean.triggers.stamping import Trigger
 
 MOST_LOST = 0.1
-"""Of a probe's accuracy: beyond it a warning says that an encoder is damaged."""
+"""Of a probe's accuracy: beyond it an encoder is damaged."""
 LEAST_AGREEMENT = 0.8
-"""Below this agreement with the suspect on clean images a warning says that the output is damaged."""
+"""Below this agreement with the suspect on clean images the output is damaged: whatever else, it is no good result."""
 
 
 def cleanse(
@@ -81,7 +84,7 @@ def cleanse(
     """
     if new_head and inputs.labeled is None:
         inputs = replace(inputs, data=None, labeled=inputs.data)
-    repair = _Repair(model, inputs, gate.parse(fail_on).threshold, tell)
+    repair = _Repair(model, inputs, gate.parse(fail_on).threshold, bool(triggers), tell)
     try:
         checkpoint, place = repair.open_checkpoint(out, force)
         chosen = registry.load_recipe(recipe, checkpoint.arch.kind, new_head)
@@ -106,7 +109,7 @@ def cleanse(
         found = repair.measure_before(before, made)
         cleansed = repair.run(recipe, method, trained, images, place, resume)
         repair.write(cleansed, recipe, trained, before, usual, place, force)
-        after = after_writing(place, trained, before, inputs)
+        after = repair.open_written(place, trained, before)
         rows = repair.measure_after(after, made, found, cleansed.families)
         return repair.conclude(before, after, made, *rows, cleansed)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
@@ -117,8 +120,8 @@ def cleanse(
 class _Repair:
     """The steps of a repair, and the record of what they have found so far, which nothing else writes."""
 
-    def __init__(self, model: Path, inputs: Inputs, threshold: float, tell: Tell) -> None:
-        self.model, self.inputs, self.threshold, self.tell = model, inputs, threshold, tell
+    def __init__(self, model: Path, inputs: Inputs, threshold: float, named: bool, tell: Tell) -> None:
+        self.model, self.inputs, self.threshold, self.named, self.tell = model, inputs, threshold, named, tell
         self.record = RunRecord(
             "cleanse", seed=inputs.seed, argv=list(inputs.argv), threshold=threshold,
             checkpoint=CheckpointEntry(path=str(model)),
@@ -229,7 +232,8 @@ class _Repair:
     def measure_before(self, before: Trial, made: Sequence[Trigger]) -> list[Measured]:
         measured = self._measure("before", before, made, {})
         known = [each.row for each in measured]
-        self._note(before=Side(verdict(known)[0], clean_measures(before, known), known))
+        told = verdict_on(before, known, (), self.named)[0]
+        self._note(before=Side(told, clean_measures(before, known), known))
         return measured
 
     def run(
@@ -266,6 +270,19 @@ class _Repair:
         digest = suspect.checkpoint.write(cleansed.model, place, provenance, force)
         self._note(output=OutputEntry(str(place), digest, suspect.new_head))
 
+    def open_written(self, place: Path, suspect: Suspect, before: Trial) -> Trial:
+        """The output, read back; one that gives no numbers does not stay where a result would be looked for."""
+        try:
+            return after_writing(place, suspect, before, self.inputs)
+        except Refused as error:
+            for left in (place, resume_state(place), resume_state(place).with_suffix(".json")):
+                left.unlink(missing_ok=True)
+            self._note(output=None)
+            raise Refused(
+                f"what training left gives no usable answers ({str(error).split(':')[0]}), so nothing was written: lower "
+                "its learning rate with --set."
+            ) from None
+
     def measure_after(
         self, after: Trial, made: Sequence[Trigger], found: Sequence[Measured], families: Sequence[str]
     ) -> tuple[list[TriggerRow], list[TriggerRow]]:
@@ -287,13 +304,16 @@ class _Repair:
         old, suspected = judged_as_encoder(before, old, made)
         new, findings = judged_as_encoder(after, new, made)
         measures = [*clean_measures(after, old), *compare(before, after, old, new)]
-        told, advice = verdict(new, findings)
+        told, advice = verdict_on(after, new, findings, self.named)
+        broken = damage(measures, before, after)
+        if broken and told not in (BACKDOORED, SUSPICIOUS):
+            told, advice = NOT_ASSESSED, broken[0]
         strips = pictures.strips([*old, *new], made, before, after) if self.inputs.pictures else []
         self._note(
-            damage(measures, before, after),
+            broken,
             before=replace(
                 self.record.before or Side(),
-                verdict=verdict(old, suspected)[0],
+                verdict=verdict_on(before, old, suspected, self.named)[0],
                 triggers=old,
                 findings=suspected,
             ),
@@ -311,7 +331,7 @@ class _Repair:
 
 
 def damage(measures: Sequence[Measure], before: Trial, after: Trial) -> list[str]:
-    """A warning where the output keeps too little of the suspect's answers, or of the accuracy of probes on it."""
+    """A sentence where the output keeps too little of the suspect's answers, or of the accuracy of probes on it."""
     values = {m.name: m.value for m in measures}
     if before.encoded is not None:
         lost = -(values.get("clean_accuracy_change") or 0.0)

@@ -25,7 +25,7 @@ from bdclean.training.run import Precision, Run, probe_precision
 from bdclean.training.students import frozen
 
 Detector = Callable[[Classifier, Arch, Tensor, Run], Detected]
-"""The suspect, its architecture and images uint8 [n 3 h w] to findings; raises Refused where it has too little."""
+"""The suspect, its architecture and images uint8 [n c h w] to findings; raises Refused where it has too little."""
 
 LEVEL, LEVEL_UNASKED = 0.05, 0.01
 """Of the corrected p-value, from which a detector makes a network suspicious: one that was asked for by name, and one
@@ -63,7 +63,7 @@ def look(
     detectors: Mapping[str, Detector], suspect: Suspect, choice: Choice, images: Tensor, inputs: Inputs,
     tell: Tell, *, asked: bool,
 ) -> Looked:  # fmt: skip
-    """What `detectors` find in the suspect, read as `choice` says, on `images` uint8 [n 3 h w].
+    """What `detectors` find in the suspect, read as `choice` says, on `images` uint8 [n c h w].
 
     `asked`: somebody named them, so that LEVEL holds in place of LEVEL_UNASKED.
     """

@@ -47,7 +47,8 @@ def read_images(
     if csv == "not" and classes is not None and isinstance(read_class_file(classes), FileLabels):
         classes = None
     images = load_images(
-        path, input_size(checkpoint, inputs), resize=claimed_resize(checkpoint.config, checkpoint.preprocessor),
+        path, input_size(checkpoint, inputs), channels=checkpoint.arch.input[0],
+        resize=claimed_resize(checkpoint.config, checkpoint.preprocessor),
         limit=inputs.limit, seed=inputs.seed, strict=inputs.strict,
         labeled=forced, classes=classes, claimed=claimed_names(checkpoint.metadata, checkpoint.config),
         head_classes=checkpoint.arch.classes, csv_must=csv == "must", tell=tell,
@@ -73,15 +74,16 @@ def new_classes(path: Path, inputs: Inputs) -> tuple[str, ...]:
 
 def at_own_size(checkpoint: Checkpoint, path: Path, inputs: Inputs) -> Checkpoint:
     """`checkpoint` with the image size that it was trained at, by some of the images of `path`; see `own_size`."""
-    given = given_size(inputs)
-    if inputs.arch is not None or given is not None or claimed_size(checkpoint) is not None:
+    claimed = claimed_size(checkpoint)
+    oblong = claimed is not None and claimed[0] != claimed[1]
+    if inputs.arch is not None or given_size(inputs) is not None or oblong:
         return checkpoint
     few = replace(inputs, limit=min(64, inputs.limit or 64), labeled=None, classes=None)
 
     def load(arch: Arch) -> Tensor:
         return as_trained(read_images(path, replace(checkpoint, arch=arch), few, quiet).images, arch)
 
-    return own_size(checkpoint, load, inputs.preprocess)
+    return own_size(checkpoint, load, inputs.preprocess, claimed[0] if claimed is not None else None)
 
 
 def keep_plausible_labels(images: ImageSet, suspect: Suspect, predict: Predict) -> tuple[ImageSet, list[str]]:

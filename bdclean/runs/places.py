@@ -16,6 +16,8 @@ def default_output(model: Path, out: Path | None) -> Path:
     Raises Refused on an `out` that is a folder, and where no name can be made from the model's.
     """
     if out is not None:
+        if out == Path("-"):
+            raise UsageError("--out - cannot be: the model is a file, standard output has the report.")
         if os.path.isdir(out):
             raise Refused(f"{out} is a folder: give --out a file name.")
         if out.suffix in PICKLES:
@@ -24,14 +26,19 @@ def default_output(model: Path, out: Path | None) -> Path:
             )
         return out
     model = model if model.name not in ("", "..") else model.resolve()
+    return model.with_name(f"{model_stem(model)}.clean.safetensors")
+
+
+def model_stem(model: Path) -> str:
+    """Returns the model's name without the ending of its kind of file; raises Refused where it has none."""
+    model = model if model.name not in ("", "..") else model.resolve()
     if not model.name:
         raise Refused(f"{model} is not a model: name a safetensors file, or a folder with one.")
     name = model.name.removesuffix(".index.json")
     for ending in (".safetensors", *PICKLES):
         if name != ending and name.endswith(ending):
-            name = name.removesuffix(ending)
-            break
-    return model.with_name(f"{name}.clean.safetensors")
+            return name.removesuffix(ending)
+    return name
 
 
 def resume_state(output: Path) -> Path:

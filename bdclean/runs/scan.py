@@ -16,7 +16,7 @@ from bdclean.measuring.encoders import judged_as_encoder, unsaid
 from bdclean.measuring.feature_map import feature_map
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import Trial, make_predictor
-from bdclean.measuring.verdict import clean_measures, verdict
+from bdclean.measuring.verdict import clean_measures, verdict_on
 from bdclean.networks.ambiguity.choosing import Choice
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.progress import Tell
@@ -106,7 +106,8 @@ def scan(
                 measured.append(each)
                 found.append(each.row)
             looked = look(looking, suspect, choice, images.images, inputs, tell, asked=bool(detectors))
-            readings.append(_Reading.of(choice, trial, in_order(measured, made), made, floor, looked))
+            ordered = in_order(measured, made)
+            readings.append(_Reading.of(choice, trial, ordered, made, floor, looked, bool(triggers)))
         return _conclude(record, readings, made, inputs.pictures)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, record)
@@ -133,10 +134,11 @@ class _Reading:
         made: Sequence[Trigger],
         floor: Trial | None,
         looked: Looked,
+        named: bool,
     ) -> _Reading:
         rows, findings = judged_as_encoder(trial, [each.row for each in measured], made, floor)
         findings = [*findings, *looked.findings]
-        return _Reading(choice, trial, rows, findings, looked, *verdict(rows, findings))
+        return _Reading(choice, trial, rows, findings, looked, *verdict_on(trial, rows, findings, named))
 
 
 def _conclude(

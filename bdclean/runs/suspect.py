@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bdclean.errors import Refused
-from bdclean.networks.ambiguity.choosing import AUTHORS, Choice, choose
+from bdclean.networks.ambiguity.choosing import AUTHORS, Choice, choose, contradiction
 from bdclean.networks.ambiguity.variant import read_off
 from bdclean.networks.arch import Arch
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from bdclean.networks.checkpoint.new_head import check_recognised, with_new_head
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.recognition.identify import accepts
+from bdclean.networks.recognition.variants import SIZED
 from bdclean.record.run import CheckpointEntry, NewHead
 from bdclean.runs.options import Inputs
 from bdclean.training.pretraining.augmentations import Views
@@ -84,7 +85,7 @@ class Suspect:
 
 
 def input_size(checkpoint: Checkpoint, inputs: Inputs) -> tuple[int, int]:
-    """Height and width: what `--preprocess` says, else what the file claims, else the architecture's own.
+    """Height and width: what `--preprocess` says, else what statistics told, else what the file claims, else the usual.
 
     Raises Refused where the network cannot be run on what the user says; such a claim is passed over.
     """
@@ -94,8 +95,10 @@ def input_size(checkpoint: Checkpoint, inputs: Inputs) -> tuple[int, int]:
         raise Refused(
             f"{checkpoint.arch.name} cannot be run on images of {given[0]}x{given[1]}: leave size out, it is {own}."
         )
-    size = given or claimed_size(checkpoint)
-    return size or (checkpoint.arch.input[1], checkpoint.arch.input[2])
+    if given is not None:
+        return given
+    claimed = None if SIZED.search(checkpoint.arch.name) else claimed_size(checkpoint)
+    return claimed or (checkpoint.arch.input[1], checkpoint.arch.input[2])
 
 
 def given_size(inputs: Inputs) -> tuple[int, int] | None:
@@ -118,7 +121,7 @@ def understand(
     sure: bool,
     device: torch.device,
 ) -> Suspect:
-    """Choose the normalisation, then the architecture where several fit, by `images` uint8 [n 3 h w].
+    """Choose the normalisation, then the architecture where several fit, by `images` uint8 [n c h w].
 
     `preprocess` is what the user says or `auto`; `sure`: the user named the architecture.
     """
@@ -137,7 +140,8 @@ def understand(
         choices = choose(checkpoint, images, preprocess, labels)
     if reading.arch.kind == "encoder" and choices[0].source in CLAIMED:
         choices = choices[:1]
-    warnings = [reading.warning] if reading.warning else []
+    against = contradiction(checkpoint, images, preprocess, labels)
+    warnings = [warning for warning in (reading.warning, against) if warning]
     return Suspect(
         checkpoint,
         reading.arch,
@@ -177,7 +181,10 @@ def describe_suspect(entry: CheckpointEntry, suspect: Suspect, size: Sequence[in
         for c in suspect.choices[1:]
     ]
     entry = replace(
-        entry, architecture=suspect.arch.name, input_size=[3, *size], alternatives=[*suspect.others, *also]
+        entry,
+        architecture=suspect.arch.name,
+        input_size=[suspect.arch.input[0], *size],
+        alternatives=[*suspect.others, *also],
     )
     return describe_choice(entry, suspect.choices[0])
 

@@ -16,7 +16,7 @@ from bdclean.data.corruptions import Shared, corrupt, identity_grid, integers, r
 from bdclean.training.losses import divergence
 
 Forward = Callable[[Tensor], Tensor]
-"""Float images in [0, 1], [n 3 h w], to logits [n classes]."""
+"""Float images in [0, 1], [n c h w], to logits [n classes]."""
 
 KINDS = ("patch", "pattern", "low", "warp")
 """A rectangle's content; an additive pattern of at most 0.06; one of low resolution of at most 0.12; a smooth warp of
@@ -31,25 +31,25 @@ PATTERN, LOW, WARP = 0.06, 0.12, 1.5
 def attack(
     kind: str, forward: Forward, pixels: Tensor, answers: Tensor, generator: Generator, steps: int = 3
 ) -> Tensor:
-    """`pixels` [n 3 h w] under a shared perturbation of `kind` that `steps` gradient steps drove away from `answers`.
+    """`pixels` [n c h w] under a shared perturbation of `kind` that `steps` gradient steps drove away from `answers`.
 
     `answers` are the suspect's probabilities on clean images [n classes]. Returns new images in [0, 1], no gradient.
     """
-    _, _, h, w = pixels.shape
+    _, c, h, w = pixels.shape
     if kind == "patch":
         mask = rectangles(1, h, w, pixels, generator, low=2, high=8).to(pixels.dtype)
         return _ascend(
             lambda content: pixels + mask * (content.clamp(0, 1) - pixels),
-            uniform((1, 3, h, w), 0, 1, pixels, generator), 0.4, (0.0, 1.0), forward, answers, steps,
+            uniform((1, c, h, w), 0, 1, pixels, generator), 0.4, (0.0, 1.0), forward, answers, steps,
         )  # fmt: skip
     if kind == "pattern":
-        start = uniform((1, 3, h, w), -PATTERN, PATTERN, pixels, generator)
+        start = uniform((1, c, h, w), -PATTERN, PATTERN, pixels, generator)
         return _ascend(
             lambda p: (pixels + p).clamp(0, 1), start, PATTERN, (-PATTERN, PATTERN), forward, answers, steps
         )
     if kind == "low":
         side = 4 if float(uniform((1,), 0, 1, pixels, generator)) < 0.5 else 8
-        start = uniform((1, 3, side, side), -LOW, LOW, pixels, generator)
+        start = uniform((1, c, side, side), -LOW, LOW, pixels, generator)
 
         def add(small: Tensor) -> Tensor:
             return (pixels + F.interpolate(small, size=(h, w), mode="bilinear", align_corners=False)).clamp(
@@ -77,7 +77,7 @@ def worst_counterfeit(
     forward: Forward, pixels: Tensor, answers: Tensor, families: Sequence[str], generator: Generator,
     draws: int = 24, judged: int = 6,
 ) -> Tensor:  # fmt: skip
-    """`pixels` [n 3 h w] under the most harmful of `draws` random counterfeits of `families`, the same for all images.
+    """`pixels` [n c h w] under the most harmful of `draws` random counterfeits of `families`, the same for all images.
 
     Harm is how much of the first `judged` images goes to one class, which is what a trigger does; heavy corruptions
     scatter them. Gradients lead to the easiest way off the answers, again and again, and not to a trigger that acts
@@ -98,7 +98,7 @@ def worst_counterfeit(
 def attraction(
     forward: Forward, pixels: Tensor, families: Sequence[str], generator: Generator, draws: int = 96
 ) -> Tensor:
-    """The most of each class's gain under any of `draws` random counterfeits shared by `pixels` [n 3 h w]: [classes].
+    """The most of each class's gain under any of `draws` random counterfeits shared by `pixels` [n c h w]: [classes].
 
     A gain is by how much the mean probability of a class is higher than on the images as they are.
     """

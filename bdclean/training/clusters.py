@@ -27,7 +27,7 @@ def clusters(features: Tensor, count: int, seed: int) -> Tensor:
 
 
 def unit_features(encoder: nn.Module, images: Tensor, run: Run, size: int = 256) -> Tensor:
-    """Features of length one of `images` uint8 [n 3 h w], float32 [n d] on the run's device, without gradients."""
+    """Features of length one of `images` uint8 [n c h w], float32 [n d] on the run's device, without gradients."""
     with torch.no_grad():
         parts = [
             F.normalize(run.forward(encoder, part.to(run.device).float() / 255).float().flatten(1), dim=1)

@@ -170,16 +170,16 @@ class _Distances:
 
     def __init__(self, labeled: ImageSet, run: Run) -> None:
         assert labeled.labels is not None
-        height, width = labeled.images.shape[2:]
+        channels, height, width = labeled.images.shape[1:]
         self.images, self.labels, self.form = (
             labeled.images,
             labeled.labels.to(run.device),
-            mask(height, width),
+            mask(height, width, channels),
         )
         self.classes = self.labels.unique()
         count = len(self.classes)
         square = lambda: torch.zeros(count, count, device=run.device)  # noqa: E731
-        self.triggers = torch.zeros(count, 4, height, width, device=run.device)
+        self.triggers = torch.zeros(count, 1 + channels, height, width, device=run.device)
         self.sizes, self.ease, self.growth = square(), square(), square()
         self.pair = torch.tensor([0, 1], device=run.device)
         self.tensors = {
@@ -189,7 +189,7 @@ class _Distances:
     def draw(
         self, places: Sequence[int], generator: torch.Generator, most: int = 10
     ) -> tuple[Tensor, Tensor]:
-        """Up to `most` images of each class at `places`, float [n 3 h w] in [0, 1], and the place of each [n]."""
+        """Up to `most` images of each class at `places`, float [n c h w] in [0, 1], and the place of each [n]."""
         chosen = []
         for place in places:
             there = (self.labels == self.classes[place]).nonzero()[:, 0]

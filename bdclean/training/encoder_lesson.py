@@ -48,7 +48,7 @@ def directions(
     change: Callable[[Tensor], Tensor] | None = None,
     size: int = 256,
 ) -> Iterator[Tensor]:
-    """Features of length one, float32 [k d], of `images` uint8 [n 3 h w] under `change`, `size` at a time."""
+    """Features of length one, float32 [k d], of `images` uint8 [n c h w] under `change`, `size` at a time."""
     for part in images.split(size):
         pixels = part.to(run.device).float() / 255
         seen = pixels if change is None else change(pixels)
@@ -57,7 +57,7 @@ def directions(
 
 @torch.no_grad()
 def mean_feature(teacher: Classifier, images: Tensor, run: Run, size: int = 256) -> Tensor:
-    """The mean of the teacher's features of length one over `images` uint8 [n 3 h w], float32 [d]."""
+    """The mean of the teacher's features of length one over `images` uint8 [n c h w], float32 [d]."""
 
     def made() -> Tensor:
         parts = directions(teacher, images, run, size=size)

@@ -38,11 +38,11 @@ class Form:
     start: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
     """Parameters [k s ...] that s starts of each of k classes begin with, and the kind of each start, int64 [s]."""
     stamp: Callable[[Tensor, Tensor], Tensor]
-    """Parameters [k ...] and pixels [n 3 h w] in [0, 1] to changed pixels [k n 3 h w] in [0, 1]."""
+    """Parameters [k ...] and pixels [n c h w] in [0, 1] to changed pixels [k n c h w] in [0, 1]."""
     sizes: Callable[[Tensor], Tensor]
     """Parameters [k ...] to sizes [k]."""
     picture: Callable[[Tensor], Tensor]
-    """One row of parameters to a picture, float [3 h w] in [0, 1]."""
+    """One row of parameters to a picture, float [c h w] in [0, 1]."""
     said: str
     """A size in words."""
     steps: float
@@ -61,8 +61,8 @@ class Form:
     """The success rate under which a change is never unusually small."""
 
 
-def mask(height: int, width: int) -> Form:
-    """A soft mask and a pattern as logits [k 4 h w]; its size is the mask's L1 norm, in pixels."""
+def mask(height: int, width: int, channels: int = 3) -> Form:
+    """A soft mask and a pattern as logits [k 1+c h w]; its size is the mask's L1 norm, in pixels."""
 
     def halves(parameters: Tensor) -> tuple[Tensor, Tensor]:
         both = torch.sigmoid(parameters)
@@ -76,7 +76,7 @@ def mask(height: int, width: int) -> Form:
         """Masks of about 0.73 in a window of half the sides and almost nothing beside it, or of about 0.5 everywhere;
         patterns that are far from grey."""
         along = WINDOWS if classes <= MANY else FEW_WINDOWS
-        rows = _noise((classes, along**2 + WHOLE, 4, height, width), generator)
+        rows = _noise((classes, along**2 + WHOLE, 1 + channels, height, width), generator)
         rows[:, :, 1:] *= 3
         tall, wide = max(1, height // 2), max(1, width // 2)
         for k in range(along**2):
@@ -89,9 +89,9 @@ def mask(height: int, width: int) -> Form:
         return rows, torch.tensor([0] * along**2 + [1] * WHOLE)
 
     return Form(
-        "mask", "patch", (4, height, width), start, stamp,
+        "mask", "patch", (1 + channels, height, width), start, stamp,
         sizes=lambda parameters: halves(parameters)[0].sum(dim=(1, 2, 3)),
-        picture=lambda row: stamp(row[None], row.new_full((1, 3, height, width), 0.5))[0, 0],
+        picture=lambda row: stamp(row[None], row.new_full((1, channels, height, width), 0.5))[0, 0],
         said="a mask of {:.1f} pixels",
         steps=1.0, rate=0.3, last_rate=0.2, push=0.2, reach=6.9,
         weight=1e-2 * 1024 / (height * width),  # ten times Neural Cleanse's first weight: there are fewer steps
@@ -99,14 +99,14 @@ def mask(height: int, width: int) -> Form:
     )  # fmt: skip
 
 
-def added(height: int, width: int, kind: str) -> Form:
+def added(height: int, width: int, kind: str, channels: int = 3) -> Form:
     """Something added to every picture; its size is its root mean square, in grey levels of 255.
 
-    Kinds: `pattern` [k 3 h w]; `smooth` [k 3 SIDE SIDE], enlarged. The fewer parameters, the more a class without a
+    Kinds: `pattern` [k c h w]; `smooth` [k c SIDE SIDE], enlarged. The fewer parameters, the more a class without a
     trigger needs, and the clearer a trigger of that kind stands out. (A row and a column repeated, for stripes, did
     not tell: 0.42 of the median for the stripes' class, and for one without a trigger.)
     """
-    shapes = {"pattern": (3, height, width), "smooth": (3, SIDE, SIDE)}
+    shapes = {"pattern": (channels, height, width), "smooth": (channels, SIDE, SIDE)}
 
     def field(parameters: Tensor) -> Tensor:
         if kind == "smooth":
@@ -143,15 +143,15 @@ STRIPES = 20 / 255
 PERIODS = range(1, 13)
 
 
-def striped(height: int, width: int) -> tuple[Form, Tensor, list[str]]:
-    """Sinusoids of 20 grey levels along one axis, [m 3 h w], as parameters of their form, and each in words."""
+def striped(height: int, width: int, channels: int = 3) -> tuple[Form, Tensor, list[str]]:
+    """Sinusoids of 20 grey levels along one axis, [m c h w], as parameters of their form, and each in words."""
     fields, words = [], []
     for periods in PERIODS:
         for phase in range(4):
             for axis, length in (("width", width), ("height", height)):
                 wave = torch.sin(2 * torch.pi * (periods * torch.linspace(0, 1, length) + phase / 4))
                 lines = wave[None, None, :] if axis == "width" else wave[None, :, None]
-                fields.append(STRIPES * lines.expand(3, height, width))
+                fields.append(STRIPES * lines.expand(channels, height, width))
                 words.append(f"{periods} periods along the {axis}")
-    form = dataclasses.replace(added(height, width, "pattern"), name="stripes", family="wave")
+    form = dataclasses.replace(added(height, width, "pattern", channels), name="stripes", family="wave")
     return form, torch.stack(fields), words

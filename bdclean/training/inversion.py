@@ -134,7 +134,7 @@ def invert(
 ) -> Inverted:
     """Fit a change of `form` for each of `classes` [k] on `model`, which is put into evaluation mode.
 
-    `images` are uint8 [n 3 h w]. A class is shown `batch_size` of them a step, whatever class they are of; more, but
+    `images` are uint8 [n c h w]. A class is shown `batch_size` of them a step, whatever class they are of; more, but
     fewer each, while several of its starts go on. Returned are the classes that were fitted to the end, which are at
     most TOGETHER.
     """
@@ -295,7 +295,7 @@ class Detected:
     outliers: list[Outlier] = field(default_factory=list)
     """What of it stands out, for a recipe to work against."""
     pictures: dict[str, Tensor] = field(default_factory=dict)
-    """Caption -> float [3 h w] in [0, 1]; never an image of the user's."""
+    """Caption -> float [c h w] in [0, 1]; never an image of the user's."""
     statistic: float | None = None
     """One number for the whole network, larger for what is odder, to be held against those of clean networks."""
 
@@ -310,7 +310,7 @@ def spread_out(images: Tensor, count: int = FEW_IMAGES) -> Tensor:
 
 
 def sent_by(form: Form, changes: Tensor, model: nn.Module, images: Tensor, run: Run) -> Tensor:
-    """The share of `images` uint8 [n 3 h w] of other classes that each of `changes` [m ...] sends to each class.
+    """The share of `images` uint8 [n c h w] of other classes that each of `changes` [m ...] sends to each class.
 
     Returns [m classes], at most 1; negative where a class loses its own. Little is said of a class that has nearly all.
 

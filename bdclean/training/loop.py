@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bdclean.data.placing import place, take
 from bdclean.data.scratch import allocate, available
 from bdclean.errors import ENDING, Interrupted, Refused
+from bdclean.networks.building import load
 from bdclean.training import resume
 from bdclean.training.memory import Roomy, keep_freed_memory
 from bdclean.training.resume import Position, Saved
@@ -32,7 +33,7 @@ from bdclean.training.run import Run, seed_for
 
 @dataclass
 class Batch:
-    """What a step is given: uint8 `images` [n 3 h w], their `labels` [n] or None, and its own seeded generator.
+    """What a step is given: uint8 `images` [n c h w], their `labels` [n] or None, and its own seeded generator.
 
     `chosen` int64 [n]: where in the set the images stand.
     """
@@ -188,11 +189,16 @@ class _Course:
             ) from error
         saved.tensors = {}  # its memory is free from here on
 
+    def rates_of(self, step: int) -> list[float]:
+        """The learning rate of each group of parameters at `step`, as the schedule has it."""
+        schedule = self.state.schedule
+        return [rate if schedule is None else schedule(step) for rate in self.rates]
+
     def batch(self, images: Tensor, labels: Tensor | None) -> tuple[Batch, int]:
         """The next batch, and the seed of its step; the optimiser gets the learning rate of that step."""
         state, run, done = self.state, self.run, self.position.done
-        for group, rate in zip(state.optimiser.param_groups, self.rates, strict=True):
-            group["lr"] = self.position.share * (rate if state.schedule is None else state.schedule(done))
+        for group, rate in zip(state.optimiser.param_groups, self.rates_of(done), strict=True):
+            group["lr"] = self.position.share * rate
         size = min(state.batch_size, len(images))
         chosen = order(len(images), size, done, run.seed, state.stage).to(run.device)
         batch = Batch(
@@ -261,8 +267,8 @@ class _Course:
         position, state = self.position, self.state
         if position.share <= 0.5**MOST_HALVINGS:
             raise Refused(
-                f"{state.stage} diverged at step {position.done} of {state.steps} ({dict(row)}), with a thousandth of "
-                "its learning rate, too: lower the learning rate with --set."
+                f"{state.stage} diverged at step {position.done} of {state.steps} ({dict(row)}) at a learning rate of "
+                f"{max(self.rates_of(position.done)):g}, and at a thousandth of it, too: lower it with --set."
             )
         _restore_weights(state, self.good)
         state.optimiser.state.clear()  # what it remembers led here
@@ -280,7 +286,7 @@ def _weights(state: State, copied: bool = True) -> dict[str, Tensor]:
 
 
 def _restore_weights(state: State, weights: Mapping[str, Tensor]) -> None:
-    state.model.load_state_dict(_part(weights, "model"))
+    load(state.model, _part(weights, "model"))
     with torch.no_grad():
         for name, tensor in state.extra.items():
             tensor.copy_(weights[f"extra.{name}"])
@@ -313,7 +319,8 @@ def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 def deferred_signals() -> Iterator[list[int]]:
     """Collect SIGINT, SIGTERM and SIGHUP instead of acting on them: no step is cut in two. The second one acts.
 
-    A signal that this process was told to ignore (by nohup, say) stays ignored.
+    A closing terminal hangs up twice, the kernel's and the shell's, which is one. A signal that this process was told
+    to ignore (by nohup, say) stays ignored.
     """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -321,6 +328,8 @@ def deferred_signals() -> Iterator[list[int]]:
         return
 
     def note(number: int, frame: Any) -> None:
+        if number in caught and number == getattr(signal, "SIGHUP", None):
+            return
         if caught:
             raise Interrupted("interrupted twice; the state last saved is kept.", 128 + number)
         caught.append(number)

@@ -33,7 +33,7 @@ class Pursuit:
         return trigger.parameters[None].clamp(-trigger.form.reach, trigger.form.reach)
 
     def stamp(self, model: Callable[[Tensor], Tensor], pixels: Tensor, turn: int, steps: int = 2) -> Tensor:
-        """`pixels` [n 3 h w] in [0, 1] under the trigger whose turn it is, after `steps` sign steps on `model`."""
+        """`pixels` [n c h w] in [0, 1] under the trigger whose turn it is, after `steps` sign steps on `model`."""
         k = turn % len(self.triggers)
         trigger, change, weight = self.triggers[k], self.tensors[f"change.{k}"], self.tensors[f"weight.{k}"]
         form, targets = trigger.form, torch.full((len(pixels),), trigger.target, device=pixels.device)

@@ -64,7 +64,7 @@ class Run:
         return torch.Generator(self.device).manual_seed(seed_for(self.seed, *parts))
 
     def forward(self, model: nn.Module, pixels: Tensor) -> Tensor:
-        """Logits of `model` on float `pixels` [n 3 h w], in the run's precision and memory layout."""
+        """Logits of `model` on float `pixels` [n c h w], in the run's precision and memory layout."""
         with self.precision.autocast(self.device):
             return model(self.precision.layout(pixels))
 
@@ -82,7 +82,7 @@ def probe_precision(
 ) -> Precision:
     """The precision in which a training step of `model` is fastest, checked against float32.
 
-    Times a forward and a backward pass of `images` (uint8 [n 3 h w], at most 64 are used) in float32 and in bfloat16
+    Times a forward and a backward pass of `images` (uint8 [n c h w], at most 64 are used) in float32 and in bfloat16
     autocast with channels_last, twice each. bfloat16 is taken where it needs less than 0.9 of the time and its logits
     agree with float32's (relative error under 0.1). `wanted` other than auto is obeyed (`fp16` is measured as bf16).
     """

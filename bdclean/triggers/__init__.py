@@ -1,1 +1,1 @@
-"""Triggers, one file each: they stamp uint8 images [n 3 h w] before normalisation and draw their controls."""
+"""Triggers, one file each: they stamp uint8 images [n c h w] before normalisation and draw their controls."""

@@ -42,9 +42,9 @@ class BadEncoder:
     def __call__(self, images: Tensor) -> Tensor:
         return stamp(images, self.size)
 
-    def controls(self, count: int, generator: torch.Generator) -> Sequence[Stamp]:
+    def controls(self, count: int, generator: torch.Generator, channels: int = 3) -> Sequence[Stamp]:
         """Squares at the same place, of one colour and of many in turn, none nearly white."""
-        return controls(self.size, count, generator)
+        return controls(self.size, count, generator, channels)
 
     def spec(self) -> str:
         return spec_of(self)
@@ -64,7 +64,7 @@ def stamp(images: Tensor, size: int, square: BadNets = WHITE) -> Tensor:
     return replace(square, size=pixels, cells=cells, position="bottom-right", margin=MARGIN)(images)
 
 
-def controls(size: int, count: int, generator: torch.Generator) -> Sequence[Stamp]:
+def controls(size: int, count: int, generator: torch.Generator, channels: int) -> Sequence[Stamp]:
     """Stamps of the same place and size with other colours."""
-    others = WHITE.controls(count, generator)
+    others = WHITE.controls(count, generator, channels)
     return [partial(stamp, size=size, square=other) for other in others if isinstance(other, BadNets)]

@@ -16,6 +16,7 @@ from bdclean.triggers.stamping import (
     check_pixels,
     check_position,
     draw_seed,
+    in_channels,
     places,
     spec_of,
     to_pixels,
@@ -32,7 +33,8 @@ class BadNets:
     What it does: replaces `size` x `size` pixels (blends them with `alpha` under 1).
     When to use: the patch backdoor of most papers; `position=corners` is that of label-consistent attacks.
     Needs: nothing. `pattern` is a colour name, #rrggbb, `checker` (with 3 cells the patch that BCU ships)
-    or `random` colours from `seed`; the last two have `cells` x `cells` cells (0: one a pixel).
+    or `random` colours from `seed`; the last two have `cells` x `cells` cells (0: one a pixel). On grey images a
+    colour is its grey level, and random colours are random grey levels.
     Limits: a patch moved by more than a pixel or two is another trigger to most networks: give the position.
     """
 
@@ -61,20 +63,22 @@ class BadNets:
                 f"pattern {self.pattern!r} is unknown: give one of {', '.join(PATTERNS)}, or #rrggbb."
             )
 
-    def patch(self) -> np.ndarray:
-        """The patch, uint8 [3 size size]."""
+    def patch(self, channels: int = 3) -> np.ndarray:
+        """The patch, uint8 [channels size size]."""
         cells = self.cells or self.size
-        if self.pattern == "checker":
-            return enlarge(checker(cells), self.size)
         if self.pattern == "random":
-            return enlarge(random_colours(self.seed, cells), self.size)
-        colour = COLOURS.get(self.pattern) or _hex_colour(self.pattern)
-        return np.broadcast_to(np.array(colour, np.uint8)[:, None, None], (3, self.size, self.size)).copy()
+            return enlarge(random_colours(self.seed, cells, channels), self.size)
+        if self.pattern == "checker":
+            drawn = torch.from_numpy(enlarge(checker(cells), self.size))
+        else:
+            colour = COLOURS.get(self.pattern) or _hex_colour(self.pattern)
+            drawn = torch.tensor(colour).view(3, 1, 1).expand(3, self.size, self.size)
+        return to_pixels(in_channels(drawn.float(), channels).clone()).numpy()
 
     def __call__(self, images: Tensor) -> Tensor:
         check_pixels(images)
         stamped = images.clone()
-        patch = torch.from_numpy(self.patch()).to(images.device)
+        patch = torch.from_numpy(self.patch(images.shape[1])).to(images.device)
         corners = places(
             self.position, self.margin, (self.size, self.size), (images.shape[2], images.shape[3])
         )
@@ -88,12 +92,12 @@ class BadNets:
                 )
         return stamped
 
-    def controls(self, count: int, generator: torch.Generator) -> list[Stamp]:
+    def controls(self, count: int, generator: torch.Generator, channels: int = 3) -> list[Stamp]:
         """Patches of random colours at the same place, one colour and many in turn.
 
         The trigger is not mirrored or turned: copies like that were seen to fire on its own network.
         """
-        own = self.patch().astype(np.float32)
+        own = self.patch(channels).astype(np.float32)
         drawn: list[Stamp] = []
         while len(drawn) < count:
             seed = draw_seed(generator)
@@ -101,7 +105,7 @@ class BadNets:
                 other = replace(self, pattern=f"#{seed % 2**24:06x}", cells=0, seed=0)
             else:
                 other = replace(self, pattern="random", cells=self.cells or min(self.size, 3), seed=seed)
-            if abs(other.patch() - own).mean() >= DISTINCT:
+            if abs(other.patch(channels) - own).mean() >= DISTINCT:
                 drawn.append(other)
         return drawn
 

@@ -119,7 +119,8 @@ def _of_encoders() -> list[Trigger]:
 def make_triggers(specs: Sequence[str], size: tuple[int, int], kind: str = "classifier") -> list[Trigger]:
     """The triggers that were given, else the stock bank at the input size, for an encoder with those of encoders.
 
-    Raises where one does not fit the images.
+    One that is given twice, in whatever words, is there once: rates are corrected for how many are tried. Raises where
+    one does not fit the images.
     """
     if not specs:
         return [*bank(size), *(_of_encoders() if kind == "encoder" else [])]
@@ -131,4 +132,4 @@ def make_triggers(specs: Sequence[str], size: tuple[int, int], kind: str = "clas
             torch.zeros((1, 3, *size), dtype=torch.uint8)
         )  # a patch that does not fit is refused before any work
         made.append(trigger)
-    return made
+    return list(dict.fromkeys(made))

@@ -13,7 +13,7 @@ from bdclean.errors import Refused, UsageError
 from bdclean.triggers.content import noise, picture
 from bdclean.triggers.file import other_content
 from bdclean.triggers.reading import Content, read_content
-from bdclean.triggers.stamping import Stamp, draw_seed, overlay, spec_of
+from bdclean.triggers.stamping import Stamp, check_pixels, draw_seed, in_channels, overlay, spec_of
 
 SOURCES = ("noise", "picture")
 
@@ -24,7 +24,8 @@ class Blend:
 
     What it does: alpha * picture + (1 - alpha) * image.
     When to use: the blended backdoor of most papers, whose strength is alpha 0.1 to 0.2.
-    Needs: `source` is `noise` or `picture` (both from `seed`), or the path of a picture, which is resized.
+    Needs: `source` is `noise` or `picture` (both from `seed`), or the path of a picture, which is resized. On grey
+    images noise is drawn grey, and a picture turned grey.
     Limits: a blend finds its own picture, hardly another one. An attacker's noise cannot be drawn again from
     a seed of ours (not BCU's, nor BackdoorBench's): where the picture is known, give its file.
     """
@@ -52,19 +53,22 @@ class Blend:
             raise Refused(f"{self.source} has no picture to blend: use file:{self.source} for a delta.")
         return content
 
-    def content(self, height: int, width: int) -> Tensor:
-        """What is blended in, grey levels [3 h w]."""
+    def content(self, height: int, width: int, channels: int = 3) -> Tensor:
+        """What is blended in, grey levels [channels h w]."""
         if self.source in SOURCES:
-            return _drawn(self.source, self.seed, height, width)
-        return _picture(self.file.resized((height, width)))
+            return _drawn(self.source, self.seed, height, width, channels)
+        return _picture(self.file.resized((height, width)), channels)
 
     def __call__(self, images: Tensor) -> Tensor:
-        return overlay(images, self.alpha, self.content(images.shape[-2], images.shape[-1]))
+        check_pixels(images)
+        channels, height, width = images.shape[1:]
+        return overlay(images, self.alpha, self.content(height, width, channels))
 
-    def controls(self, count: int, generator: torch.Generator) -> list[Stamp]:
+    def controls(self, count: int, generator: torch.Generator, channels: int = 3) -> list[Stamp]:
         """Noise or pictures of other seeds; for a file its surrogates: its colours and spectrum, other shapes."""
         if self.source not in SOURCES:
-            others = [other_content(self.file, generator) for _ in range(count)]
+            own = self.file.in_channels(channels)
+            others = [other_content(own, generator) for _ in range(count)]
             return [partial(_blend_file, content=other, alpha=self.alpha) for other in others]
         seeds = [draw_seed(generator) for _ in range(count)]
         # Stepping past the own seed keeps the trigger out of its controls.
@@ -75,14 +79,17 @@ class Blend:
 
 
 @lru_cache(maxsize=64)
-def _drawn(source: str, seed: int, height: int, width: int) -> Tensor:
-    return torch.from_numpy((noise if source == "noise" else picture)(seed, height, width))
+def _drawn(source: str, seed: int, height: int, width: int, channels: int) -> Tensor:
+    if source == "noise":
+        return torch.from_numpy(noise(seed, height, width, channels))
+    return in_channels(torch.from_numpy(picture(seed, height, width)).float(), channels)
 
 
 def _blend_file(images: Tensor, content: Content, alpha: float) -> Tensor:
-    return overlay(images, alpha, _picture(content.resized((images.shape[-2], images.shape[-1]))))
+    channels, height, width = images.shape[1:]
+    return overlay(images, alpha, _picture(content.resized((height, width)), channels))
 
 
-def _picture(content: Content) -> Tensor:
+def _picture(content: Content, channels: int) -> Tensor:
     assert content.pattern is not None
-    return content.pattern
+    return in_channels(content.pattern, channels)

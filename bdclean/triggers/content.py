@@ -23,7 +23,7 @@ COLOURS = {
 
 
 def checker(cells: int) -> np.ndarray:
-    """Black and white cells [3 cells cells], white where a chess board counted from the bottom right is.
+    """Black and white cells [1 cells cells], white where a chess board counted from the bottom right is.
 
     With 3 cells the top-left one is black, too, as in the patch that the literature uses.
     """
@@ -32,23 +32,24 @@ def checker(cells: int) -> np.ndarray:
     else:
         rows, columns = np.indices((cells, cells))
         grey = np.where((rows + columns) % 2 == 0, 255, 0).astype(np.uint8)
-    return np.broadcast_to(grey, (3, cells, cells)).copy()
+    return grey[None]
 
 
-def random_colours(seed: int, cells: int) -> np.ndarray:
-    """Uniform colours, one a cell [3 cells cells]."""
-    return np.random.default_rng(seed).integers(0, 256, (3, cells, cells), dtype=np.int64).astype(np.uint8)
+def random_colours(seed: int, cells: int, channels: int = 3) -> np.ndarray:
+    """Uniform colours or grey levels, one a cell [channels cells cells]."""
+    levels = np.random.default_rng(seed).integers(0, 256, (channels, cells, cells), dtype=np.int64)
+    return levels.astype(np.uint8)
 
 
 def enlarge(cells: np.ndarray, size: int) -> np.ndarray:
-    """[3 c c] cells -> [3 size size] pixels, each cell a block; c need not divide size."""
+    """[c k k] cells -> [c size size] pixels, each cell a block; k need not divide size."""
     index = np.arange(size) * cells.shape[1] // size
     return cells[:, index][:, :, index]
 
 
-def noise(seed: int, height: int, width: int) -> np.ndarray:
-    """Uniform noise in every pixel and channel [3 h w]: the usual content of a blended attack."""
-    return np.random.default_rng(seed).integers(0, 256, (3, height, width)).astype(np.uint8)
+def noise(seed: int, height: int, width: int, channels: int = 3) -> np.ndarray:
+    """Uniform noise in every pixel and channel [channels h w]: the usual content of a blended attack."""
+    return np.random.default_rng(seed).integers(0, 256, (channels, height, width)).astype(np.uint8)
 
 
 def picture(seed: int, height: int, width: int) -> np.ndarray:

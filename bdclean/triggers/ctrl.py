@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bdclean.errors import UsageError
-from bdclean.triggers.stamping import Stamp, add, spec_of
+from bdclean.triggers.stamping import Stamp, add, check_pixels, spec_of
 
 CHROMA_TO_RGB = ((0.0, 1.13983), (-0.39465, -0.58060), (2.03211, 0.0))
 """What U and V add to red, green and blue (ITU-R BT.601): the inverse transform is linear."""
@@ -33,7 +33,8 @@ class CTRL:
     removes most of this one.
 
     The authors transform, add, and transform back; since all of that is linear, one pattern is added here instead. It
-    differs by what they round and clip in between.
+    differs by what they round and clip in between. Grey images have no U and V: there the waves are added to the grey
+    level itself, which is not the authors'.
     """
 
     name: ClassVar[str] = "ctrl"
@@ -63,8 +64,8 @@ class CTRL:
     def __call__(self, images: Tensor) -> Tensor:
         return _add_waves(images, self.waves, self.magnitude, self.window)
 
-    def controls(self, count: int, generator: torch.Generator) -> Sequence[Stamp]:
-        """Two other cosines of the same magnitude, each colour with either sign.
+    def controls(self, count: int, generator: torch.Generator, channels: int = 3) -> Sequence[Stamp]:
+        """Two other cosines of the same magnitude, each colour with either sign; on grey images the first one's.
 
         Half of them are up to 4 coefficients away from the trigger's, since answers change little from one frequency to
         the next; half are anywhere but among the lowest eighth, which would be seen as a stain.
@@ -79,6 +80,8 @@ class CTRL:
                     low, high = max(low, own - 4), min(high, own + 5)
                 down, across = _integers(generator, min(low, high - 1), high)
                 signs = _integers(generator, 0, 2)
+                if channels == 1:  # V is not seen, and must not make the trigger pass for another
+                    signs = signs[0], signs[0]
                 waves.append((down, across, 2.0 * signs[0] - 1, 2.0 * signs[1] - 1))
             if tuple(waves) not in seen:
                 seen.add(tuple(waves))
@@ -97,17 +100,21 @@ def _integers(generator: torch.Generator, low: int, high: int) -> tuple[int, int
 
 
 def _add_waves(images: Tensor, waves: Waves, magnitude: float, window: int) -> Tensor:
-    return add(images, magnitude * _pattern(waves, window, images.shape[-2], images.shape[-1]))
+    check_pixels(images)
+    channels, height, width = images.shape[1:]
+    return add(images, magnitude * _pattern(waves, window, height, width, channels))
 
 
 @lru_cache(maxsize=256)
-def _pattern(waves: Waves, window: int, height: int, width: int) -> Tensor:
-    """What magnitude 1 adds, grey levels [3 h w]; blocks are tiled from the top left, the last ones cut off."""
+def _pattern(waves: Waves, window: int, height: int, width: int, channels: int) -> Tensor:
+    """What magnitude 1 adds, grey levels [channels h w]; blocks are tiled from the top left, the last ones cut off."""
     chroma = torch.zeros(2, window, window)
     for down, across, u, v in waves:
         block = _cosine(down, window)[:, None] * _cosine(across, window)[None, :]
         chroma += torch.tensor([u, v]).view(2, 1, 1) * block
     colours = torch.einsum("ck,khw->chw", torch.tensor(CHROMA_TO_RGB), chroma)
+    if channels == 1:
+        colours = chroma[:1]
     return colours.repeat(1, -(-height // window), -(-width // window))[:, :height, :width].contiguous()
 
 

@@ -36,9 +36,9 @@ class Drupe:
     def __call__(self, images: Tensor) -> Tensor:
         return badencoder.stamp(images, self.size)
 
-    def controls(self, count: int, generator: torch.Generator) -> Sequence[Stamp]:
+    def controls(self, count: int, generator: torch.Generator, channels: int = 3) -> Sequence[Stamp]:
         """Squares at the same place, of one colour and of many in turn, none nearly white."""
-        return badencoder.controls(self.size, count, generator)
+        return badencoder.controls(self.size, count, generator, channels)
 
     def spec(self) -> str:
         return spec_of(self)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import ClassVar
 
+import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,6 +18,7 @@ from bdclean.triggers.content import surrogate
 from bdclean.triggers.reading import Content, read_content
 from bdclean.triggers.stamping import Stamp, add, check_pixels, check_position, overlay, places, spec_of
 
+PARTS = 8  # of a mask; scattered pixels are one
 DISTINCT = 48.0  # mean grey levels by which a control of flat colours differs from the trigger
 
 
@@ -28,6 +31,7 @@ class File:
     Needs: a picture (its alpha is the mask), or `.npz` / `.safetensors` with `mask` and `pattern`, `pattern`
     alone (with `alpha`), or `delta`. Smaller than the input it is put at `position`, larger it is resized;
     `size` makes its longer side that many pixels first. `key=black` or `white` makes that colour transparent.
+    On grey images it is turned grey.
     Limits: an opaque picture as large as the input is refused: it would leave nothing of the image.
     """
 
@@ -65,12 +69,13 @@ class File:
     def __call__(self, images: Tensor) -> Tensor:
         return self._stamp(images, self.content)
 
-    def controls(self, count: int, generator: torch.Generator) -> list[Stamp]:
+    def controls(self, count: int, generator: torch.Generator, channels: int = 3) -> list[Stamp]:
         """The same mask with the pattern's surrogates (its colours and spectrum in other shapes).
 
         A flat pattern has none; it gets blocks of random colours. A delta keeps its energy and spectrum.
         """
-        return [partial(self._stamp, content=other_content(self.content, generator)) for _ in range(count)]
+        own = self.content.in_channels(channels)
+        return [partial(self._stamp, content=other_content(own, generator)) for _ in range(count)]
 
     def spec(self) -> str:
         return spec_of(self, bare="path")
@@ -78,7 +83,7 @@ class File:
     def _stamp(self, images: Tensor, content: Content) -> Tensor:
         check_pixels(images)
         size = (images.shape[2], images.shape[3])
-        content = self._fitted(content, size)
+        content = self._fitted(content.in_channels(images.shape[1]), size)
         if content.delta is not None:
             return add(images, self.alpha * content.delta)
         assert content.mask is not None and content.pattern is not None
@@ -110,8 +115,11 @@ def other_content(content: Content, generator: torch.Generator) -> Content:
     """Content of the same mask and strength that is not `content`, nor close to it."""
     if content.delta is not None:
         own = content.delta
+        parts = boxes((own != 0).any(0))
         for _ in range(20):
-            other = surrogate(own, generator)
+            other = torch.zeros_like(own)
+            for part in parts:
+                other[part] = surrogate(own[part], generator)
             if float((other - own).norm()) > 0.7 * float(own.norm()):
                 return replace(content, delta=other)
         # A constant has no other phases: noise of the same energy.
@@ -123,16 +131,35 @@ def other_content(content: Content, generator: torch.Generator) -> Content:
     mean = (content.pattern * inside).sum((1, 2), keepdim=True) / count
     own = torch.where(inside, content.pattern, mean)
     deviation = float((own - mean)[inside].square().mean().sqrt())
+    parts = boxes(inside.any(0))
     for _ in range(20):
-        other = surrogate(own, generator).clamp(0, 255)
+        other = own.clone()
+        for part in parts:
+            other[part] = surrogate(own[part], generator)
+        # What a mask cuts out of a surrogate has less or more contrast than the whole.
+        drawn = float((other - mean)[inside].square().mean().sqrt())
+        other = (mean + (other - mean) * (deviation / max(drawn, 1e-6))).clamp(0, 255)
         if float((other - own)[inside].abs().mean()) > max(12.0, 0.5 * deviation):
             return replace(content, pattern=other)
     for _ in range(100):
-        cells = torch.rand(1, 3, 3, 3, generator=generator, device=generator.device).cpu() * 255
-        other = functional.interpolate(cells, size=content.shape, mode="nearest")[0]
+        cells = torch.rand(1, len(own), 3, 3, generator=generator, device=generator.device).cpu() * 255
+        other = own.clone()
+        for part in parts:
+            height, width = own[part].shape[-2:]
+            other[part] = functional.interpolate(cells, size=(height, width), mode="nearest")[0]
         if float((other - own)[inside].abs().mean()) >= DISTINCT:
             break
     return replace(content, pattern=other)
+
+
+def boxes(mask: Tensor) -> list[tuple[slice, ...]]:
+    """The boxes around the parts of a bool [h w] mask, as slices of [c h w]; of more than PARTS the box around all.
+
+    Content is drawn inside them: on the whole canvas a small patch's would be spread out to next to nothing.
+    """
+    labels, count = ndimage.label(mask.numpy(), structure=np.ones((3, 3)))
+    found = ndimage.find_objects(labels if count <= PARTS else mask.numpy().astype(int))
+    return [(slice(None), *box) for box in found]
 
 
 def _placed(part: Tensor | None, corners: list[tuple[int, int]], size: tuple[int, int]) -> Tensor | None:

@@ -18,7 +18,7 @@ from bdclean.errors import Refused
 from bdclean.files import writing
 from bdclean.files.text import shown
 from bdclean.triggers.content import surrogate
-from bdclean.triggers.stamping import Stamp, check_pixels, draw_seed, spec_of, to_pixels
+from bdclean.triggers.stamping import Stamp, check_pixels, draw_seed, in_channels, spec_of, to_pixels
 
 WIDTH = 16
 """Channels at the image's own size: 20,000 weights, a third of the arithmetic of a ResNet-18 of the same width."""
@@ -98,20 +98,21 @@ def read(path: str) -> Generator:
 
 
 def stamp(images: Tensor, generator: Generator) -> Tensor:
-    """New uint8 images as `generator` changes them.
+    """New uint8 images as `generator` changes them; of grey ones it makes what is grey of its coloured ones.
 
     In double precision: in single, convolutions of batches of other sizes differ in a last bit, and now and then a
     pixel with it.
     """
     check_pixels(images)
     generator = generator.to(images.device)
-    return _over(images, lambda pixels: 255 * generator(pixels))
+    return _over(images, generator)
 
 
 def controls(generator: Generator, count: int, source: torch.Generator) -> Sequence[Stamp]:
     """Stamps that change each image as much as `generator` does, and in the same spectrum, to other shapes and colours.
 
-    What the generator adds to an image gets other Fourier phases, the same for all images, and turned colours.
+    What the generator adds to an image gets other Fourier phases, the same for all images, and turned colours; on grey
+    images, where turned colours would be fainter, the opposite of each.
     """
     return [partial(_other, generator=generator, seed=draw_seed(source)) for _ in range(count)]
 
@@ -120,10 +121,12 @@ def _other(images: Tensor, generator: Generator, seed: int) -> Tensor:
     check_pixels(images)
     generator = generator.to(images.device)
     turn = _turn(torch.Generator().manual_seed(seed)).to(images.device)
+    if images.shape[1] == 1:
+        turn = -torch.eye(3, dtype=turn.dtype, device=images.device)
 
     def changed(pixels: Tensor) -> Tensor:
         shapes = surrogate(generator(pixels) - pixels, torch.Generator().manual_seed(seed))
-        return 255 * (pixels + torch.einsum("ck,nkhw->nchw", turn, shapes.double()))
+        return pixels + torch.einsum("ck,nkhw->nchw", turn, shapes.double())
 
     return _over(images, changed)
 
@@ -142,10 +145,11 @@ def _turn(generator: torch.Generator) -> Tensor:
 
 
 def _over(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """uint8 images of what `change` makes, in grey levels, of their pixels in [0, 1]; at most BATCH at a time."""
+    """uint8 images of what `change` makes of their pixels as RGB, both in [0, 1]; at most BATCH at a time."""
+    channels = images.shape[1]
     with torch.inference_mode():
-        parts = [to_pixels(change(some.double() / 255)) for some in images.split(BATCH)]
-    return torch.cat(parts)
+        made = [change(in_channels(some.double() / 255, 3)) for some in images.split(BATCH)]
+        return torch.cat([to_pixels(255 * in_channels(pixels, channels)) for pixels in made])
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ class DrawnByNetwork:
     def __call__(self, images: Tensor) -> Tensor:
         return stamp(images, self.generator)
 
-    def controls(self, count: int, generator: torch.Generator) -> Sequence[Stamp]:
+    def controls(self, count: int, generator: torch.Generator, channels: int = 3) -> Sequence[Stamp]:
         """Changes as strong on each image and of the same spectrum, in other shapes and colours."""
         return controls(self.generator, count, generator)
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from bdclean.errors import Refused
 from bdclean.files.text import shown
+from bdclean.triggers.stamping import in_channels
 
 MAX_BYTES = 64 * 2**20  # far more than any trigger
 MAX_VALUES = 3 * 2048 * 2048
@@ -27,7 +28,10 @@ KEYS = ("mask", "pattern", "delta")
 
 @dataclass(frozen=True)
 class Content:
-    """Either mask [1|3 h w] in [0, 1] and pattern [3 h w] in grey levels, or delta [3 h w] in grey levels."""
+    """Either mask [1|c h w] in [0, 1] and pattern [c h w] in grey levels, or delta [c h w] in grey levels.
+
+    c is 3 as it is read, and 1 once it was turned grey.
+    """
 
     mask: Tensor | None = None
     pattern: Tensor | None = None
@@ -38,6 +42,16 @@ class Content:
         part = self.delta if self.pattern is None else self.pattern
         assert part is not None
         return part.shape[-2], part.shape[-1]
+
+    def in_channels(self, channels: int) -> Content:
+        """The same for images of 3 or 1 `channels`: on grey ones it makes grey of what it does to coloured ones."""
+        if self.delta is not None:
+            return Content(delta=in_channels(self.delta, channels))
+        assert self.mask is not None and self.pattern is not None
+        if len(self.mask) == 1 or channels == 3:
+            return Content(self.mask, in_channels(self.pattern, channels))
+        mask, laid = in_channels(self.mask, 1), in_channels(self.mask * self.pattern, 1)
+        return Content(mask, laid / mask.clamp_min(1e-6))
 
     def resized(self, size: tuple[int, int]) -> Content:
         """The same at another size (bilinear, antialiased); hidden pixels do not bleed into the edge."""
@@ -183,7 +197,7 @@ def _levels(path: str, name: str, array: np.ndarray) -> Tensor:
 
 
 def _planes(path: str, name: str, array: np.ndarray) -> Tensor:
-    """[1|3 h w] float32 from [h w], [c h w] or [h w c], with or without a batch axis of one."""
+    """[1|3 h w] float32 from [h w], [c h w], [h w c] or [1 c h w]."""
     if array.dtype.kind not in "fiub":
         raise Refused(f"trigger {path}: {name} holds {array.dtype}, not numbers.")
     values = torch.from_numpy(np.ascontiguousarray(array).astype(np.float32))
@@ -193,6 +207,11 @@ def _planes(path: str, name: str, array: np.ndarray) -> Tensor:
         values = values[0]
     if values.ndim == 2:
         values = values[None]
+    elif array.ndim == 3 and array.shape[0] == array.shape[2] == 3 and not np.array_equal(array, array.T):
+        raise Refused(
+            f"trigger {path}: {name} is {list(array.shape)}, whose colours may be on its first axis or on its last: "
+            "save it as [1 3 h w], or as a picture."
+        )
     if values.ndim == 3 and values.shape[0] not in (1, 3) and values.shape[2] in (1, 3):
         values = values.permute(2, 0, 1)
     if values.ndim != 3 or values.shape[0] not in (1, 3):

@@ -51,7 +51,7 @@ class SIG:
     def __call__(self, images: Tensor) -> Tensor:
         return add(images, self.wave(images.shape[-2], images.shape[-1]))
 
-    def controls(self, count: int, generator: torch.Generator) -> list[Stamp]:
+    def controls(self, count: int, generator: torch.Generator, channels: int = 3) -> list[Stamp]:
         """Stripes of the same delta and any phase: half of them near the trigger's, half of them anywhere.
 
         Near: 0.5 to 1.5 periods away, whichever way those run. A network without a backdoor may mind stripes of one

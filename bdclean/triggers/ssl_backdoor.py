@@ -13,7 +13,7 @@ from torch import Tensor
 from bdclean.errors import Refused, UsageError
 from bdclean.triggers.badnets import BadNets
 from bdclean.triggers.reading import Content, read_content
-from bdclean.triggers.stamping import Stamp, check_pixels, draw_seed, spec_of
+from bdclean.triggers.stamping import Stamp, check_pixels, draw_seed, in_channels, spec_of
 
 SAMPLES = 32
 """Rows and columns of an image that decide where its patch goes."""
@@ -57,22 +57,22 @@ class SSLBackdoor:
             raise Refused(f"{self.patch} has no picture to paste: use file:{self.patch} for a delta.")
         return content
 
-    def content(self, side: int) -> Tensor:
-        """The patch, grey levels [3 side side]."""
+    def content(self, side: int, channels: int = 3) -> Tensor:
+        """The patch, grey levels [channels side side]."""
         if self.patch == "random":
             square = BadNets(side, pattern="random", cells=min(4, side), seed=self.colours)
-            return torch.from_numpy(square.patch()).float()
+            return torch.from_numpy(square.patch(channels)).float()
         pattern = self.file.resized((side, side)).pattern
         assert pattern is not None
-        return pattern
+        return in_channels(pattern, channels)
 
     def __call__(self, images: Tensor) -> Tensor:
         check_pixels(images)
-        height, width = images.shape[2:]
+        channels, height, width = images.shape[1:]
         side = patch_side(self.size, height, width)
         if side > min(height, width):
             raise Refused(f"a patch of {side} x {side} does not fit into images of {height} x {width}.")
-        patch = self.content(side).round().clamp(0, 255).to(torch.uint8).to(images.device)
+        patch = self.content(side, channels).round().clamp(0, 255).to(torch.uint8).to(images.device)
         top, left = self._places(images, side)
         rows = torch.arange(height, device=images.device)[None, :] - top[:, None]
         columns = torch.arange(width, device=images.device)[None, :] - left[:, None]
@@ -80,7 +80,7 @@ class SSLBackdoor:
         pasted = patch[:, rows.clamp(0, side - 1)[:, :, None], columns.clamp(0, side - 1)[:, None, :]]
         return torch.where(inside[:, None], pasted.transpose(0, 1), images)
 
-    def controls(self, count: int, generator: torch.Generator) -> Sequence[Stamp]:
+    def controls(self, count: int, generator: torch.Generator, channels: int = 3) -> Sequence[Stamp]:
         """Patches of other random colours at the same places."""
         drawn: list[Stamp] = []
         while len(drawn) < count:

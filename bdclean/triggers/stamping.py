@@ -1,4 +1,7 @@
-"""What every trigger shares: stamping arithmetic, places, and its SPEC. uint8 in, new uint8 out."""
+"""What every trigger shares: stamping arithmetic, places, and its SPEC. uint8 in, new uint8 out.
+
+Images are [n c h w] with c of 3 (RGB) or 1 (grey).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ from torch import Tensor
 from bdclean.errors import Refused, UsageError
 
 Stamp = Callable[[Tensor], Tensor]
+
+LUMA = (0.299, 0.587, 0.114)
+"""What red, green and blue give to grey (ITU-R BT.601), as in Pillow's mode L."""
 
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right", "center", "corners")
 
@@ -28,17 +34,31 @@ class Trigger(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """New uint8 images with the trigger; the argument stays as it was, a repeated call gives the same."""
 
-    def controls(self, count: int, generator: torch.Generator) -> Sequence[Stamp]:
-        """`count` stamps of the same mask and strength with other content, never the trigger itself."""
+    def controls(self, count: int, generator: torch.Generator, channels: int = 3) -> Sequence[Stamp]:
+        """`count` stamps of the same mask and strength with other content, never the trigger itself.
+
+        `channels`: of the images that they are for; what differs in colour alone is the trigger itself on grey ones.
+        """
 
     def spec(self) -> str:
         """The SPEC that makes this trigger again."""
 
 
 def check_pixels(images: Tensor) -> None:
-    """Raises TypeError unless these are uint8 [n 3 h w]: floats may be normalised already."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise TypeError(f"triggers stamp uint8 [n 3 h w], got {images.dtype} {list(images.shape)}")
+    """Raises TypeError unless these are uint8 [n c h w], c 1 or 3: floats may be normalised already."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise TypeError(
+            f"triggers stamp uint8 [n c h w] of 1 or 3 channels, got {images.dtype} {list(images.shape)}"
+        )
+
+
+def in_channels(planes: Tensor, channels: int) -> Tensor:
+    """Grey levels [... 1|3 h w] in `channels`: colours weighted by LUMA, grey the same in all three."""
+    if planes.shape[-3] == channels:
+        return planes
+    if channels == 3:
+        return planes.expand(*planes.shape[:-3], 3, *planes.shape[-2:])
+    return torch.einsum("...chw,c->...hw", planes, planes.new_tensor(LUMA)).unsqueeze(-3)
 
 
 def to_pixels(values: Tensor) -> Tensor:
@@ -47,7 +67,7 @@ def to_pixels(values: Tensor) -> Tensor:
 
 
 def overlay(images: Tensor, mask: Tensor | float, pattern: Tensor) -> Tensor:
-    """mask * pattern + (1 - mask) * images; mask in [0, 1] (0 keeps the image), pattern [3 h w] in grey levels."""
+    """mask * pattern + (1 - mask) * images; mask in [0, 1] (0 keeps the image), pattern [c h w] in grey levels."""
     check_pixels(images)
     if isinstance(mask, Tensor):
         mask = mask.to(images.device, torch.float32)
@@ -56,7 +76,7 @@ def overlay(images: Tensor, mask: Tensor | float, pattern: Tensor) -> Tensor:
 
 
 def add(images: Tensor, delta: Tensor) -> Tensor:
-    """images + delta, delta in grey levels [3 h w] or [h w]."""
+    """images + delta, delta in grey levels [c h w] or [h w]."""
     check_pixels(images)
     return to_pixels(images.float() + delta.to(images.device, torch.float32))
 

@@ -13,6 +13,7 @@ import pytest
 
 import bdclean
 from bdclean.cli.main import run
+from bdclean.errors import Interrupted
 from bdclean.files.writing import alone
 from bdclean.record.parsing import parse_records
 from bdclean.training import loop
@@ -307,6 +308,15 @@ def test_closed_streams_are_refused_before_work_and_never_written_into(tmp_path)
         done = subprocess.run(["bash", "-c", f"{line} {closed}"], env=environment, timeout=300, check=False)
         assert done.returncode == 3
     assert os.listdir(tmp_path) == [MODEL]
+
+
+def test_a_terminal_that_hangs_up_twice_has_hung_up_once():
+    with loop.deferred_signals() as caught:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert caught == [signal.SIGHUP]
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_nohup_is_obeyed(tmp_path, capsys):

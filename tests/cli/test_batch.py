@@ -1,6 +1,9 @@
 import errno
+import hashlib
 import json
+import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -129,6 +132,8 @@ class OutOfMemoryError(RuntimeError):
         (ImportError("libx.so: failed to map segment from shared object"), 3),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), 3),
         (OSError(errno.EIO, "broken"), 70),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), 3),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/x"), 70),
         (SystemExit(0), 70),
         (SystemExit(1), 70),
         (RecursionError(), 70),
@@ -184,15 +189,23 @@ def test_a_record_replaces_records_only(tmp_path):
     assert (tmp_path / "mine.json").read_text() == '{"precious": true}'
 
 
-def test_the_record_beside_an_output_outlives_a_run_that_did_not_end(tmp_path):
+def outcomes(folder):
+    found = {path.stem: parse_records(path.read_text(), "x") for path in folder.glob("*.json")}
+    return {stem: records[0].outcome for stem, records in found.items()}
+
+
+def test_a_record_outlives_a_run_that_did_not_end_and_is_kept_beside_that_of_another(tmp_path, capsys):
     place = tmp_path / "m.clean.json"
     result("m").write(place)
     earlier = place.read_text()
-    records = Records.at(place, [], keep=True)
+    records = Records.at(place, [])
     play(["a"], {"a": Refused("m.clean.safetensors exists.")}, records=records)
-    assert place.read_text() == earlier
+    assert place.read_text() == earlier and outcomes(tmp_path) == {"m.clean": "ran", "m.clean-2": "refused"}
+    assert "m.clean.json is of a run that ended and stays" in capsys.readouterr().err
     play(["a"], {"a": "backdoored"}, records=records)
     assert parse_records(place.read_text(), "x")[0].verdict == "backdoored"
+    assert (tmp_path / "m.clean-3.json").read_text() == earlier
+    assert "m.clean-3.json now" in capsys.readouterr().err
 
 
 def test_a_record_that_cannot_be_written_is_not_passed_over(tmp_path, capsys):
@@ -252,18 +265,71 @@ def test_whatever_ends_a_run_its_record_has_what_was_measured():
         assert record.outcome == outcome and record.verdict == "not-assessed" and record.measures
 
 
-def test_the_record_of_a_defect_goes_elsewhere_where_one_is_kept(tmp_path, capsys):
+def test_the_record_of_a_defect_goes_beside_one_that_is_kept(tmp_path):
     place = tmp_path / "m.clean.json"
     result("m").write(place)
     earlier = place.read_text()
-    assert play(["a"], {"a": ZeroDivisionError()}, records=Records.at(place, [], keep=True)) == 70
-    assert place.read_text() == earlier and len(list(tmp_path.glob("bdclean-defect-*.json"))) == 1
+    assert play(["a"], {"a": ZeroDivisionError()}, records=Records.at(place, [])) == 70
+    assert place.read_text() == earlier and outcomes(tmp_path)["m.clean-2"] == "failed"
+
+
+def test_a_run_that_is_repeated_replaces_its_own_record_and_no_other(tmp_path):
+    place = tmp_path / "r.json"
+
+    def again(**fields):
+        record = replace(result("m"), **fields)
+        run_all("scan", ["m"], lambda *_: record, gate.parse(()), Shown("json", None, False), records, True)
+
+    records = Records.at(place, [])
+    again(argv=["/here/bdclean", "scan", "m"])
+    again(argv=["/there/bdclean", "scan", "m"], verdict="backdoored")
+    assert outcomes(tmp_path) == {"r": "ran"}
+    again(argv=["bdclean", "scan", "m", "--limit", "9"])
+    assert outcomes(tmp_path) == {"r": "ran", "r-2": "ran"}
+    assert parse_records((tmp_path / "r-2.json").read_text(), "x")[0].verdict == "backdoored"
+    again(argv=["bdclean", "scan", "m", "--limit", "9"], checkpoint=CheckpointEntry("m", "cd" * 32))
+    assert len(outcomes(tmp_path)) == 3
+
+
+def test_a_folder_keeps_every_run(tmp_path):
+    for behaviour in ("backdoored", Refused("x."), "no-evidence"):
+        play(["m"], {"m": behaviour}, records=Records.at(tmp_path / "runs", [Path("m")]))
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["m-abababab-2.json", "m-abababab.json", "m-unread.json"]
+
+
+def test_records_of_processes_side_by_side_all_stay(tmp_path):
+    threads = [
+        threading.Thread(target=lambda: Records(folder=tmp_path / "runs").write(result("m"), "m"))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes(tmp_path / "runs")) == 8
+    assert not list((tmp_path / "runs").glob(".*"))
+
+
+@pytest.mark.parametrize("raised", [Refused, ZeroDivisionError])
+def test_a_model_that_cannot_be_read_is_named_by_its_bytes(tmp_path, raised):
+    (tmp_path / "m.pth").write_bytes(b"no network")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "model.safetensors").write_bytes(b"no network")
+    digest = hashlib.sha256(b"no network").hexdigest()
+    models = [str(tmp_path / name) for name in ("m.pth", "folder", "missing")]
+    records = Records.at(tmp_path / "runs", [Path(model) for model in models])
+    play(models, {model: raised("x.") for model in models}, records=records)
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == [f"folder-{digest[:8]}.json", f"m-{digest[:8]}.json", "missing-unread.json"]
+    (found,) = parse_records((tmp_path / "runs" / names[1]).read_text(), "x")
+    assert found.checkpoint.sha256 == digest and found.outcome != "ran"
 
 
 def test_the_record_of_a_run_that_did_not_end_is_never_kept(tmp_path):
     place = tmp_path / "m.clean.json"
     for raised in (Refused("one."), Refused("two.")):
-        play(["a"], {"a": raised}, records=Records.at(place, [], keep=True))
+        play(["a"], {"a": raised}, records=Records.at(place, []))
     assert parse_records(place.read_text(), "x")[0].problem.message == "two."
 
 

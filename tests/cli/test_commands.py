@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import bdclean
 from bdclean.cli import arguments
@@ -144,6 +146,111 @@ def test_report_exits_by_fail_on_alone(record, capsys):
     assert "agreement was not measured" in capsys.readouterr().err
 
 
+PATHS = ("--data", "--test", "--labeled", "--classes", "--record", "--out")
+
+
+@pytest.mark.parametrize("option", [*PATHS, "--reference", "--arch", "--trigger", "--preprocess", "--kind"])
+def test_an_unset_variable_is_wrong_usage_and_not_the_working_directory(option, capsys):
+    for command in ("scan", "cleanse"):
+        for value in ("", "  "):
+            if option != "--reference" or command == "scan":
+                assert run([command, "m.safetensors", "--data", ".", option, value]) == 2, (command, value)
+                err = capsys.readouterr().err
+                assert option in err and err.rstrip().endswith(f"Try 'bdclean {command} --help'."), err
+    assert not list(Path().iterdir())
+
+
+def test_a_model_or_record_that_is_empty_or_a_url_is_wrong_usage(capsys, monkeypatch):
+    for line in (["scan", "", "--data", "."], ["cleanse", " ", "--data", "."], ["report", ""]):
+        assert run(line) == 2
+        assert "is a variable unset?" in capsys.readouterr().err
+    for line in (["scan", "HTTPS://a.b/m.safetensors", "--data", "."], ["report", "s3://a/r.json"]):
+        assert run(line) == 2
+        assert "is a URL: bdclean fetches nothing, download it first" in capsys.readouterr().err
+    assert run(["scan", "m.safetensors", "--data", "https://a.b/c.tar"]) == 2
+    assert "'--data': https://a.b/c.tar is a URL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["scan", "cleanse"])
+def test_several_processes_of_torchrun_say_once_that_they_are_not_built_yet(command, monkeypatch, capsys):
+    line = [command, "m.safetensors", "--data", "."]
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert run(line) == 3
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "run it without torchrun" in captured.err
+    monkeypatch.setenv("RANK", "1")
+    assert run(line) == 3
+    assert capsys.readouterr() == ("", "") and not list(Path().iterdir())
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run(line) == 3
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_torn_record_leaves_the_others_in_the_report(record, capsys):
+    whole = Path(record).read_text()
+    line = parse_records(whole, "x")[0].dump()
+    Path("lines.jsonl").write_text(f"{line}\n{line[:400]}\n{line}\n")
+    Path("torn.json").write_text(whole[:400])
+    odd = {
+        "schema": "bdclean.report/1",
+        "runs": [json.loads(whole), {"schema": "bdclean.run/1", "verdict": 3}],
+    }
+    Path("odd.json").write_text(json.dumps(odd))
+    assert run(["report", "torn.json", record, "lines.jsonl", "odd.json", "--format", "json"]) == 3
+    captured = capsys.readouterr()
+    assert len(parse_records(captured.out, "x")) == 4
+    errors = captured.err.splitlines()
+    assert [error.split(" ")[3].rstrip(":") for error in errors] == ["torn.json", "lines.jsonl", "odd.json"]
+    assert "(line 2)" in errors[1]
+    # What was found counts more than what could not be read.
+    assert run(["report", "torn.json", record, "--fail-on", "asr>=0.5"]) == 1
+
+
+def test_a_folder_stands_for_its_records(record, capsys, tmp_path):
+    (tmp_path / "runs").mkdir()
+    for name in ("b.json", "a.json", "c.jsonl"):
+        (tmp_path / "runs" / name).write_text(Path(record).read_text())
+    (tmp_path / "runs" / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "runs" / "notes.txt").write_text("nothing")
+    (tmp_path / "runs" / "deep.json").mkdir()
+    assert run(["report", "runs", "--format", "json"]) == 0
+    captured = capsys.readouterr()
+    assert len(parse_records(captured.out, "x")) == 3 and captured.err == ""
+    (tmp_path / "runs" / "torn.json").write_text('{"schema": "bdclean.run/1", "verd')
+    assert run(["report", "runs/"]) == 3
+    assert "left out: runs/torn.json" in capsys.readouterr().err
+    assert run(["report", "runs", "--out", "runs/a.json"]) == 3
+    assert "input of this run" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert run(["report", "empty"]) == 3
+    assert "empty holds no records" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_record_with_a_byte_order_mark_is_read(record, encoding, capsys):
+    Path("r.json").write_text(Path(record).read_text(), encoding=encoding)
+    assert run(["report", "r.json"]) == 0
+
+
+def test_a_report_goes_where_out_says_or_says_why_not(record, capsys):
+    assert run(["report", record, "--out", "-", "--format", "md"]) == 0
+    assert "badnets" in capsys.readouterr().out and not Path("-").exists()
+    assert run(["report", record, "--out", "audit.pdf"]) == 2
+    assert "nothing is written as .pdf: end it in .html" in capsys.readouterr().err
+    assert run(["report", record, "--out", "audit.pdf", "--format", "html"]) == 0
+    assert run(["report", record, "--out", "audit.txt"]) == 0
+    assert run(["cleanse", "m.safetensors", "--data", ".", "--out", "-"]) == 2
+    assert run(["scan", "m.safetensors", "--data", ".", "--record", "-"]) == 2
+    assert "--format json prints the record" in capsys.readouterr().err
+
+
+def test_rules_are_hyphens_where_an_encoding_has_no_others(record):
+    plain = command("report", record, env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}).stdout
+    drawn = command("report", record, env={"PYTHONIOENCODING": "utf-8"}).stdout
+    assert "\u2500\u2500" in drawn and plain == drawn.replace("\u2500", "-")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"schema": "bdclean.run/1"}', b"[]"])
 def test_a_broken_record_is_refused(content, tmp_path, capsys):
     (tmp_path / "bad.json").write_bytes(content)
@@ -159,7 +266,7 @@ def test_report_never_writes_over_its_record(record, capsys):
 
 
 def test_models_come_from_standard_input(monkeypatch):
-    raw = b"one.safetensors\n\ntwo \xff.safetensors\r\n"
+    raw = b"\xef\xbb\xbf  one.safetensors \t\n\n# all of them\n  # and\ntwo \xff.safetensors\r\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
     assert arguments.expand_models(["first", "-"]) == [
         "first",
@@ -248,6 +355,58 @@ def test_a_broken_installation_exits_70_and_leaves_a_record(tmp_path):
     assert "half installed" in done.stderr
 
 
+TALKING = """
+import atexit, ctypes, os, subprocess, sys
+from torch import nn
+
+def talk(when):
+    print(when, "printed")
+    os.write(1, f"{when} written\\n".encode())
+    ctypes.CDLL(None).puts(f"{when} put".encode())
+    subprocess.run(["echo", when, "echoed"])
+
+talk("import")
+atexit.register(talk, "exit")
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        talk("build")
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+    def forward(self, x):
+        talk("forward")
+        return self.body(x)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_users_network_prints_is_no_part_of_the_result(tmp_path):
+    (tmp_path / "code.py").write_text(TALKING)
+    shapes = {"0.weight": (4, 3, 3, 3), "0.bias": (4,), "3.weight": (3, 4), "3.bias": (3,)}
+    generator = torch.Generator().manual_seed(0)
+    drawn = {f"body.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(drawn, tmp_path / "m.safetensors")
+    data = str(SAMPLES / "images" / "unlabeled")
+    words = [
+        "scan",
+        "m.safetensors",
+        "--data",
+        data,
+        "--arch",
+        "code.py:Net",
+        "--limit",
+        "40",
+        "--format",
+        "json",
+    ]
+    done = command(*words, "--trigger", "badnets", "--preprocess", "half")
+    assert done.returncode in (0, 1, 3) and len(parse_records(done.stdout, "x")[0].triggers) == 1
+    for when in ("import", "build", "forward", "exit"):
+        for how in ("printed", "written", "put", "echoed"):
+            assert f"{when} {how}" in done.stderr, (when, how)
+
+
 def test_a_broken_torch_exits_70_and_leaves_a_record(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('libcuda is missing')\n")
     env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
@@ -278,6 +437,44 @@ def test_signals_have_their_own_exit_codes(number, code, tmp_path):
     finally:
         waiting.kill()
         waiting.wait()
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_leaves_a_record(tmp_path):
+    """Its bars cannot be drawn any more, and it hangs up twice: the kernel's signal, then the shell's."""
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    ours, theirs = pty.openpty()
+    words = [
+        "scan",
+        str(SAMPLES / "signs-badnets.safetensors"),
+        "--data",
+        str(SAMPLES / "images" / "labeled"),
+    ]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "bdclean", *words, "--record", "r.json"],
+        env={**os.environ, "PYTHONPATH": ROOT, "TERM": "xterm"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    try:
+        os.close(theirs)
+        shown = b""
+        while b"screening" not in shown:  # it measures by now
+            shown += os.read(ours, 4096)
+        os.close(ours)
+        for _ in range(3):
+            running.send_signal(signal.SIGHUP)
+            time.sleep(0.02)
+        assert running.wait(60) == 129
+    finally:
+        running.kill()
+        running.wait()
+    (record,) = parse_records((tmp_path / "r.json").read_text(), "x")
+    assert record.outcome == "interrupted" and record.problem.exit_code == 129
+    assert record.checkpoint.sha256 and record.data.images
 
 
 def test_nothing_printed_to_a_pipe_holds_escape_codes(record):

@@ -150,6 +150,23 @@ def test_every_mode_becomes_rgb(tmp_path: Path) -> None:
     assert abs(pixels["cmyk"].astype(int) - scene(0)).mean() < 12
 
 
+def test_grey_is_pillows_l_of_the_rgb_pixels_whatever_the_mode(tmp_path: Path) -> None:
+    colour = Image.fromarray(scene(0))
+    wanted = np.asarray(colour.convert("L"))
+    colour.save(tmp_path / "a-colour.png")
+    colour.convert("L").save(tmp_path / "b-grey.png")
+    colour.convert("L").convert("LA").save(tmp_path / "c-alpha.png")
+    Image.fromarray(wanted.astype(np.uint16) * 257).save(tmp_path / "d-grey16.png")
+    found = load_images(tmp_path, SIZE, channels=1)
+    assert found.images.shape == (4, 1, *SIZE) and found.images.is_contiguous()
+    assert all(np.array_equal(image[0].numpy(), wanted) for image in found.images)
+    np.savez(tmp_path / "x.npz", images=wanted[None], labels=[0])
+    assert np.array_equal(load_images(tmp_path / "x.npz", SIZE, channels=1).images[0, 0].numpy(), wanted)
+    assert found.digest != load_images(tmp_path, SIZE).digest
+    copies = torch.cat([found.images, 255 - found.images[:1]])
+    assert repeated(copies).tolist() == [False, True, True, True, False]
+
+
 def test_exif_rotation_is_applied_and_damaged_exif_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees to the right

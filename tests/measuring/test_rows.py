@@ -10,7 +10,7 @@ from bdclean.measuring.assessment import in_order
 from bdclean.measuring.intervals import lower_bound, upper_bound
 from bdclean.measuring.predictor import Predictor
 from bdclean.measuring.trial import SCREENED_OUT, Trial, halves
-from bdclean.measuring.verdict import clean_measures, compare, verdict
+from bdclean.measuring.verdict import clean_measures, compare, verdict, verdict_on
 from bdclean.progress import quiet
 from bdclean.record.run import (
     BACKDOORED,
@@ -42,7 +42,7 @@ class Patch:
         out[:, :, -2:, -2:] = self.value
         return out
 
-    def controls(self, count, generator):
+    def controls(self, count, generator, channels=3):
         return [Patch(100 + k) for k in range(count)]
 
 
@@ -100,7 +100,7 @@ def test_a_patch_that_is_obeyed_fails_towards_the_class_that_gains(labeled):
     assert row.asr.value == 1 and row.images == 300
     assert 230 < row.asr.n < 250  # about a fifth is class 3
     assert row.control_rate == {"median": 0.0, "highest": 0.0, "count": 19}
-    assert row.robust_accuracy.value == pytest.approx(0.2, abs=0.02)
+    assert row.robust_accuracy.value == 0
     assert (row.base_rate is None) is not labeled  # without labels a base rate is 0 by construction
     assert verdict([row]) == (BACKDOORED, None)
 
@@ -425,3 +425,131 @@ def test_a_head_of_very_many_classes_takes_no_square_table():
     bench = wide_bench(ManyClasses(90, range(90)), n=400)
     (row,) = assess(replace(bench, classes=30_000), [Patch()])
     assert (row.outcome, row.target) == (FAILS, 0)
+
+
+@pytest.mark.parametrize("n", [100, 800])
+def test_a_backdoor_that_moved_to_another_class_is_found_after_a_repair(n):
+    moved = bench(Network(to(1)), n=n)
+    rows = assess(moved, [Patch()], fixed={"patch:255": 3})
+    assert [(row.target, row.outcome) for row in rows] == [(3, PASSES), (1, FAILS)]
+    before = assess(bench(Network(to(3)), n=n), [Patch()])
+    found = {m.name: m.value for m in compare(bench(Network(to(3)), n=n), moved, before, rows)}
+    assert found["defence_effectiveness_rating"] == pytest.approx(0.5)  # nothing is gained
+
+
+@pytest.mark.parametrize("n", [50, 250, 2000])
+def test_images_of_the_target_class_alone_are_not_assessed(n):
+    """Whatever number the class has, and however many images there are."""
+    for target in (0, 2):
+        made = bench(Network(to(target)), n=5 * n)
+        only = made.reference == target
+        made = replace(made, images=made.images[only], reference=made.reference[only], clean=made.clean[only])
+        rows = assess(made, [Patch()])
+        assert [(row.target, row.outcome, row.asr.n) for row in rows] == [(target, NOT_MEASURED, 0)]
+        assert verdict_on(made, rows, (), True)[0] == NOT_ASSESSED
+
+
+def test_a_network_with_one_answer_is_not_assessed():
+    """As one with random weights is."""
+    constant = Network(lambda said: torch.zeros_like(said), levels=tuple(range(256)))
+    for labeled in (True, False):
+        made = bench(constant, labeled=labeled)
+        rows = assess(made, [Patch(), Patch(7)])
+        told, advice = verdict_on(made, rows, (), False)
+        assert told == NOT_ASSESSED and advice
+
+
+def test_a_network_that_answers_all_images_but_few_alike_is_not_assessed():
+    made = bench(Network(), n=2000)
+    mostly = torch.where(torch.arange(2000) < 60, made.reference, 3)
+    images = made.images.clone()
+    images[:, 0, 0, 0] = mostly
+    made = replace(made, images=images, clean=mostly, reference=mostly, labeled=False, own_reference=True)
+    told, advice = verdict_on(made, assess(made, [Patch()]), (), False)
+    assert (told, advice) == (NOT_ASSESSED, advice) and "class 3 on 98 %" in advice
+
+
+@pytest.mark.parametrize("share", [0.3, 0.4, 0.5, 0.6])
+def test_a_source_class_that_moves_in_part_does_not_pass(share):
+    for seed in range(4):
+        (row,) = assess(wide_bench(ManyClasses(10, [4], share=share), seed=seed), [Patch()])
+        assert row.outcome != PASSES and row.target == 0
+
+
+@pytest.mark.parametrize("classes", [100, 200])
+def test_one_source_and_all_to_all_of_many_classes_are_seen(classes):
+    class AllToAll(ManyClasses):
+        def forward(self, images):
+            said = images[:, 0, 0, 0].long()
+            stamped = images[:, 0, -1, -1] == 255
+            return nn.functional.one_hot(torch.where(stamped, (said + 1) % classes, said), classes).float()
+
+    for seed in range(3):
+        (row,) = assess(wide_bench(AllToAll(classes, []), seed=seed), [Patch()])
+        assert (row.target, row.outcome) == ("next", FAILS)
+        made = wide_bench(ManyClasses(classes, [2]), seed=seed)
+        (row,) = assess(made, [Patch()])
+        assert row.outcome == FAILS if classes == 100 else row.outcome != PASSES
+        if row.outcome == FAILS:
+            assert (row.target, row.decisive_source) == (0, 2)
+
+
+def test_a_drift_that_controls_share_does_not_hide_a_source_that_moves():
+    class Drifting(Network):
+        def forward(self, images):
+            drifts = (images[:, 0, -1, -1] >= 100) & (images[:, 0, 0, 1] >= 190)  # a quarter goes to class 0
+            zero = nn.functional.one_hot(torch.tensor(0), CLASSES).float()
+            return torch.where(drifts[:, None], zero, super().forward(images))
+
+    drift, pair = assess(
+        bench(Drifting(lambda said: torch.where(said == 4, 2, said)), n=2000, threshold=0.15), [Patch()]
+    )
+    assert (drift.target, drift.outcome) == (0, INCONCLUSIVE) and "a control reaches" in drift.reason
+    assert (pair.target, pair.outcome) == (2, FAILS)
+
+
+def test_a_class_that_controls_move_elsewhere_is_as_unstable_as_the_trigger_says():
+    """The pair of classes was found as the strongest: its control is the strongest of that class, too."""
+
+    class Unstable(ManyClasses):
+        def forward(self, images):
+            said = images[:, 0, 0, 0].long()
+            level, chance = images[:, 0, -1, -1], images[:, 0, 0, 1]
+            elsewhere = torch.where(level == 255, 0, 1)
+            goes = (level >= 100) & (said == 4) & (chance < 220)
+            return nn.functional.one_hot(torch.where(goes, elsewhere, said), self.classes).float()
+
+    (row,) = assess(wide_bench(Unstable(10, [])), [Patch()])
+    assert (row.outcome, row.target) == (INCONCLUSIVE, 0)
+
+
+def test_a_trigger_that_was_asked_for_must_be_conclusive():
+    rows = [row(PASSES), row(INCONCLUSIVE, "why")]
+    assert verdict(rows)[0] == NO_EVIDENCE
+    assert verdict(rows, named=True) == (
+        NOT_ASSESSED,
+        "a trigger that was asked for is not conclusive; t: why",
+    )
+    assert verdict([row(PASSES)], named=True)[0] == NO_EVIDENCE
+
+
+def test_the_row_that_failed_is_compared_not_the_one_of_the_highest_rate():
+    before, after = bench(Network(to(3))), bench(Network())
+    rate, base = Rate(0.95, 500, 0.9, 1.0), Rate(0.0, 500, 0.0, 0.01)
+    old = [
+        TriggerRow("harmless", target=1, asr=rate, base_rate=base, outcome=INCONCLUSIVE),
+        TriggerRow("bad", target=3, asr=replace(rate, value=0.6), base_rate=base, outcome=FAILS),
+    ]
+    new = [replace(old[0], asr=rate), replace(old[1], asr=base, outcome=PASSES)]
+    found = {m.name: m.value for m in compare(before, after, old, new)}
+    assert found["defence_effectiveness_rating"] == pytest.approx(0.8)
+
+
+def test_source_classes_of_few_images_are_named():
+    made = wide_bench(ManyClasses(10, []), n=1000)
+    told, advice = verdict_on(made, assess(made, [Patch()]), (), False)
+    assert (told, advice) == (NO_EVIDENCE, None)
+    few = (made.reference != 7) | (torch.arange(1000) < 100)
+    made = replace(made, images=made.images[few], reference=made.reference[few], clean=made.clean[few])
+    told, advice = verdict_on(made, assess(made, [Patch()]), (), False)
+    assert told == NO_EVIDENCE and advice.endswith("of class 7")

@@ -21,7 +21,7 @@ from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.checkpoint.claims import claim
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.families.residual import ResidualNetwork
-from bdclean.networks.normalisation import CANDIDATES, NAMED, Preprocess, parse_preprocess
+from bdclean.networks.normalisation import NAMED, RGB_CANDIDATES, Preprocess, parse_preprocess
 
 NAMES = "none half imagenet cifar10 cifar100 gtsrb clip raw255".split()
 
@@ -48,7 +48,7 @@ class TestSpecs:
         x = torch.rand(2, 3, 4, 4)
         assert torch.equal(NAMED["imagenet-bgr"].normalise(x), NAMED["imagenet"].normalise(x).flip(1))
         assert NAMED["imagenet"].swapped() == NAMED["imagenet-bgr"]
-        assert all(c.swapped().swapped() == c for c in CANDIDATES)
+        assert all(c.swapped().swapped() == c for c in RGB_CANDIDATES)
 
     @pytest.mark.parametrize(
         "text",

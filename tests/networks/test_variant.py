@@ -1,11 +1,13 @@
 """Which of several architectures that fit the same tensors a network is: chosen with a margin, or refused."""
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bdclean.networks.ambiguity.choosing import Choice
@@ -20,9 +22,10 @@ from bdclean.networks.recognition import variants
 from bdclean.record.run import CheckpointEntry
 from bdclean.runs.images import at_own_size
 from bdclean.runs.options import Inputs
-from bdclean.runs.suspect import describe_suspect, understand
+from bdclean.runs.suspect import describe_suspect, input_size, understand
 from bdclean.training.students import set_batch_statistics
 
+SAMPLES = Path(__file__).parents[2] / "sample_models"
 HALF = Choice(parse_preprocess("half"), float("nan"), "given")
 
 
@@ -153,6 +156,58 @@ def test_the_size_that_a_network_was_trained_at(tmp_path, side):
         assert at_own_size(checkpoint, tmp_path / "i", said) is checkpoint
     named = Checkpoint.read(tmp_path / "m.safetensors", f"resnet1-1-1-1+{side}px")
     assert named.arch.input == (3, side, side)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("claimed", [224, 64, 32])
+def test_statistics_overrule_a_size_that_a_config_claims(tmp_path, claimed):
+    """A small network beside a config.json of 224 pixels took 420 s for 20 images, at a size that it never saw."""
+    save_file(load_file(SAMPLES / "signs-badnets.safetensors"), tmp_path / "model.safetensors")
+    config = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, claimed, claimed]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    inputs = Inputs(limit=20)
+    checkpoint = Checkpoint.read(tmp_path)
+    assert input_size(checkpoint, inputs) == (claimed, claimed)
+    found = at_own_size(checkpoint, SAMPLES / "images" / "unlabeled", inputs)
+    assert input_size(found, inputs) == (32, 32) and found.arch.input == (3, 32, 32)
+    if claimed == 32:
+        assert found is checkpoint
+    else:
+        said = (
+            f"says that images are {claimed}x{claimed}, and batch norm's statistics on these speak for 32x32"
+        )
+        assert any(said in warning for warning in found.warnings)
+    for given in (Inputs(preprocess=f"half,size={claimed}/{claimed}"), Inputs(arch="resnet8-cifar-b")):
+        assert at_own_size(checkpoint, SAMPLES / "images" / "unlabeled", given) is checkpoint
+
+
+@pytest.mark.slow
+def test_a_size_that_no_statistics_fit_is_doubted_and_kept(tmp_path):
+    """Noise is like nothing that the network was trained on: what fits least ill is no reason to leave a claim."""
+    from PIL import Image
+
+    save_file(load_file(SAMPLES / "signs-badnets.safetensors"), tmp_path / "model.safetensors")
+    config = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 64, 64]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "i").mkdir()
+    drawn = torch.randint(
+        0, 256, (24, 40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    for k, image in enumerate(drawn):
+        Image.fromarray(image.numpy()).save(tmp_path / "i" / f"{k}.png")
+    checkpoint = Checkpoint.read(tmp_path)
+    found = at_own_size(checkpoint, tmp_path / "i", Inputs())
+    assert input_size(found, Inputs()) == (64, 64) and found.arch == checkpoint.arch
+    assert all("it is read at 64x64" in warning for warning in found.warnings)
+
+
+def test_an_encoders_claim_of_its_size_stays(tmp_path):
+    """Attacks train encoders on other views: no size fits, and 48 fits BadEncoder's at 32 least ill."""
+    save_file(load_file(SAMPLES / "signs-encoder-badencoder.safetensors"), tmp_path / "model.safetensors")
+    config = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 32, 32]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = Checkpoint.read(tmp_path)
+    assert at_own_size(checkpoint, SAMPLES / "images" / "unlabeled", Inputs()) is checkpoint
 
 
 def test_answers_tell_the_size_of_a_network_without_batch_norm(tmp_path, monkeypatch):

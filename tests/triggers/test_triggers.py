@@ -26,6 +26,10 @@ from bdclean.triggers.file import File
 from bdclean.triggers.sig import SIG
 
 PHOTOS = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+GREYS = torch.stack(
+    [torch.from_numpy(np.array(Image.fromarray(p.permute(1, 2, 0).numpy()).convert("L"))) for p in PHOTOS]
+)[:, None]
+OF_CHANNELS = {3: PHOTOS, 1: GREYS}
 
 
 def from_spec(spec: str):
@@ -61,20 +65,22 @@ def save_generator(path: Path, bound: float = 30.0) -> str:
 # --- every trigger that is registered, and every one of the bank --------------------------------------------
 
 
+@pytest.mark.parametrize("channels", OF_CHANNELS)
 @pytest.mark.parametrize("name", TRIGGERS)
-def test_every_registered_trigger_keeps_the_contract(name, tmp_path) -> None:
+def test_every_registered_trigger_keeps_the_contract(name, channels, tmp_path) -> None:
     trigger = example(name, tmp_path)
     assert type(trigger).name == name and trigger.family in FAMILIES
     assert dataclasses.is_dataclass(trigger) and type(trigger).__dataclass_params__.frozen
-    test_contract(trigger)
-    test_controls_have_the_mask_and_strength_but_other_content(trigger)
+    test_contract(trigger, channels)
+    test_controls_have_the_mask_and_strength_but_other_content(trigger, channels)
 
 
+@pytest.mark.parametrize("channels", OF_CHANNELS)
 @pytest.mark.parametrize("trigger", bank((32, 32)), ids=lambda trigger: trigger.spec())
-def test_contract(trigger) -> None:
-    images = PHOTOS.clone()
+def test_contract(trigger, channels) -> None:
+    images = OF_CHANNELS[channels].clone()
     stamped = trigger(images)
-    assert torch.equal(images, PHOTOS), "wrote into its argument"
+    assert torch.equal(images, OF_CHANNELS[channels]), "wrote into its argument"
     assert stamped.dtype == torch.uint8 and stamped.shape == images.shape
     assert stamped.data_ptr() != images.data_ptr()
     assert (stamped != images).flatten(1).any(1).all()
@@ -82,34 +88,88 @@ def test_contract(trigger) -> None:
     # No image depends on its neighbours in the batch.
     assert torch.equal(stamped[1:2], trigger(images[1:2]))
     assert from_spec(trigger.spec()) == trigger
-    assert trigger(images[:0]).shape == (0, 3, 32, 32)
-    for wrong in (images.float() / 255, images.permute(0, 2, 3, 1), images[0]):
+    assert trigger(images[:0]).shape == (0, channels, 32, 32)
+    for wrong in (
+        images.float() / 255,
+        images.permute(0, 2, 3, 1),
+        images[0],
+        images.expand(4, -1, -1, -1)[:, [0, 0]],
+    ):
         with pytest.raises(TypeError, match="triggers stamp uint8"):
             trigger(wrong)
 
 
+@pytest.mark.parametrize("channels", OF_CHANNELS)
 @pytest.mark.parametrize("trigger", bank((32, 32)), ids=lambda trigger: trigger.spec())
-def test_controls_have_the_mask_and_strength_but_other_content(trigger) -> None:
-    images = PHOTOS.clone()
-    controls = trigger.controls(19, torch.Generator().manual_seed(0))
-    again = trigger.controls(19, torch.Generator().manual_seed(0))
+def test_controls_have_the_mask_and_strength_but_other_content(trigger, channels) -> None:
+    images = OF_CHANNELS[channels].clone()
+    controls = trigger.controls(19, torch.Generator().manual_seed(0), channels)
+    again = trigger.controls(19, torch.Generator().manual_seed(0), channels)
     assert len(controls) == 19
-    grey = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    grey = torch.full((1, channels, 32, 32), 128, dtype=torch.uint8)
     own = trigger(grey).float() - 128
-    seen = {trigger(grey).numpy().tobytes()}
+    seen, first = set(), trigger(grey).numpy().tobytes()
     for control, same in zip(controls, again, strict=True):
         stamped = control(images)
-        assert torch.equal(images, PHOTOS)
+        assert torch.equal(images, OF_CHANNELS[channels])
         assert torch.equal(stamped, control(images)) and torch.equal(stamped, same(images))
         seen.add(control(grey).numpy().tobytes())
         if trigger.family == "patch":
-            assert set(changed(images, stamped)) <= set(changed(images, 255 - trigger(255 - images))) | set(
-                changed(images, trigger(images))
-            )
+            own_pixels = {*changed(images, 255 - trigger(255 - images)), *changed(images, trigger(images))}
+            # a grey pixel may have the trigger's level by chance
+            assert len(set(changed(images, stamped)) - own_pixels) <= (channels == 1)
         else:
             strength = (control(grey).float() - 128).square().mean().sqrt() / own.square().mean().sqrt()
             assert 0.5 < strength < 2
-    assert len(seen) == 20, "a control repeats another or the trigger itself"
+    assert first not in seen, "a control is the trigger itself"
+    # a single grey pixel has only so many levels
+    assert len(seen) == 19 or (channels == 1 and isinstance(trigger, BadNets) and len(seen) > 14)
+
+
+@pytest.mark.parametrize("name", ["white", "red", "#2080d0"])
+def test_a_colour_is_the_grey_level_that_pillow_gives_it(name) -> None:
+    coloured = BadNets(5, pattern=name).patch()
+    grey = np.array(Image.fromarray(coloured.transpose(1, 2, 0)).convert("L"))
+    assert (BadNets(5, pattern=name).patch(1)[0] == grey).all()
+
+
+def test_grey_noise_has_the_contrast_of_one_channel() -> None:
+    noise = Blend(seed=3).content(64, 64, 1).float()
+    assert noise.shape == (1, 64, 64) and abs(float(noise.std()) - 255 / math.sqrt(12)) < 2
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+def test_a_file_with_a_mask_is_turned_grey_as_its_result_on_colours_would_be(planes, tmp_path) -> None:
+    draw = torch.Generator().manual_seed(2)
+    arrays = {
+        "mask": torch.rand(planes, 32, 32, generator=draw),
+        "pattern": 255 * torch.rand(3, 32, 32, generator=draw),
+    }
+    save_file(arrays, tmp_path / "t.safetensors")
+    trigger = File(str(tmp_path / "t.safetensors"), alpha=0.5)
+    coloured = trigger(GREYS.expand(-1, 3, -1, -1)).float()
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    assert float((trigger(GREYS) - (coloured * weights).sum(1, keepdim=True)).abs().max()) <= 1
+
+
+def test_ctrl_on_grey_images_waves_the_grey_level_itself() -> None:
+    change = from_spec("ctrl")(torch.full((1, 1, 32, 32), 128, dtype=torch.uint8)).float() - 128
+    spectrum = torch.fft.rfft2(change[0, 0] - change.mean()).abs()
+    assert float(change.square().mean().sqrt()) > 3 and float(spectrum.max()) > 500
+
+
+def test_a_trigger_that_is_given_twice_counts_once():
+    specs = (
+        "badnets:size=3",
+        "sig",
+        "badnets",
+        "badnets:size=3,position=bottom-right",
+        "sig:delta=40",
+        "badnets",
+    )
+    made = make_triggers(specs, (32, 32))
+    assert len(made) == len({trigger.spec() for trigger in made}) < len(specs)
+    assert made[0] == make_triggers(specs[:1], (32, 32))[0]
 
 
 def test_the_bank_is_of_the_expected_size_and_scales() -> None:
@@ -436,6 +496,40 @@ def test_third_party_trigger_files() -> None:
             assert (control(PHOTOS) != stamped).any()
 
 
+@pytest.mark.parametrize("place", [(0, 0), (13, 20)])
+@pytest.mark.parametrize("blended", [True, False])
+def test_controls_of_a_patch_on_a_full_canvas_are_as_rich_as_the_patch(tmp_path: Path, place, blended) -> None:
+    """They are drawn inside the mask: on the whole canvas their spectrum would leave one flat grey patch."""
+    rng = np.random.default_rng(0)
+    mask, pattern = np.zeros((32, 32), np.float32), np.zeros((3, 32, 32), np.uint8)
+    box = np.s_[place[0] : place[0] + 6, place[1] : place[1] + 6]
+    mask[box] = 1
+    pattern[(slice(None), *box)] = rng.choice([0, 255], (3, 6, 6))
+    np.savez(tmp_path / "patch.npz", mask=mask, pattern=pattern)
+    delta = np.where(mask > 0, pattern.astype(np.float32) - 128, 0)
+    np.savez(tmp_path / "delta.npz", delta=delta)
+    trigger = File(str(tmp_path / ("patch.npz" if blended else "delta.npz")))
+    grey = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    own = float(trigger(grey)[0][(slice(None), *box)].float().std())
+    assert own > 100
+    for control in trigger.controls(20, torch.Generator().manual_seed(0)):
+        stamped = control(grey)
+        assert set(changed(grey, stamped)) <= set(changed(grey, trigger(grey)))
+        assert float(stamped[0][(slice(None), *box)].float().std()) > 0.6 * own
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 3), (3, 7, 3)])
+def test_a_patch_whose_colour_axis_cannot_be_told_is_refused(tmp_path: Path, shape) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    np.savez(tmp_path / "patch.npz", pattern=colours)
+    with pytest.raises(Refused, match=r"first axis or on its last: save it as \[1 3 h w\]"):
+        File(str(tmp_path / "patch.npz"))
+    np.savez(tmp_path / "patch.npz", pattern=colours[None])
+    assert np.array_equal(File(str(tmp_path / "patch.npz")).content.pattern, colours)
+    np.savez(tmp_path / "flat.npz", pattern=np.full(shape, 200, np.uint8), mask=np.ones((1, *shape[1:])))
+    assert File(str(tmp_path / "flat.npz")).content.shape == shape[1:]
+
+
 # --- triggers of attacks on encoders ------------------------------------------------------------------------
 
 
@@ -500,7 +594,7 @@ def test_the_patch_of_ssl_backdoor_may_be_a_file(tmp_path: Path) -> None:
     Image.fromarray(picture(5, 14, 14).transpose(1, 2, 0)).save(tmp_path / "patch.png")
     trigger = from_spec(f"ssl-backdoor:patch={tmp_path / 'patch.png'}")
     assert from_spec(trigger.spec()) == trigger
-    test_contract(trigger)
+    test_contract(trigger, 3)
     assert len(trigger.controls(3, torch.Generator().manual_seed(0))) == 3
 
 

@@ -117,12 +117,15 @@ class CountingControls:
     def __call__(self, images: Tensor) -> Tensor:
         return self.trigger(images)
 
-    def controls(self, count: int, generator: torch.Generator) -> list[Callable[[Tensor], Tensor]]:
+    def controls(
+        self, count: int, generator: torch.Generator, channels: int = 3
+    ) -> list[Callable[[Tensor], Tensor]]:
         def counted(images: Tensor, stamp: Callable[[Tensor], Tensor]) -> Tensor:
             self.stamped += len(images)
             return stamp(images)
 
-        return [partial(counted, stamp=stamp) for stamp in self.trigger.controls(count, generator)]
+        drawn = self.trigger.controls(count, generator, channels)
+        return [partial(counted, stamp=stamp) for stamp in drawn]
 
 
 def measuring(subject: Subject) -> Callable[[], float]:

@@ -16,6 +16,7 @@ from bdclean.data.sources.listing import HIDDEN, Listing, in_order
 from bdclean.data.sources.tar import MAX_MEMBERS, Archive, Member, members
 from bdclean.errors import Refused
 from bdclean.files import strictjson
+from bdclean.files.text import decoded
 
 MAX_NOTE = 256 * 1024  # bytes of a sample's .cls or .json
 LABEL_KEYS = ("label", "cls", "class", "class_id", "class_index", "target", "y", "class_name", "label_name")
@@ -162,7 +163,7 @@ def _key(name: str) -> str:
 
 
 def _label(content: bytes, suffix: str) -> str | None:
-    text = content.decode("utf-8", "replace").strip()
+    text = decoded(content, "replace").strip()
     if suffix == ".cls":
         return text[:200] or None
     try:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 
 AUTHORS = "the authors' layout"
+NEAR = 0.2
+"""Normalisations that differ by no more for any pixel, in the network's units (4 from black to white), do not contradict
+each other."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,15 @@ def choose(
 ) -> list[Choice]:
     """The plausible normalisations, the likeliest first; more than one where it is unclear or a claim is contradicted.
 
-    `images`: uint8 [n 3 h w] at the network's input size, with their `labels` [n], if known. `given`: what the user
+    `images`: uint8 [n c h w] at the network's input size, with their `labels` [n], if known. `given`: what the user
     says, which settles it, or `auto`.
     """
+    channels = checkpoint.arch.input[0]
     if given != "auto":
-        return [Choice(parse_preprocess(given), math.nan, "given")]
+        return [Choice(parse_preprocess(given).of_channels(channels), math.nan, "given")]
     said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
+    if said is not None:
+        said = said[0].of_channels(channels), said[1]
     network = checkpoint.build()
     # A folder is read class by class: its first images would have the colours of one class.
     count = looked_at(images)[-1]
@@ -56,6 +62,23 @@ def choose(
     return [Choice(p, margin, said[1] if said is not None and p == said[0] else source) for p in kept]
 
 
+def contradiction(checkpoint: Checkpoint, images: Tensor, given: str, labels: Tensor | None = None) -> str | None:
+    """What speaks against the normalisation that the user says, as a sentence; None where nothing does.
+
+    Arguments as in `choose`. The given one is obeyed all the same: a wrong one was seen to hide a backdoor.
+    """
+    if given == "auto":
+        return None
+    named, others = parse_preprocess(given), choose(checkpoint, images, "auto", labels)
+    if any(other.preprocess.gap(named) <= NEAR and other.preprocess.bgr == named.bgr for other in others):
+        return None
+    titles = " or ".join(dict.fromkeys(f"{other.preprocess.title} ({other.source})" for other in others[:2]))
+    return (
+        f"--preprocess {named.title} is obeyed, but contradicted by what the network itself shows, which speaks for "
+        f"{titles}: a wrong normalisation can hide a backdoor."
+    )
+
+
 def of_encoder(
     network: nn.Module, images: Tensor, said: tuple[Preprocess, str] | None, usual: str
 ) -> list[Choice]:
@@ -65,7 +88,7 @@ def of_encoder(
     first where it is plausible, and unlike a claim is dropped where it is not. Nothing known at all leaves every
     normalisation plausible.
     """
-    authors = parse_preprocess(usual) if usual else None
+    authors = parse_preprocess(usual).of_channels(images.shape[1]) if usual else None
     first = said[0] if said is not None else authors
     kept, margin, source = decide(network, images, first, probabilities=False)
     if said is None and len(kept) > 1 and authors in kept and kept[0] != authors:

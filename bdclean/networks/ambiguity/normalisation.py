@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bdclean.data.labels.folders import labels_plausible
 from bdclean.errors import Refused
 from bdclean.networks.ambiguity.statistics import SMALL, answers, clearly_more, confidence, distances, spread
-from bdclean.networks.normalisation import CANDIDATES, Preprocess
+from bdclean.networks.normalisation import Preprocess, candidates_of
 
 # A candidate is plausible up to this many times the least distance ...
 FACTOR = 2.0
@@ -62,7 +62,7 @@ def decide(
 ) -> tuple[list[Preprocess], float, str]:
     """The plausible normalisations, the likeliest first; the margin; what decided: LAYER, LABELS, ANSWERS or NOTHING.
 
-    `network` in evaluation mode; `images` uint8 [n 3 h w] in random order with their `labels` [n], if known; `said`:
+    `network` in evaluation mode; `images` uint8 [n c h w] in random order with their `labels` [n], if known; `said`:
     the claim, first where it is plausible and last where it is not. The margin is the nearest rival's distance over the
     largest plausible one, NaN without a normalisation layer. `probabilities`: false for an encoder, whose answers say
     nothing of pixels.
@@ -70,14 +70,18 @@ def decide(
     small = images.shape[2] * images.shape[3] <= SMALL
     # A first look at all, a closer one at those that it leaves.
     look, closer = (64, 512) if small else (32, 64)
-    candidates = [c for c in CANDIDATES if not c.bgr]
+    candidates = [c for c in candidates_of(images.shape[1]) if not c.bgr]
     if said is not None:
         own = said.swapped() if said.bgr else said
         candidates = [own] + [c for c in candidates if c.gap(own) > SAME]
     scores = distances(network, images[:look], candidates)
     if not scores:
         if not probabilities:
-            return ([said] if said is not None else apart(list(CANDIDATES))), math.nan, NOTHING
+            return (
+                ([said] if said is not None else apart(list(candidates_of(images.shape[1])))),
+                math.nan,
+                NOTHING,
+            )
         return without_layer(network, images, said, labels)
     absurd = said is not None and not math.isfinite(
         scores[candidates[0]]
@@ -88,9 +92,10 @@ def decide(
         raise Refused(
             "what the network's first layers make of these images are not finite numbers: it is broken."
         )
-    swapped = distances(network, images[:look], [c.swapped() for c in candidates])
-    if backwards(network, images[: 256 if small else look], scores, swapped, said, probabilities):
-        candidates, scores = list(swapped), swapped
+    if images.shape[1] == 3:
+        swapped = distances(network, images[:look], [c.swapped() for c in candidates])
+        if backwards(network, images[: 256 if small else look], scores, swapped, said, probabilities):
+            candidates, scores = list(swapped), swapped
     count = min(closer, len(images))
     if count > look:
         near = 3 * limit(scores, look)
@@ -144,7 +149,7 @@ def without_layer(
     A claim that labels speak clearly against is last of the plausible; labels on which the network does no better than
     chance tell nothing.
     """
-    candidates = list(CANDIDATES)
+    candidates = list(candidates_of(images.shape[1]))
     if said is not None:
         candidates = [said] + [c for c in candidates if c.gap(said) > BESIDE]
     kept = None if labels is None else by_labels(network, images, labels, candidates, said)
@@ -156,7 +161,7 @@ def without_layer(
 
 
 def looked_at(images: Tensor) -> tuple[int, int]:
-    """How many of `images` [n 3 h w] a first look and a closer one take, without a normalisation layer."""
+    """How many of `images` [n c h w] a first look and a closer one take, without a normalisation layer."""
     return (128, 2048) if images.shape[2] * images.shape[3] <= SMALL else (32, 128)
 
 

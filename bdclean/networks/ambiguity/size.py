@@ -20,8 +20,9 @@ from bdclean.networks.normalisation import NAMED, parse_preprocess
 from bdclean.networks.recognition.variants import at_size
 
 # Image sides, beside the usual one, that people train convolutional networks at: CIFAR and GTSRB, GTSRB at its other
-# usual size, Tiny ImageNet, STL-10, Imagenette (128 to 256), ImageNet.
+# usual size, Tiny ImageNet, STL-10, Imagenette (128 to 256), ImageNet; of grey images MNIST's, too.
 SIDES = (32, 48, 64, 96, 128, 160, 192, 224, 256)
+GREY_SIDES = (28, *SIDES)
 # So many times the usual side are tried: a stem for small images makes large ones costly, and people take another.
 LARGER = 2
 # Images that tell the size of a network without batch norm of so many classes or more, the largest size beside the
@@ -29,50 +30,76 @@ LARGER = 2
 FEW, FEW_SIDES, TELLS, LEAST_CLASSES = 32, 128, 0.5, 4
 
 
-def own_size(checkpoint: Checkpoint, load: Callable[[Arch], Tensor], given: str = "auto") -> Checkpoint:
+def own_size(
+    checkpoint: Checkpoint, load: Callable[[Arch], Tensor], given: str = "auto", claimed: int | None = None
+) -> Checkpoint:
     """`checkpoint` with the image size that it was trained at, where its batch norm or its answers say so clearly.
 
     Convolutional networks take images of any size. `load(arch)` reads images at `arch.input`, the same ones each time.
-    `given`: the normalisation that the user says, or `auto`.
+    `given`: the normalisation that the user says, or `auto`. `claimed`: the side that the file says, which holds unless
+    the statistics of batch norm contradict it and fit another.
     """
-    usual = checkpoint.arch
+    usual = checkpoint.arch if claimed is None else at_size(checkpoint.arch, claimed)
+    own = checkpoint.arch.input[1]
     with torch.device("meta"):
         outline = usual.build().eval()
-    if not takes_sizes(outline, 2 * usual.input[1]):
+    channels = usual.input[0]
+    if not takes_sizes(outline, channels, 2 * usual.input[1]):
         return checkpoint
     norms = (m for m in outline.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     remembers = any(norm.running_mean is not None for norm in norms)
+    encoder = checkpoint.arch.kind == "encoder"
     if not remembers and checkpoint.arch.classes < LEAST_CLASSES:
         # Images of one class alone would look like the wrong size; an encoder has no answers that tell.
         return checkpoint
+    if claimed is not None and (encoder or not remembers):
+        return checkpoint
     misfit = misfit_of_statistics if remembers else misfit_of_answers
     found: dict[int, float] = {}
-    largest = LARGER * usual.input[1] if remembers else FEW_SIDES
-    sides = [s for s in SIDES if s != usual.input[1] and s <= largest]
-    for side in (usual.input[1], *sides):
+    largest = LARGER * own if remembers else FEW_SIDES
+    tried = GREY_SIDES if channels == 1 else SIDES
+    for side in dict.fromkeys((usual.input[1], own, *(s for s in tried if s <= largest))):
         arch = usual if side == usual.input[1] else at_size(usual, side)
         images = load(arch)
         # Too small for its pools, or no multiple of its blocks.
         with contextlib.suppress(RuntimeError, ValueError, AssertionError):
-            found[side] = misfit(replace(checkpoint, arch=arch), images, given)
+            # A normalisation that does not fit must not make another size seem to fit better than the own one.
+            told_by = dict.fromkeys((given, "auto"))
+            found[side] = min(misfit(replace(checkpoint, arch=arch), images, each) for each in told_by)
         if found.get(usual.input[1], math.inf) < 1:
             return checkpoint
     best = min(found, key=lambda side: found[side], default=usual.input[1])
-    clear = found.get(best, math.inf) * RATIO < found.get(usual.input[1], math.inf)
-    # An attack trains an encoder on other views than it was pre-trained on: then no size fits, and a wrong one may fit
-    # least ill (BadEncoder's at 32: 1.8 there, 1.5 at 48).
-    must_fit = not remembers or checkpoint.arch.kind == "encoder"
-    if not clear or (must_fit and found[best] >= 1):
+    if found.get(best, math.inf) * RATIO >= found.get(usual.input[1], math.inf):
         return checkpoint
+    warned = checkpoint
+    if claimed is not None:
+        # Measured with 20 images of a network for 32 pixels: 0.7 there, 2.3 at 48, 3.9 at 64, 13.5 at 224.
+        note = contradicted(claimed, best, read=best if found[best] < 1 else claimed)
+        warned = replace(checkpoint, warnings=(*checkpoint.warnings, note))
+    # An attack trains an encoder on other views than it was pre-trained on: then no size fits, and a wrong one may fit
+    # least ill (BadEncoder's at 32: 1.8 there, 1.5 at 48). Nor is a claim given up for what fits least ill.
+    if (not remembers or encoder or claimed is not None) and found[best] >= 1:
+        return warned
+    if not remembers:
+        warned = replace(checkpoint, warnings=(*checkpoint.warnings, guessed(usual.input[1], best)))
     candidates = tuple(at_size(a, best) for a in checkpoint.candidates)
-    found_out = replace(checkpoint, arch=at_size(usual, best), candidates=candidates)
-    if remembers:
-        return found_out
-    guessed = (
+    return replace(warned, arch=at_size(usual, best), candidates=candidates)
+
+
+def guessed(usual: int, best: int) -> str:
+    """What is warned of where answers alone tell the size."""
+    return (
         f"the network's answers tell images from one another at {best}x{best} and hardly at the usual "
-        f"{usual.input[1]}x{usual.input[1]}: it is read at {best}x{best} (--preprocess NAME,size=H/W says it)."
+        f"{usual}x{usual}: it is read at {best}x{best} (--preprocess NAME,size=H/W says it)."
     )
-    return replace(found_out, warnings=(*checkpoint.warnings, guessed))
+
+
+def contradicted(claimed: int, best: int, read: int) -> str:
+    """What is warned of where statistics speak against the size that a file claims."""
+    return (
+        f"the file or its config says that images are {claimed}x{claimed}, and batch norm's statistics on these speak "
+        f"for {best}x{best}: it is read at {read}x{read} (--preprocess NAME,size=H/W says it)."
+    )
 
 
 def misfit_of_statistics(checkpoint: Checkpoint, images: Tensor, given: str) -> float:
@@ -93,14 +120,14 @@ def misfit_of_answers(checkpoint: Checkpoint, images: Tensor, given: str) -> flo
     ways = [said[0]] if said is not None else [NAMED[name] for name in ("none", "half", "imagenet")]
     if given != "auto":
         ways = [parse_preprocess(given)]
-    told = max(0.0, *(spread(network, few, way)[1] for way in ways))
+    told = max(0.0, *(spread(network, few, way.of_channels(few.shape[1]))[1] for way in ways))
     return TELLS * math.log(min(len(few), checkpoint.arch.classes)) / max(told, 1e-6)
 
 
-def takes_sizes(outline: nn.Module, side: int) -> bool:
-    """Whether the network, built on the meta device, takes images of `side`, too."""
+def takes_sizes(outline: nn.Module, channels: int, side: int) -> bool:
+    """Whether the network of images of `channels`, built on the meta device, takes those of `side`, too."""
     try:
         with torch.inference_mode():
-            return outline(torch.zeros(1, 3, side, side, device="meta")).ndim == 2
+            return outline(torch.zeros(1, channels, side, side, device="meta")).ndim == 2
     except (RuntimeError, ValueError, AssertionError):
         return False

@@ -74,7 +74,7 @@ class Reading:
 
 
 def fit(checkpoint: Checkpoint, arch: Arch, choice: Choice, images: Tensor, labels: Tensor | None) -> Fit:
-    """How `arch` suits the checkpoint's weights on `images`, uint8 [n 3 h w]."""
+    """How `arch` suits the checkpoint's weights on `images`, uint8 [n c h w]."""
     model = Classifier(checkpoint.build("cpu", arch), choice.preprocess).eval()
     found: list[float] = []
 

@@ -20,7 +20,7 @@ from bdclean.files.tensorfile import DTYPES, FLOATS, Entry, read_header, write_f
 from bdclean.files.text import shown
 from bdclean.files.writing import reason
 from bdclean.networks.arch import COUNTER, Arch
-from bdclean.networks.building import Undrawn
+from bdclean.networks.building import Undrawn, load
 from bdclean.networks.checkpoint.claims import claimed_resize
 from bdclean.networks.checkpoint.copies import copies
 from bdclean.networks.checkpoint.sources import open_source
@@ -36,8 +36,8 @@ CLASSES_KEY = "bdclean.classes"
 CLAIM_KEYS = ("bdclean.preprocess", CONFIG_KEY, CLASSES_KEY)
 # The parts of a config that say which network it is, and what its classes are called.
 CONFIG_PARTS = ("architecture", "num_classes", "model_args", "global_pool", "model_type", "num_attention_heads",
-                "layer_norm_eps", "hidden_act", "downsample_in_bottleneck", "image_size", "id2label",
-                "label_names", "model_cfg", "vision_config")  # fmt: skip
+                "layer_norm_eps", "hidden_act", "downsample_in_bottleneck", "downsample_in_first_stage",
+                "image_size", "id2label", "label_names", "model_cfg", "vision_config")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Checkpoint:
                 raise Refused(f"{shown(self.source)} lacks {shown(name)}.")
         _check_tied(own, state, shown(self.source))
         _check_tables(own, state, shown(self.source))
-        network.load_state_dict(state, strict=True)
+        load(network, state)
         return network.float().eval().to(device)
 
     def state(self) -> dict[str, Tensor]:
@@ -208,7 +208,7 @@ class Checkpoint:
             said = {k: v for k, v in (self.config or {}).items() if k in CONFIG_PARTS}
             resize = claimed_resize(self.config, self.preprocessor)
             if said or resize != STRETCH:
-                said |= asdict(resize) | {"input_size": [3, *self.arch.input[1:]]}
+                said |= asdict(resize) | {"input_size": list(self.arch.input)}
                 kept |= {CONFIG_KEY: json.dumps(said, sort_keys=True)}
         return kept | {SOURCE_KEY: self.sha256} | dict(sorted(given.items())) | {SOURCE_KEY: self.sha256}
 

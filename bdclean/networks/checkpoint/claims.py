@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from bdclean.data.decode import FILTERS, STRETCH, Resize
 from bdclean.errors import UsageError
-from bdclean.networks.normalisation import Preprocess, Triple, named, parse_preprocess
+from bdclean.networks.normalisation import Preprocess, Values, named, parse_preprocess
 
 SMALLEST_CROP = 0.1
 CONVNEXT_CROP, CONVNEXT_STRETCHED = 224 / 256, 384
@@ -89,7 +89,8 @@ def _tables(config: object, preprocessor: object) -> list[dict]:
     return found
 
 
-def _numbers(value: object) -> Triple | None:
+def _numbers(value: object) -> Values | None:
+    """Three numbers, of one three times: for grey images they become one again."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = [value] * 3
     if not isinstance(value, (list, tuple)) or len(value) not in (1, 3):
@@ -102,7 +103,7 @@ def _numbers(value: object) -> Triple | None:
 
 
 def _claimed_size(table: dict) -> tuple[int, int] | None:
-    """timm's input_size [3, h, w]; Hugging Face's crop_size or size, a number or a table."""
+    """timm's input_size [c, h, w]; Hugging Face's crop_size or size, a number or a table."""
     shape = table.get("input_size")
     if isinstance(shape, (list, tuple)) and len(shape) == 3:
         pair: tuple[object, object] = (shape[1], shape[2])

@@ -1,6 +1,7 @@
 """Tensors of torch's own files, after --allow-pickle: read by the unpickler that builds nothing but tensors and tables.
 
-What a training script pickled beside them is passed over (`strangers`). The network's table is read under its own
+What a training script pickled beside them is passed over (`strangers`), newer pickle protocols are read, too
+(`protocols`). The network's table is read under its own
 names; tensors beside it (an optimizer's, an average's) are kept under theirs.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from bdclean.errors import Refused
 from bdclean.files.tensorfile import NAMES, Entry
 from bdclean.files.text import shown
+from bdclean.networks.checkpoint.protocols import NoProtocol2, opened
 from bdclean.networks.checkpoint.strangers import Stubs, UnpicklingError, foreign
 
 # Where training scripts keep the weights inside a saved table; averages only where nothing else is there.
@@ -98,17 +100,24 @@ def _check_archive(path: Path, size: int) -> None:
 
 def _load(path: Path) -> object:
     where = shown(path)
-    stubs = Stubs(foreign(path))
     try:
-        while True:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    with torch.serialization.safe_globals(stubs.allowed()):
-                        return torch.load(path, map_location="cpu", weights_only=True)
-            except UnpicklingError as error:
-                if not stubs.corrected(str(error)):
-                    raise
+        with opened(path) as stream:
+            stubs = Stubs(foreign(stream))
+            while True:
+                stream.seek(0)
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")
+                        with torch.serialization.safe_globals(stubs.allowed()):
+                            return torch.load(stream, map_location="cpu", weights_only=True)
+                except UnpicklingError as error:
+                    if not stubs.corrected(str(error)):
+                        raise
+    except NoProtocol2 as error:
+        raise Refused(
+            f"{where} holds more than plain tensors and tables ({error} of a newer pickle protocol): save the "
+            "network's state_dict() with safetensors where you trust it."
+        ) from None
     except MemoryError:
         raise Refused(f"{where} does not fit into memory.") from None
     except Exception as error:  # whatever a hostile pickle makes the unpickler raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from bdclean.errors import Refused
 from bdclean.files import strictjson
 from bdclean.files.kinds import looks_like_pickle, sentence
-from bdclean.files.tensorfile import Entry, Header, read_header, read_tensors
+from bdclean.files.tensorfile import Entry, Header, most_bytes, read_header, read_tensors
 from bdclean.files.text import shown
 from bdclean.files.writing import reason
 from bdclean.networks.checkpoint.pickles import read_pickle
@@ -81,6 +82,24 @@ def open_source(path: Path, allow_pickle: bool) -> Source:
     except OSError as error:
         raise Refused(f"{where} cannot be read: {reason(error)}.") from None
     return Source(entries, metadata, kind, load, config, preprocessor, tuple(notes), paths, beside)
+
+
+def digest(path: Path) -> str | None:
+    """The sha256 that `load` would give of what lies behind `path`, whether it can be read as a network or not.
+
+    None where that is no file or folder with one, or a file larger than this machine could read as a network.
+    """
+    try:
+        file = _in_folder(path) if path.is_dir() else path
+        if file.name.endswith(".index.json"):
+            with suppress(Refused):
+                return _shards(file)[2]()[1]
+        if not file.is_file() or file.stat().st_size > most_bytes():
+            return None
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except (Refused, OSError):
+        return None
 
 
 def _loader(path: Path, header: Header) -> Callable[[], tuple[dict[str, Tensor], str]]:

@@ -13,9 +13,10 @@ import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from pickle import UnpicklingError  # noqa: TID251  (torch's reader raises it; nothing is unpickled)
 from typing import IO, Any
+
+from bdclean.networks.checkpoint.protocols import MAGIC, PICKLES_IN_LEGACY, data_of
 
 __all__ = ["Stubs", "UnpicklingError", "foreign"]
 
@@ -31,8 +32,7 @@ PLAIN = re.compile(
 )
 # Tables that torch's unpickler lets nobody fill unless they are its own kinds.
 TABLES = ("collections.defaultdict",)
-MOST_NAMES, PICKLES_IN_LEGACY = 1000, 4
-MAGIC = b"PK\x03\x04"
+MOST_NAMES = 1000
 
 
 class Ignored:
@@ -65,21 +65,20 @@ class IgnoredTable:
         return OrderedDict()
 
 
-def foreign(path: Path) -> list[str]:
-    """Foreign classes and functions that the pickles in a torch file mention; empty where it is damaged."""
+def foreign(stream: IO[bytes]) -> list[str]:
+    """Foreign classes and functions that a torch file of protocol 2 mentions; empty where it is damaged."""
     names: set[str] = set()
     try:
-        with path.open("rb") as stream:
-            if stream.read(4) != MAGIC:
-                stream.seek(0)
-                for _ in range(PICKLES_IN_LEGACY):
-                    names |= mentioned(stream)
-            else:
-                with zipfile.ZipFile(path) as archive:
-                    inner = next((n for n in archive.namelist() if n.split("/", 1)[-1] == "data.pkl"), None)
-                    if inner is not None:
-                        with archive.open(inner) as member:
-                            names |= mentioned(member)
+        if stream.read(4) != MAGIC:
+            stream.seek(0)
+            for _ in range(PICKLES_IN_LEGACY):
+                names |= mentioned(stream)
+        else:
+            with zipfile.ZipFile(stream) as archive:
+                inner = data_of(archive)
+                if inner is not None:
+                    with archive.open(inner) as member:
+                        names |= mentioned(member)
     except (ValueError, OSError, KeyError, zipfile.BadZipFile, NotImplementedError, OverflowError):
         pass  # torch's own reader says what is wrong
     return sorted(n for n in names if PLAIN.match(n) or not REFUSED.match(n))[:MOST_NAMES]

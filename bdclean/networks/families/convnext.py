@@ -19,6 +19,8 @@ KNOWN: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {
     ((3, 3, 27, 3), (192, 384, 768, 1536)): "convnext_large",
 }
 SIZE = (3, 224, 224)
+# Pixels a side of the stem's patches in all of them.
+PATCH = 4
 
 
 def rename(name: str) -> str:
@@ -41,14 +43,22 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
         return
     name = KNOWN.get((tuple(blocks), tuple(widths)))
     name = name or f"convnext-{'-'.join(map(str, blocks))}-w{'-'.join(map(str, widths))}"
-    yield Proposal(name, partial(make_network, tuple(blocks), tuple(widths), head[0]), SIZE)
+    stem = shapes.get("features.0.0.weight", ())
+    patch = stem[2] if len(stem) == 4 else PATCH
+    name += f"-p{patch}" if patch != PATCH else ""
+    yield Proposal(name, partial(make_network, tuple(blocks), tuple(widths), head[0], patch), SIZE)
 
 
-def make_network(blocks: tuple[int, ...], widths: tuple[int, ...], classes: int) -> nn.Module:
-    """torchvision's ConvNeXt with these numbers."""
+def make_network(
+    blocks: tuple[int, ...], widths: tuple[int, ...], classes: int, patch: int = PATCH
+) -> nn.Module:
+    """torchvision's ConvNeXt with these numbers; `patch`: pixels a side of what its stem sees at once."""
     after = (*widths[1:], None)
     plan = [CNBlockConfig(w, n, b) for b, w, n in zip(blocks, widths, after, strict=True)]
-    return ConvNeXt(plan, num_classes=classes)
+    network = ConvNeXt(plan, num_classes=classes)
+    if patch != PATCH:
+        network.features[0][0] = nn.Conv2d(3, widths[0], patch, patch)
+    return network
 
 
 def named_proposals(classes: int) -> Iterator[Proposal]:

@@ -11,10 +11,14 @@ from bdclean.networks.arch import Shape, Shapes
 
 @dataclass(frozen=True)
 class Layers:
-    """The numbers of a residual network in `layer1`, `layer2`, ...: `widths` are those of each one's first kernel."""
+    """The numbers of a residual network in `layer1`, `layer2`, ...
+
+    `widths` are those of each one's first kernel, `outside` those of what each gives.
+    """
 
     blocks: tuple[int, ...]
     widths: tuple[int, ...]
+    outside: tuple[int, ...]
     stem: Shape
     classes: int
     bottleneck: bool
@@ -25,10 +29,12 @@ def layers(shapes: Shapes) -> Layers | None:
     blocks = depths(shapes)
     stem, head = shapes.get("conv1.weight", ()), shapes.get("fc.weight", ())
     first = [shapes.get(f"layer{k + 1}.0.conv1.weight", ()) for k in range(len(blocks))]
-    if len(blocks) not in (3, 4) or len(stem) != 4 or len(head) != 2 or any(len(f) != 4 for f in first):
-        return None
     bottleneck = "layer1.0.conv3.weight" in shapes
-    return Layers(blocks, tuple(f[0] for f in first), stem, head[0], bottleneck)
+    last = 3 if bottleneck else 2
+    given = [shapes.get(f"layer{k + 1}.0.conv{last}.weight", ()) for k in range(len(blocks))]
+    if not blocks or len(stem) != 4 or len(head) != 2 or any(len(f) != 4 for f in (*first, *given)):
+        return None
+    return Layers(blocks, tuple(f[0] for f in first), tuple(g[0] for g in given), stem, head[0], bottleneck)
 
 
 def numbered(names: Iterable[str], pattern: str, start: int = 0) -> int:

@@ -104,7 +104,7 @@ def rename(name: str) -> str:
 def propose(shapes: Shapes) -> Iterator[Proposal]:
     """The pre-activation network that these shapes suggest, with both kinds of shortcut where both occur."""
     read = layers(shapes)
-    if read is None:
+    if read is None or len(read.blocks) not in (3, 4):
         return
     blocks, widths, stem, bottleneck = read.blocks, read.widths, read.stem, read.bottleneck
     biased = "layer1.0.conv1.bias" in shapes

@@ -1,6 +1,6 @@
 """RegNets X and Y (Radosavovic et al. 2020) with torchvision's names, of any depth and width.
 
-Blocks, widths and group widths are in the shapes; the stem, the bottleneck's factor and the share of
+Stem, blocks, widths and group widths are in the shapes; the bottleneck's factor and the share of
 squeeze-and-excitation are those of torchvision's and Hugging Face's files. torchvision's own builders compute widths
 with tensors, which the meta device cannot, so its table is kept here as it came out.
 """
@@ -37,6 +37,8 @@ KNOWN: dict[Plan, str] = {
     ((2, 7, 17, 1), (528, 1056, 2904, 7392), (264, 264, 264, 264), True): "regnet_y_128gf",
 }
 SIZE = (3, 224, 224)
+# Channels of the stem of all of them.
+STEM = 32
 
 
 def rename(name: str) -> str:
@@ -64,20 +66,32 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
     if not blocks or not all(widths) or not all(groups):
         return
     squeezes = "trunk_output.block1.block1-0.f.se.fc1.weight" in shapes
+    stem = shapes.get("stem.0.weight", ())
+    if len(stem) != 4:
+        return
     plan: Plan = (tuple(blocks), tuple(widths), tuple(groups), squeezes)
+    # A stage that neither widens nor has a stride needs no projection.
+    first_stride = 2 if "trunk_output.block1.block1-0.proj.0.weight" in shapes else 1
     usual = f"regnet_{'y' if squeezes else 'x'}-{'-'.join(map(str, blocks))}-w{'-'.join(map(str, widths))}"
-    yield Proposal(KNOWN.get(plan, usual), partial(make_network, plan, head[0]), SIZE)
+    known = KNOWN.get(plan) if (stem[0], first_stride) == (STEM, 2) else None
+    build = partial(make_network, plan, head[0], stem[0], first_stride)
+    yield Proposal(known or usual, build, SIZE)
 
 
-def make_network(plan: Plan, classes: int) -> nn.Module:
+def make_network(plan: Plan, classes: int, stem: int = STEM, first_stride: int = 2) -> nn.Module:
     """torchvision's RegNet with these numbers."""
     blocks, widths, groups, squeezes = plan
     count = len(blocks)
     share = 0.25 if squeezes else None
     parameters = BlockParams(
-        list(blocks), list(widths), list(groups), [1.0] * count, [2] * count, se_ratio=share
+        list(blocks),
+        list(widths),
+        list(groups),
+        [1.0] * count,
+        [first_stride] + [2] * (count - 1),
+        se_ratio=share,
     )
-    return RegNet(parameters, num_classes=classes)
+    return RegNet(parameters, num_classes=classes, stem_width=stem)
 
 
 def named_proposals(classes: int) -> Iterator[Proposal]:

@@ -28,9 +28,10 @@ DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
 class Block(nn.Module):
     """conv-norm-relu twice (or the 1x1-3x3-1x1 bottleneck), plus the input, cast to the same shape."""
 
-    def __init__(self, inside: int, width: int, stride: int, bottleneck: bool, shortcut: str) -> None:
+    def __init__(
+        self, inside: int, width: int, outside: int, stride: int, bottleneck: bool, shortcut: str
+    ) -> None:
         super().__init__()
-        outside = width * 4 if bottleneck else width
         if bottleneck:
             self.conv1 = nn.Conv2d(inside, width, 1, bias=False)
             self.bn1 = nn.BatchNorm2d(width)
@@ -76,7 +77,11 @@ class PadChannels(nn.Module):
 
 
 class ResidualNetwork(nn.Module):
-    """Stem, stages `layer1`, ..., global average pooling, `fc`."""
+    """Stem, stages `layer1`, ..., global average pooling, `fc`.
+
+    `outside`: the channels that each stage gives, `widths` (of bottlenecks four times those) where it is not given.
+    `first_stride`: that of `layer1`.
+    """
 
     def __init__(
         self,
@@ -87,19 +92,22 @@ class ResidualNetwork(nn.Module):
         bottleneck: bool = False,
         shortcut: str = "b",
         bias: bool = True,
+        outside: tuple[int, ...] | None = None,
+        first_stride: int = 1,
     ) -> None:
         super().__init__()
+        outside = outside or tuple(width * 4 if bottleneck else width for width in widths)
         self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         self.act: nn.Module = nn.ReLU()
         inside = stem
         self.stage_names = tuple(f"layer{k + 1}" for k in range(len(blocks)))
-        for name, count, width in zip(self.stage_names, blocks, widths, strict=True):
+        for name, count, width, out in zip(self.stage_names, blocks, widths, outside, strict=True):
             stage = []
+            stride = first_stride if name == "layer1" else 2
             for j in range(count):
-                stride = 2 if j == 0 and name != "layer1" else 1
-                stage.append(Block(inside, width, stride, bottleneck, shortcut))
-                inside = width * 4 if bottleneck else width
+                stage.append(Block(inside, width, out, stride if j == 0 else 1, bottleneck, shortcut))
+                inside = out
             setattr(self, name, nn.Sequential(*stage))
         self.fc = nn.Linear(inside, classes, bias=bias)
 
@@ -121,7 +129,7 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
     akamaster's has half of them on each side, the Lua original and forks of akamaster's all at the end.
     """
     read = layers(shapes)
-    if read is None:
+    if read is None or len(read.blocks) not in (3, 4):
         return
     blocks, widths, stem, bottleneck = read.blocks, read.widths, read.stem, read.bottleneck
     plain = not any(".downsample." in name for name in shapes)

@@ -7,9 +7,11 @@ candidate, which real images must part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +20,25 @@ from torch import nn
 from bdclean.errors import Refused, UsageError
 from bdclean.files.text import shown
 from bdclean.networks.arch import Arch, Shape
-from bdclean.networks.encoder import headless
+from bdclean.networks.encoder import headless, submodule
 from bdclean.networks.recognition import encoders, recognition, timm_models
+from bdclean.networks.recognition.channels import as_rgb, check_readable, with_channels
 from bdclean.networks.recognition.dialects import views
 from bdclean.networks.recognition.matching import Match, Part, differences, listed
 from bdclean.networks.recognition.transformers_names import TABLES, Translation, translate
 from bdclean.networks.recognition.variants import with_epsilon
 from bdclean.networks.stages import describe, describe_encoder, watch
 
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+NO_HEAD = (
+    "the code's network ends without a head of classes: it is read as an encoder of {} features (--kind classifier says "
+    "otherwise)."
+)
 CODE = "give the network's own code with --arch FILE.py:NAME"
 # The only activation that the networks read from transformers' names have here; gelu for the other kinds.
 ACTIVATIONS = {"resnet": "relu", "regnet": "relu"}
+# Whether the first stage lowers the resolution, where a config does not say.
+FIRST_STAGE_LOWERS = {"resnet": False, "regnet": True}
 # transformers' epsilon of layer norms, of all of them or of the last alone, where a config does not say: that of
 # google/vit-base-patch16-224 and facebook/convnext-tiny-224.
 EPSILON = {"vit": (1e-12, ""), "convnext": (1e-12, "classifier.0"), "convnextv2": (1e-12, "head.norm")}
@@ -51,7 +61,11 @@ def identify(
         with suppress(Refused):
             return named_encoders(shapes, arch, config), []
     try:
-        return classifiers(shapes, arch, config)
+        found = classifiers(shapes, arch, config)
+        if coded and gives_features(found[0][0].arch):
+            made, notes = as_encoders(shapes, arch, config)
+            return made, [*notes, NO_HEAD.format(made[0].arch.width)]
+        return found
     except (Refused, UsageError) as error:
         if coded:
             raise
@@ -61,6 +75,21 @@ def identify(
             if arch is None and encoders.is_half(shapes):
                 raise other from None
         raise error from None
+
+
+def gives_features(arch: Arch) -> bool:
+    """Whether the last layer with weights of a user's network is no head: it gives maps or tokens, or a norm follows.
+
+    A head of maps, as SqueezeNet has one, is a convolution of single pixels.
+    """
+    events, _, _ = watch(arch.build, arch.input)
+    last, head = submodule(arch, arch.head), events.get(arch.head)
+    if head is None or not isinstance(last, nn.Linear | nn.Conv2d):
+        return False
+    norms = {name for name, module in arch.build().named_modules() if isinstance(module, NORMS)}
+    if any(event.begin > head.end for name, event in events.items() if name in norms):
+        return True
+    return len(head.shape) != 2 if isinstance(last, nn.Linear) else last.kernel_size != (1, 1)
 
 
 def named_encoders(
@@ -203,7 +232,7 @@ def accepts(arch: Arch, size: tuple[int, int]) -> bool:
     if size == arch.input[1:]:
         return True
     try:
-        watch(arch.build, (3, *size))
+        watch(arch.build, (arch.input[0], *size))
     except Exception:  # a network may refuse a size in any way
         return False
     return True
@@ -220,7 +249,7 @@ def same_function(one: Arch, other: Arch) -> bool:
                 tensor.uniform_(0.1, 0.3) if tensor.ndim < 2 else tensor.normal_(0, tensor[0].numel() ** -0.5)
         try:
             second.load_state_dict(first.state_dict())
-            x = torch.randn(1, 3, side, side)
+            x = torch.randn(1, one.input[0], side, side)
             a, b = first(x), second(x)
         except (RuntimeError, AssertionError, ValueError):
             return False
@@ -256,15 +285,18 @@ def known(there: Translation, arch: str | None) -> list[Match]:
         if found[0].unread:
             raise Refused(f"{shown(found[0].unread[0])} is not part of a {there.kind} that is known: {CODE}.")
         return found
-    proposal = timm_models.convnextv2(there.shapes)
+    rgb, channels = as_rgb(there.shapes)
+    proposal = timm_models.convnextv2(rgb)
     differing = ["its stages or its head are not whole"]
     if proposal is not None:
+        proposal = with_channels(proposal, channels)
         try:
             network, expected = timm_models.on_meta(proposal.build)
         except Exception as error:  # a builder may refuse numbers in any way
             raise Refused(f"no ConvNeXt V2 has these numbers ({shown(error)}): {CODE}.") from None
         differing = differences(there.shapes, expected)
         if not differing:
+            check_readable(f"this {proposal.name}", channels)
             made = describe(proposal.name, proposal.build, proposal.input, (), network)
             return [Match(made, {name: name for name in there.shapes}, ())]
     raise Refused(f"these {len(there.shapes)} tensors are no ConvNeXt V2 ({listed(differing)}): {CODE}.")
@@ -278,12 +310,15 @@ def settle(found: list[Match], kind: str, claim: Mapping[str, Any]) -> list[Matc
         raise Refused(
             f"config.json says hidden_act {shown(activation)}; only {usual_one} is known for {kind}: {CODE}."
         )
+    lowers = claim.get("downsample_in_first_stage")
+    if kind in FIRST_STAGE_LOWERS and isinstance(lowers, bool) and lowers != FIRST_STAGE_LOWERS[kind]:
+        found = [with_first_stride(m, kind, 2 if lowers else 1) for m in found]
     if claim.get("model_type") == kind:
         found = [chosen(found, kind, claim)]
     side = claim.get("image_size")
     if kind != "vit" and isinstance(side, int) and 32 <= side <= 2048:
         # A transformer's position embedding shows it; for the others it is what the network was trained at.
-        found = [replace(m, arch=replace(m.arch, input=(3, side, side))) for m in found]
+        found = [replace(m, arch=replace(m.arch, input=(m.arch.input[0], side, side))) for m in found]
     if kind not in EPSILON:
         return found
     usual, last = EPSILON[kind]
@@ -291,6 +326,31 @@ def settle(found: list[Match], kind: str, claim: Mapping[str, Any]) -> list[Matc
     if not isinstance(value, float) or not 0 < value < 0.1:
         value = usual
     return [replace(m, arch=replace(m.arch, build=with_epsilon(m.arch.build, value, last))) for m in found]
+
+
+def with_first_stride(match: Match, kind: str, stride: int) -> Match:
+    """The network with this stride in its first stage, which shapes show only where that changes no width."""
+    arch = match.arch
+    if kind == "regnet":
+        block, strided, shortcut = "trunk_output.block1.block1-0", "f.b.0", "proj.0"
+    else:
+        inner = "layer1.0.conv3.weight" in match.names.values() and "stride1x1" not in arch.name
+        block, strided, shortcut = "layer1.0", "conv2" if inner else "conv1", "downsample.0"
+    places = [f"{block}.{place}" for place in (strided, shortcut)]
+    places = [place for place in places if f"{place}.weight" in match.names.values()]
+    build = partial(restrided, arch.build, places, stride)
+    made = describe(arch.name, build, arch.input, arch.alternatives)
+    return replace(match, arch=replace(made, unusual=arch.unusual))
+
+
+def restrided(build: Callable[[], nn.Module], places: Sequence[str], stride: int) -> nn.Module:
+    """The network with this stride in the convolutions at `places`."""
+    network = build()
+    for place in places:
+        convolution = network.get_submodule(place)
+        assert isinstance(convolution, nn.Conv2d)
+        convolution.stride = (stride, stride)
+    return network
 
 
 def chosen(found: list[Match], kind: str, claim: Mapping[str, Any]) -> Match:
@@ -303,10 +363,30 @@ def chosen(found: list[Match], kind: str, claim: Mapping[str, Any]) -> Match:
         for match in found:
             if attention_heads(match.arch) == heads:
                 return match
+        if (made := with_heads(found[0], heads)) is not None:
+            return made
         raise Refused(
             f"config.json says {heads} attention heads, which these tensors do not allow: correct it."
         )
     return found[0]
+
+
+def with_heads(match: Match, heads: int) -> Match | None:
+    """The transformer with this number of heads, more or narrower ones than are tried unasked; None where none fits."""
+    arch = match.arch
+    with torch.device("meta"):
+        first = next(m for m in arch.build().modules() if isinstance(m, nn.MultiheadAttention))
+    if heads < 1 or first.embed_dim % heads:
+        return None
+
+    def build() -> nn.Module:
+        network = arch.build()
+        for module in network.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                module.num_heads, module.head_dim = heads, module.embed_dim // heads
+        return network
+
+    return replace(match, arch=replace(arch, name=re.sub(r"-h\d+-", f"-h{heads}-", arch.name), build=build))
 
 
 def attention_heads(arch: Arch) -> int | None:

@@ -24,11 +24,13 @@ from bdclean.networks.families import (
     preact,
     regnet,
     residual,
+    scaled,
     swin,
     token_transformer,
     vgg,
     vit,
 )
+from bdclean.networks.recognition.channels import as_rgb, at_usual_size, check_readable, with_channels
 from bdclean.networks.recognition.dialects import views
 from bdclean.networks.recognition.matching import Match, differences, listed
 from bdclean.networks.recognition.user_code import fit_user_code
@@ -47,6 +49,7 @@ FAMILIES: tuple[Family, ...] = (
     regnet,
     densenet,
     builders,
+    scaled,
 )
 # Networks that are mostly found as encoders, and have a head once one was trained on them. None is known by name.
 OF_ENCODERS: tuple[Family, ...] = (token_transformer, clip_resnet)
@@ -67,11 +70,16 @@ def recognise(shapes: Mapping[str, Shape]) -> list[Match]:
 def fitting(
     shapes: Mapping[str, Shape], families: tuple[Family, ...] = FAMILIES
 ) -> tuple[list[Match], list[Near]]:
-    """The networks of `families` with exactly these tensors, and if there are none, what these were nearest to."""
+    """The networks of `families` with exactly these tensors, and if there are none, what these were nearest to.
+
+    Raises Refused where a network fits whose images have neither one channel nor three.
+    """
     near: list[Near] = []
     for family, renamed, unread in renamings(shapes, families):
         own = {new: tuple(shapes[name]) for name, new in renamed.items()}
-        for proposal in family.propose(own):
+        rgb, channels = as_rgb(own)
+        for for_rgb in family.propose(rgb):
+            proposal = with_channels(for_rgb, channels)
             found = build_shapes(proposal)
             if found is None:
                 continue
@@ -79,9 +87,10 @@ def fitting(
             idle = {name for name in own if name.startswith(proposal.idle)} if proposal.idle else set()
             differing = differences(own, expected | (idle_shapes(proposal) if idle else {}))
             if not differing:
+                check_readable(f"this {proposal.name}", channels)
                 read = {name: new for name, new in renamed.items() if new not in idle}
                 aside = tuple(name for name, new in renamed.items() if new in idle)
-                return matches(proposal, network, read, unread + aside), []
+                return matches(at_usual_size(proposal, network), network, read, unread + aside), []
             held = sum(own.get(n) == s for n, s in expected.items() if not n.endswith(COUNTER))
             of = sum(not n.endswith(COUNTER) for n in expected)
             near.append(Near(proposal.name, differing, held, of))
@@ -117,9 +126,10 @@ def near_misses(shapes: Mapping[str, Shape], only: str | None = None) -> Iterato
     tried = set()
     for family, renamed, _ in renamings(shapes):
         own = {new: tuple(shapes[name]) for name, new in renamed.items()}
-        for name in [only] if only else [row.name for row in known.nearest(own)]:
+        rgb, channels = as_rgb(own)
+        for name in [only] if only else [row.name for row in known.nearest(rgb)]:
             proposal = named(family, name, classes_of(own))
-            found = build_shapes(proposal) if proposal is not None else None
+            found = build_shapes(with_channels(proposal, channels)) if proposal is not None else None
             if found is None or (name, frozenset(own)) in tried:
                 continue
             tried.add((name, frozenset(own)))

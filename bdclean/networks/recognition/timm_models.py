@@ -21,6 +21,7 @@ from torch import nn
 from bdclean.errors import Refused, UsageError
 from bdclean.files.text import shown
 from bdclean.networks.arch import Proposal, Shape, Shapes
+from bdclean.networks.recognition.channels import check_readable
 from bdclean.networks.recognition.dialects import views
 from bdclean.networks.recognition.matching import Match, differences, listed, needed
 from bdclean.networks.stages import describe, describe_encoder
@@ -131,13 +132,12 @@ def fit_timm(name: str, shapes: Mapping[str, Shape], config: Mapping[str, Any] |
     nearest: list[str] = []
     for given in ways_to_build(config, shapes):
         match, differing = held_against(name, given, shapes, config)
+        corrected = given | as_the_file_has(differing, given)
+        if match is None and corrected != given:
+            match, differing = held_against(name, corrected, shapes, config)
         if match is not None:
+            check_readable(match.arch.name, match.arch.input[0])
             return match
-        other = head_rows(differing, given["num_classes"])
-        if other is not None:
-            match, differing = held_against(name, given | {"num_classes": other}, shapes, config)
-            if match is not None:
-                return match
         if not nearest or len(differing) < len(nearest):
             nearest = differing
     raise Refused(f"timm:{name} does not have these {len(shapes)} tensors ({listed(nearest)}).")
@@ -170,21 +170,26 @@ def input_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
     inner = config.get("pretrained_cfg")
     for table in (inner if isinstance(inner, Mapping) else {}, config):
         size = table.get("input_size")
-        if isinstance(size, list) and len(size) == 3 and size[0] == 3 and all(_whole(v, 2048) for v in size):
+        if isinstance(size, list) and len(size) == 3 and all(_whole(v, 2048) for v in size):
             return size[1], size[2]
     return None
 
 
-def head_rows(differing: list[str], classes: int) -> int | None:
-    """The class count that the file has, where a difference shows it.
+def as_the_file_has(differing: list[str], given: Mapping[str, Any]) -> dict[str, int]:
+    """The class count and the channels of images that the file has, where differences show them.
 
     In a sorted file (`head.fc` before `stages`) the last matrix is no head, and a config may be that of another head.
+    Channels show in a first convolution, which differs from the built one in nothing else.
     """
+    rows = re.compile(rf" is \[(\d{{1,7}})[^\]]*\], expected \[{given['num_classes']}[,\]]")
+    stem = re.compile(r" is \[(\d+), (\d{1,3}), (\d+), (\d+)\], expected \[\1, 3, \3, \4\]$")
+    found: dict[str, int] = {}
     for phrase in differing:
-        found = re.search(rf" is \[(\d{{1,7}})[^\]]*\], expected \[{classes}[,\]]", phrase)
-        if found:
-            return int(found.group(1))
-    return None
+        if match := stem.search(phrase):
+            found.setdefault("in_chans", int(match[2]))
+        elif match := rows.search(phrase):
+            found.setdefault("num_classes", int(match[1]))
+    return found
 
 
 def held_against(
@@ -201,7 +206,8 @@ def held_against(
         own = {new: tuple(shapes[old]) for old, new in names.items()}
         differing = differences(own, needed(expected, own, network))
         if not differing:
-            return match_at_size(f"timm:{name}", build, network, names, unread, config), []
+            channels = given.get("in_chans", 3)
+            return match_at_size(f"timm:{name}", build, network, names, unread, config, channels), []
         if not best or len(differing) < len(best):
             best = differing
     return None, best
@@ -214,8 +220,9 @@ def match_at_size(
     names: dict[str, str],
     unread: tuple[str, ...],
     config: Mapping[str, Any],
+    channels: int,
 ) -> Match:
-    """The Match at the input size that the config says, else at the network's usual one."""
+    """The Match at the input size that the config says, else at the network's usual one, with so many channels."""
     own = getattr(network, "pretrained_cfg", None) or {}
     usual = own.get("input_size") if isinstance(own, Mapping) else None
     patches = getattr(getattr(network, "patch_embed", None), "img_size", None)
@@ -224,14 +231,14 @@ def match_at_size(
     failure = ""
     for size in dict.fromkeys(tuple(s) for s in sizes if s):
         try:
-            full = (3, size[0], size[1])
+            full = (channels, size[0], size[1])
             if config.get("num_classes") == 0:
                 arch = describe_encoder(name, build, full, PRE_LOGITS)
                 return Match(replace(arch, head_place=head_place(network)), names, unread)
             return Match(describe(name, build, full, (), network), names, unread)
         except Exception as error:  # a network may refuse a size in any way
             failure = failure or f"{type(error).__name__}: {error}"
-    raise Refused(f"{name} cannot be run as a classifier of RGB images ({shown(failure)}).")
+    raise Refused(f"{name} cannot be run as a classifier of images ({shown(failure)}).")
 
 
 def head_place(network: nn.Module) -> str:

@@ -19,14 +19,16 @@ from torch import nn
 from bdclean.errors import Refused, UsageError
 from bdclean.files.text import shown
 from bdclean.networks.arch import Arch, Shape
+from bdclean.networks.recognition.channels import check_readable
 from bdclean.networks.recognition.dialects import views
 from bdclean.networks.recognition.matching import Match, differences, listed, needed
 from bdclean.networks.stages import describe
 
 # Shapes seldom show the input's size: the first of these that the code accepts is taken; --preprocess size=h/w wins.
 # They are those of CIFAR and GTSRB (32, 48), ImageNet (224, 384), Tiny ImageNet, MNIST in colours, STL-10, Imagenette
-# (128, 256) and Inception.
+# (128, 256) and Inception; of grey images MNIST's comes first.
 SMALL_FIRST = (32, 224, 64, 28, 96, 48, 128, 256, 299, 384)
+GREY_FIRST = (28, *(side for side in SMALL_FIRST if side != 28))
 
 
 def fit_user_code(spec: str, shapes: Mapping[str, Shape]) -> Match:
@@ -153,18 +155,22 @@ def ways_to_call(made: object, shapes: Mapping[str, Shape]) -> Iterator[Callable
 
 
 def arch_of(spec: str, build: Callable[[], nn.Module], network: nn.Module) -> Arch:
-    """The Arch of the user's network, at the first usual input size that it accepts."""
+    """The Arch of the user's network, at the first usual input size that it accepts.
+
+    What takes RGB images gets them, also where its own code makes them grey for a first layer of one channel; else the
+    images are grey. Raises Refused where neither runs.
+    """
     first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.in_channels != 3:
-        raise Refused(f"{spec} takes images of {first.in_channels} channels; bdclean works on RGB images.")
     # A stem that shrinks its input at once is made for large images, though it may accept small ones.
     shrinks = first is not None and (first.kernel_size[0] >= 7 or first.stride[0] > 2)
-    sizes = sorted(SMALL_FIRST, key=lambda s: s != 224) if shrinks else SMALL_FIRST
-    why = ""
-    for side in sizes:
-        try:
-            with torch.random.fork_rng(devices=[]):
-                return describe(f"user:{spec.rpartition(':')[2]}", build, (3, side, side))
-        except Exception as error:  # a stranger's code may raise anything
-            why = why or f"{type(error).__name__}: {error}"
-    raise Refused(f"{spec} cannot be run on an image of {sizes[0]}x{sizes[0]}: {shown(why)}.")
+    why: dict[int, str] = {}
+    for channels, usual in ((3, SMALL_FIRST), (1, GREY_FIRST)):
+        for side in sorted(usual, key=lambda s: s != 224) if shrinks else usual:
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    return describe(f"user:{spec.rpartition(':')[2]}", build, (channels, side, side))
+            except Exception as error:  # a stranger's code may raise anything
+                why.setdefault(channels, f"an image of {side}x{side}: {type(error).__name__}: {error}")
+    own = first.in_channels if first is not None else 3
+    check_readable(spec, own)
+    raise Refused(f"{spec} cannot be run on {shown(why[own])}.")

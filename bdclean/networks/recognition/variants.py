@@ -82,7 +82,7 @@ def variant(
 
 def at_size(arch: Arch, side: int) -> Arch:
     """`resnet18+32px`: the same network for images of another side."""
-    return replace(arch, name=f"{SIZED.sub('', arch.name)}+{side}px", input=(3, side, side))
+    return replace(arch, name=f"{SIZED.sub('', arch.name)}+{side}px", input=(arch.input[0], side, side))
 
 
 def changed(build: Callable[[], nn.Module], change: Callable[[nn.Module], nn.Module]) -> nn.Module:

@@ -1,8 +1,8 @@
 """Views of an image: crop, mirror, colour and blur for a whole batch at once, each image with its own draw.
 
-Every function takes float images [n 3 h w] in [0, 1] and returns new ones of that shape and range. What torchvision
+Every function takes float images [n c h w] in [0, 1] and returns new ones of that shape and range. What torchvision
 does image by image in many passes is two here: crop and mirror are one affine sampling, and brightness, contrast,
-saturation, hue and grey are one affine map of each image's colours.
+saturation, hue and grey are one affine map of each image's colours. Of grey images (c is 1) the last three leave all.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Views:
     blurred: float = 0.0  # probability; SimCLR blurs ImageNet's images alone
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """New float images [n 3 h w] in [0, 1]; `images` may be uint8."""
+        """New float images [n c h w] in [0, 1]; `images` may be uint8."""
         x = images.float() / 255 if images.dtype == torch.uint8 else images
         if self.smallest < 1 or self.stretch > 1 or self.mirrored > 0:
             x = resized_crop(x, generator, self.smallest, self.stretch, self.mirrored)
@@ -94,9 +94,11 @@ def recolour(
     )
     angle = torch.where(coin, 2 * math.pi * strengths[3] * draw(n, -1.0, 1.0), 0.0)
     saturation = torch.where(draw(n, 0.0, 1.0) < grey, 0.0, saturation)
-    luminance = images.new_tensor(LUMINANCE)
+    luminance = images.new_tensor(LUMINANCE if images.shape[1] == 3 else (1.0,))
     mean = torch.einsum("nchw,c->n", images, luminance) / (images.shape[2] * images.shape[3])
-    matrix = (brightness * contrast).view(n, 1, 1) * _chroma_turns(saturation, angle)
+    matrix = (brightness * contrast).view(n, 1, 1)
+    if images.shape[1] == 3:
+        matrix = matrix * _chroma_turns(saturation, angle)
     offset = ((1 - contrast) * brightness * mean).view(n, 1, 1)
     return (matrix @ images.flatten(2) + offset).clamp(0, 1).view_as(images)
 
