@@ -7,9 +7,9 @@ DIR is what `small-networks` made: `networks.json`, which says what each network
 `<stem>-images`, the test images of its classes.
 
 A network is read as `scan` reads it, with at most `--limit` images without labels. Each statistic is a file in
-`DIR/scores`; those that exist are not made again. `--ship` writes the clean networks' into the package, and the counts
-then are of these: each clean network is held against the others (leave-one-out). `--network` adds a stranger's network to
-the second table, and only there; a TARGET of `-` is one without a backdoor.
+`DIR/scores`; those that exist are not made again. `--ship` writes the clean networks' into the package; the counts are
+of what the package has: each clean network is held against the others (leave-one-out). `--network` adds a stranger's
+network to the second table, and only there; a TARGET of `-` is one without a backdoor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,25 +61,37 @@ class Score:
     seconds: float
 
 
-def score(known: Known, detector: str, folder: Path, limit: int) -> Score:
-    """The detector's word on a network, from its file in `folder` where there is one."""
-    cell = folder / f"{known.name}.{detector}.json"
-    if cell.exists():
-        return Score(**json.loads(cell.read_text(encoding="utf-8")))
-    opened = Opened.of(known.file, known.images, known.arch, "classifier", limit)
+def asked(known: Known, detectors: Sequence[str], folder: Path, limit: int) -> dict[str, Score]:
+    """The word of each detector on a network, from its file in `folder` where there is one."""
+    opened: Opened | None = None
+    scores = {}
+    for detector in detectors:
+        cell = folder / f"{known.name}.{detector}.json"
+        if not cell.exists():
+            opened = opened or Opened.of(known.file, known.images, known.arch, "classifier", limit)
+            said = score(opened, detector)
+            print(f"{known.name} {detector}: {said.statistic}, {said.seconds} s", file=sys.stderr, flush=True)
+            write_text(cell, json.dumps(asdict(said)) + "\n")
+        scores[detector] = Score(**json.loads(cell.read_text(encoding="utf-8")))
+    return scores
+
+
+def score(opened: Opened, detector: str) -> Score:
+    """The detector's word on an opened network, run as `scan` runs it."""
     precision = precision_for((detector,), opened.classifier, opened.images, opened.device)
     run, started = Run(opened.device, precision, 0), time.process_time()
     made = registry.load(registry.DETECTORS, detector)()
+    statistic, outlier = None, False
     try:
         found = made(frozen(opened.classifier, run), opened.arch, opened.images, run)
-        finding: dict[str, Any] = next((f for f in found.findings if f["verdict"] == "outlier"), found.findings[0])
-        said = (found.statistic, finding["verdict"] == "outlier", finding["reason"])
+        finding: dict[str, Any] = next(
+            (f for f in found.findings if f["verdict"] == "outlier"), found.findings[0]
+        )
+        statistic, outlier, reason = found.statistic, finding["verdict"] == "outlier", finding["reason"]
     except Refused as error:
-        said = (None, False, str(error))
-    spent = time.process_time() - started
-    result = Score(opened.arch.classes, max(opened.images.shape[2:]), *said, round(spent, 1))
-    write_text(cell, json.dumps(asdict(result)) + "\n")
-    return result
+        reason = str(error)
+    spent = round(time.process_time() - started, 1)
+    return Score(opened.arch.classes, max(opened.images.shape[2:]), statistic, outlier, reason, spent)
 
 
 def shipped(known: Sequence[Known], scores: dict[str, dict[str, Score]]) -> str:
@@ -113,7 +125,7 @@ def alarms(found: dict[str, Score], values: dict[str, float | None], level: floa
 def table(known: Sequence[Known], scores: dict[str, dict[str, Score]], detectors: Sequence[str]) -> str:
     """Markdown: by detector, kind and truth, how many networks are flagged as published and by rank."""
     quick = [name for name in detectors if registry.DETECTORS[name].quick]
-    ways = [*((name, (name,)) for name in detectors)]
+    ways: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in detectors]
     if len(quick) > 1:
         ways.append(("unasked: " + " and ".join(quick), tuple(quick)))
     if len(detectors) > 1:
@@ -123,35 +135,35 @@ def table(known: Sequence[Known], scores: dict[str, dict[str, Score]], detectors
         f"| <= {LEVEL_UNASKED} | not calibrated |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    kinds = dict.fromkeys(calibration.kind_said(s.classes, s.side) for of in scores.values() for s in of.values())
+    kinds = dict.fromkeys(
+        calibration.kind_said(s.classes, s.side) for of in scores.values() for s in of.values()
+    )
     for said, names in ways:
         for kind in kinds:
             for backdoor in (False, True):
-                rows = [
-                    {name: scores[each.name][name] for name in names} | {}
+                rows = {
+                    each.name: {name: scores[each.name][name] for name in names}
                     for each in known
                     if (each.target is not None) == backdoor and _kind(scores[each.name]) == kind
-                ]
-                owners = [
-                    each.name
-                    for each in known
-                    if (each.target is not None) == backdoor and _kind(scores[each.name]) == kind
-                ]
-                if not rows:
-                    continue
-                values = [corrected(owner, row) for owner, row in zip(owners, rows, strict=True)]
-                published = sum(any(score.outlier for score in row.values()) for row in rows)
-                at = [
-                    sum(bool(alarms(row, value, level)) for row, value in zip(rows, values, strict=True))
-                    for level in (LEVEL, LEVEL_UNASKED)
-                ]
-                silent = sum(all(v is None for v in value.values()) for value in values)
-                low, high = wilson(at[0], len(rows))
-                lines.append(
-                    f"| {said} | {kind} | {'yes' if backdoor else 'no'} | {len(rows)} | {published} | {at[0]} "
-                    f"({100 * (low or 0):.0f} to {100 * (high or 0):.0f} %) | {at[1]} | {silent} |"
-                )
+                }
+                if rows:
+                    cells = [said, kind, "yes" if backdoor else "no", *counted(rows)]
+                    lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def counted(rows: Mapping[str, dict[str, Score]]) -> list[str]:
+    """How many of the networks are flagged in each way, as cells."""
+    values = {name: corrected(name, row) for name, row in rows.items()}
+    published = sum(any(score.outlier for score in row.values()) for row in rows.values())
+    at, rarely = (
+        sum(bool(alarms(row, values[name], level)) for name, row in rows.items())
+        for level in (LEVEL, LEVEL_UNASKED)
+    )
+    silent = sum(all(value is None for value in of.values()) for of in values.values())
+    low, high = wilson(at, len(rows))
+    spread = f"{100 * (low or 0):.0f} to {100 * (high or 0):.0f} %"
+    return [str(len(rows)), str(published), f"{at} ({spread})", str(rarely), str(silent)]
 
 
 def _kind(found: dict[str, Score]) -> str:
@@ -178,8 +190,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--work", type=Path, required=True, help="where `small-networks` put them")
     parser.add_argument("--scores", type=Path, help="where statistics are kept; default DIR/scores")
     parser.add_argument("--detectors", default=DETECTORS)
-    parser.add_argument("--limit", type=int, default=1000, help="images at most")
-    parser.add_argument("--ship", action="store_true", help="write the clean networks' numbers into the package")
+    parser.add_argument("--limit", type=int, default=128, help="images of each at most")
+    parser.add_argument(
+        "--ship", action="store_true", help="write the clean networks' numbers into the package"
+    )
     parser.add_argument(
         "--network", nargs="+", action="append", default=[], metavar="WORD", help="FILE TARGET IMAGES [ARCH]"
     )
@@ -189,7 +203,8 @@ def main(arguments: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     known = [
         Known(
-            row["name"], options.work / row["file"], options.work / f"{row['name']}-images", row["family"], row["target"]
+            row["name"], options.work / row["file"], options.work / f"{row['name']}-images", row["family"],
+            row["target"],
         )
         for row in json.loads((options.work / "networks.json").read_text(encoding="utf-8"))
     ]  # fmt: skip
@@ -197,12 +212,9 @@ def main(arguments: list[str]) -> int:
         Known(Path(w[0]).stem, Path(w[0]), Path(w[2]), "", None if w[1] == "-" else int(w[1]), *w[3:4])
         for w in options.network
     ]
-    scores: dict[str, dict[str, Score]] = {}
+    scores = {}
     for each in [*known, *others]:
-        scores[each.name] = {}
-        for detector in detectors:
-            found = scores[each.name][detector] = score(each, detector, folder, options.limit)
-            print(f"{each.name} {detector}: {found.statistic} {found.seconds} s", file=sys.stderr, flush=True)
+        scores[each.name] = asked(each, detectors, folder, options.limit)
     if options.ship:
         clean = [each for each in known if each.target is None]
         write_text(calibration.FILE, shipped(clean, scores))

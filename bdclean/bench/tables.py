@@ -42,7 +42,7 @@ class About:
 ABOUT = {
     "calibrate": About(
         "Detectors on networks whose truth is known",
-        "How many networks each detector flags: by its published threshold, and by its rank among the clean networks of "
+        "How many networks each detector flags: by its published threshold, and by its rank among clean networks of "
         "the same kind (a clean network's own score left out), corrected over the detectors that were asked together "
         "(Holm) and beyond its published threshold as well. The second table has each network with a backdoor, and "
         "networks that others trained: the statistic, a star where it is beyond the published threshold, and the "

@@ -1,7 +1,7 @@
 """What detectors say of networks without a backdoor, shipped as numbers, and how odd a network is among those.
 
-`python -m bdclean.bench calibrate` makes the numbers. No published threshold of a detector holds on clean networks: what
-may decide is the rank of a network's statistic among those of clean networks of its kind.
+`python -m bdclean.bench calibrate` makes the numbers. No published threshold of a detector holds on clean networks:
+what may decide is the rank of a network's statistic among those of clean networks of its kind.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def kind_said(classes: int, side: int) -> str:
 
 
 def matching(detector: str, classes: int, side: int, without: str | None = None) -> list[float]:
-    """The statistics of `detector` of the clean networks of this kind, ascending; `without` the network of that name."""
+    """The statistics of `detector` of the clean networks of this kind, ascending; `without` the one of that name."""
     scores = (
         clean.scores.get(detector)
         for clean in table()

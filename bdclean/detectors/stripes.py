@@ -25,7 +25,8 @@ class Stripes:
     What it does: stripes act only as a whole, so that gradients do not find them, and there are few enough to try all.
     When to use it: beside `inversion`; it takes a second.
     What it needs: 24 images, without labels.
-    Known limits: no finding decides a verdict by itself, only its rank among clean networks. Stripes at other angles are not tried.
+    Known limits: no finding decides a verdict by itself, only its rank among clean networks. Stripes at other angles
+    are not tried.
     """
 
     name: ClassVar[str] = "stripes"

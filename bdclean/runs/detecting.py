@@ -88,7 +88,11 @@ def look(
 
 
 def precision_for(
-    detectors: Iterable[str], classifier: Classifier, images: Tensor, device: torch.device, wanted: str = "auto"
+    detectors: Iterable[str],
+    classifier: Classifier,
+    images: Tensor,
+    device: torch.device,
+    wanted: str = "auto",
 ) -> Precision:
     """float32 where all are quick: no timing decides what a usual scan finds. Else what a short probe finds fastest."""
     if all(registry.DETECTORS[name].quick for name in detectors):
@@ -97,11 +101,14 @@ def precision_for(
 
 
 def rank(
-    statistics: Mapping[str, float | None], kind: tuple[int, int], readings: int = 1, without: str | None = None
+    statistics: Mapping[str, float | None],
+    kind: tuple[int, int],
+    readings: int = 1,
+    without: str | None = None,
 ) -> dict[str, Calibration]:
     """Where each detector's statistic lies among clean networks of this `kind` (classes, side), by detector.
 
-    Corrected over the detectors that have enough clean networks (Holm), and for the `readings` of the file (Bonferroni).
+    Corrected over the detectors that have enough clean networks (Holm), and for the file's `readings` (Bonferroni).
     `without`: a clean network that is left out, for counting false alarms on it.
     """
     ranked = {}
@@ -117,13 +124,13 @@ def rank(
 
 
 def _judged(found: Detected, ranked: Calibration | None, level: float) -> list[Finding]:
-    """Its findings with how odd the network is among clean ones; the largest score's may be suspicious."""
+    """Its findings with how odd the network is among clean ones: suspicious where that and its own threshold agree."""
     findings = [Finding(**finding) for finding in found.findings]
     if ranked is None or ranked.p_value is None or ranked.corrected is None:
         count = 0 if ranked is None else len(ranked.scores)
         said = (
-            f"Not calibrated ({count} clean networks of its kind, {calibration.LEAST_MATCHING} are needed): it does not "
-            "decide the verdict."
+            f"Not calibrated ({count} clean networks of its kind, {calibration.LEAST_MATCHING} are needed): it does "
+            "not decide the verdict."
         )
         return [replace(finding, reason=f"{finding.reason}. {said}") for finding in findings]
     above = sum(score >= ranked.score for score in ranked.scores)
