@@ -6,7 +6,7 @@
 DIR is what `small-networks` made: `networks.json`, which says what each network is, the files, and beside each
 `<stem>-images`, the test images of its classes.
 
-A network is read as `scan` reads it, with at most `--limit` images without labels. Each statistic is a file in
+They are read with the size and normalisation that they were trained with, strangers' as `scan` reads them, with at most `--limit` images without labels. Each statistic is a file in
 `DIR/scores`; those that exist are not made again. `--ship` writes the clean networks' into the package; the counts are
 of what the package has: each clean network is held against the others (leave-one-out). `--network` adds a stranger's
 network to the second table, and only there; a TARGET of `-` is one without a backdoor.
@@ -47,6 +47,7 @@ class Known:
     family: str
     target: int | None
     arch: str | None = None
+    preprocess: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def asked(known: Known, detectors: Sequence[str], folder: Path, limit: int) -> d
     for detector in detectors:
         cell = folder / f"{known.name}.{detector}.json"
         if not cell.exists():
-            opened = opened or Opened.of(known.file, known.images, known.arch, "classifier", limit)
+            opened = opened or Opened.of(
+                known.file, known.images, known.arch, "classifier", limit, known.preprocess
+            )
             said = score(opened, detector)
             print(f"{known.name} {detector}: {said.statistic}, {said.seconds} s", file=sys.stderr, flush=True)
             write_text(cell, json.dumps(asdict(said)) + "\n")
@@ -204,7 +207,7 @@ def main(arguments: list[str]) -> int:
     known = [
         Known(
             row["name"], options.work / row["file"], options.work / f"{row['name']}-images", row["family"],
-            row["target"],
+            row["target"], preprocess=f"{row['preprocess']},size=32/32",
         )
         for row in json.loads((options.work / "networks.json").read_text(encoding="utf-8"))
     ]  # fmt: skip
