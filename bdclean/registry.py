@@ -150,6 +150,15 @@ DETECTORS: dict[str, Entry] = {
         "the smallest mask, pattern or smooth pattern that sends images to a class (after Neural Cleanse)",
         encoder="bdclean.detectors.inversion_encoder:InversionEncoder",
     ),
+    "mm-bd": Entry(
+        "bdclean.detectors.mm_bd:MMBD",
+        "the largest margin of each class, whatever the input, against the others' (2205.06900)",
+        quick=True,
+    ),
+    "neural-cleanse": Entry(
+        "bdclean.detectors.neural_cleanse:NeuralCleanse",
+        "the smallest mask for each class and its anomaly index, as published (Wang et al. 2019)",
+    ),
     "stripes": Entry(
         "bdclean.detectors.stripes:Stripes", "stripes along an axis that send images to a class", quick=True
     ),

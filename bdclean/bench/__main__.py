@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from bdclean.bench import cifar10, encoders, inversion, known_networks, readings, rule, tables
+from bdclean.bench import calibrate, cifar10, encoders, inversion, known_networks, readings, rule, tables
 from bdclean.bench.abuse import faults, fuzz
 from bdclean.bench.speed import speed
 
 DRIVERS = {
+    "calibrate": calibrate.main,
     "cifar10": cifar10.main,
     "encoders": encoders.main,
     "faults": faults.main,

@@ -29,11 +29,13 @@ class Opened:
     precision: Precision
 
     @staticmethod
-    def of(file: Path, images: Path, arch: str | None, kind: str, limit: int) -> Opened:
-        inputs = Inputs(data=images, arch=arch, kind=kind, limit=limit)
+    def of(
+        file: Path, images: Path, arch: str | None, kind: str, limit: int, preprocess: str = "auto"
+    ) -> Opened:
+        inputs = Inputs(data=images, arch=arch, kind=kind, limit=limit, preprocess=preprocess)
         checkpoint = at_own_size(Checkpoint.read(file, arch, kind=kind), images, inputs)
         read = read_images(images, checkpoint, inputs, quiet).images
         device = resolve_device("auto")
-        suspect = understand(checkpoint, read, "auto", None, arch is not None, device)
+        suspect = understand(checkpoint, read, preprocess, None, arch is not None, device)
         classifier = suspect.classifier(suspect.choices[0])
         return Opened(classifier, suspect.arch, read, device, probe_precision(classifier, read, device))

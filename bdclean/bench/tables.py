@@ -40,6 +40,15 @@ class About:
 
 
 ABOUT = {
+    "calibrate": About(
+        "Detectors on networks whose truth is known",
+        "How many networks each detector flags: by its published threshold, and by its rank among clean networks of "
+        "the same kind (a clean network's own score left out), corrected over the detectors that were asked together "
+        "(Holm) and beyond its published threshold as well. The second table has each network with a backdoor, and "
+        "networks that others trained: the statistic, a star where it is beyond the published threshold, and the "
+        "p-value of that detector alone.",
+        "networks, in a column; at most `--limit` images of each, without labels",
+    ),
     "cifar10": About(
         "Cleansing on CIFAR-10",
         "Victims are trained with crops and mirroring, scanned, cleansed with each recipe, and measured on test images "

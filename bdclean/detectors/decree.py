@@ -146,5 +146,5 @@ def _finding(norm: float | None, pixels: float, steps: int) -> dict[str, Any]:
         "verdict": "undecided",
         "score": norm,
         "threshold": THRESHOLD,
-        "reason": f"{said}. Weak: clean encoders are below it, too. It does not decide the verdict.",
+        "reason": f"{said}. Weak: clean encoders are below it, too",
     }

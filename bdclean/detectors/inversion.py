@@ -16,7 +16,7 @@ from bdclean.networks.classifier import Classifier
 from bdclean.registry import FAMILIES
 from bdclean.training import adversaries
 from bdclean.training.forms import ADDED, added, mask
-from bdclean.training.inversion import Detected, Inverted, Outlier, invert, outliers, spread_out
+from bdclean.training.inversion import Detected, Inverted, Outlier, invert, outliers, smallness, spread_out
 from bdclean.training.run import Run
 
 MOST_INVERTED = 100
@@ -31,8 +31,9 @@ class Inversion:
     is an outlier.
     When to use it: to look for patches, and for what is added to the whole picture, without knowing the trigger.
     What it needs: 100 images or more, without labels; three classes or more.
-    Known limits: not calibrated, so a finding decides no verdict. Of more than 100 classes only the 100 are inverted
-    that random counterfeits draw images to. Warps are not found, stripes badly: see `stripes`.
+    Known limits: no finding decides a verdict by itself, only its rank among clean networks, and none is shipped for
+    it yet. Of more than 100 classes only the 100 are inverted that random counterfeits draw images to. Warps are not
+    found, stripes badly: see `stripes`.
 
     After Neural Cleanse (Wang et al. 2019, IEEE S&P); departures stand in `training.inversion`.
     """
@@ -58,6 +59,7 @@ class Inversion:
             steps = math.ceil(self.steps * form.steps)
             inverted = invert(suspect, images, form, classes, run, steps=steps)
             small, index, limit = outliers(inverted)
+            found.statistic = max(found.statistic or 0.0, smallness(inverted))
             for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
                 target, parameters = int(inverted.classes[k]), inverted.parameters[k]
                 found.findings.append(described(inverted, bool(small[k]), index, limit, k))
@@ -92,5 +94,5 @@ def described(
         "threshold": limit,
         "reason": f"{inverted.form.said.format(sizes[k])} sends images to {aim} {int(inverted.classes[k])} "
         f"(success {inverted.success[k]:.2f}); the next {plural} need {others.min():.1f} to {others.max():.1f} "
-        f"(anomaly index {index[k]:.1f}). Not calibrated: it does not decide the verdict.",
+        f"(anomaly index {index[k]:.1f})",
     }

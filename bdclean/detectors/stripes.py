@@ -25,7 +25,8 @@ class Stripes:
     What it does: stripes act only as a whole, so that gradients do not find them, and there are few enough to try all.
     When to use it: beside `inversion`; it takes a second.
     What it needs: 24 images, without labels.
-    Known limits: not calibrated, so a finding decides no verdict. Stripes at other angles are not tried.
+    Known limits: no finding decides a verdict by itself, only its rank among clean networks. Stripes at other angles
+    are not tried.
     """
 
     name: ClassVar[str] = "stripes"
@@ -38,7 +39,7 @@ class Stripes:
         few = spread_out(images)
         sent = run.keep("sent-by-stripes", lambda: sent_by(form, changes, suspect, few, run))
         share, which = sent.max(0)
-        found = Detected()
+        found = Detected(statistic=float(share.max()))
         for k in (share > MOST_SENT).nonzero().squeeze(1).tolist() or [int(share.argmax())]:
             at = int(which[k])
             found.findings.append(_finding(words[at], float(share[k]), k, len(few)))
@@ -54,6 +55,5 @@ def _finding(words: str, share: float, target: int, n: int) -> dict[str, Any]:
         "verdict": "outlier" if share > MOST_SENT else "no-outlier",
         "score": share,
         "threshold": MOST_SENT,
-        "reason": f"stripes of {words}, 20 grey levels, send {100 * share:.0f} % of {n} images to class {target}. "
-        "Not calibrated: it does not decide the verdict.",
+        "reason": f"stripes of {words}, 20 grey levels, send {100 * share:.0f} % of {n} images to class {target}",
     }

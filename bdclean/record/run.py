@@ -110,6 +110,18 @@ class Finding:
 
 
 @dataclass
+class Calibration:
+    """Where a detector's `score` for this network lies among the `scores` of clean networks of its `kind`, in words."""
+
+    detector: str
+    kind: str
+    score: float
+    scores: list[float]  # ascending; larger is odder
+    p_value: float | None = None  # None where the clean networks are too few
+    corrected: float | None = None  # for the detectors that were run, and the readings of the file
+
+
+@dataclass
 class Picture:
     """A small PNG that a page shows: `role` is given, stamped, difference or mask; --no-pictures leaves only masks.
 
@@ -288,7 +300,7 @@ class RunRecord:
     pictures: list[Picture] = field(default_factory=list)
     confusion: list[Confusion] | None = None  # none for many classes
     feature_map: FeatureMap | None = None  # of encoders
-    calibration: Any = None
+    calibration: list[Calibration] | None = None  # of the detectors that know clean networks of this kind
     skipped: list[Skipped] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     advice: str | None = None  # for not-assessed: what is missing, e.g. how many images would be needed

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from bdclean import registry
+from bdclean.detectors import calibration
 from bdclean.errors import Refused
 from bdclean.measuring import pictures
+from bdclean.measuring.pull import holm
 from bdclean.networks.ambiguity.choosing import Choice
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.progress import Tell
-from bdclean.record.run import Finding, Picture, Skipped
+from bdclean.record.run import SUSPICIOUS, Calibration, Finding, Picture, Skipped
 from bdclean.runs.options import Inputs
 from bdclean.runs.suspect import Suspect
 from bdclean.training.inversion import Detected
@@ -24,6 +27,10 @@ from bdclean.training.students import frozen
 Detector = Callable[[Classifier, Arch, Tensor, Run], Detected]
 """The suspect, its architecture and images uint8 [n c h w] to findings; raises Refused where it has too little."""
 
+LEVEL, LEVEL_UNASKED = 0.05, 0.01
+"""Of the corrected p-value, from which a detector makes a network suspicious: one that was asked for by name, and one
+that runs by itself in every scan of a pipeline, where a false alarm in twenty would be no use."""
+
 
 @dataclass
 class Looked:
@@ -31,6 +38,7 @@ class Looked:
 
     findings: list[Finding] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
+    calibration: list[Calibration] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     precision: str | None = None
 
@@ -53,22 +61,90 @@ def choose_detectors(names: Sequence[str], kind: str) -> tuple[dict[str, Detecto
 
 def look(
     detectors: Mapping[str, Detector], suspect: Suspect, choice: Choice, images: Tensor, inputs: Inputs,
-    tell: Tell,
+    tell: Tell, *, asked: bool,
 ) -> Looked:  # fmt: skip
-    """What `detectors` find in the suspect, read as `choice` says, on `images` uint8 [n c h w]."""
+    """What `detectors` find in the suspect, read as `choice` says, on `images` uint8 [n c h w].
+
+    `asked`: somebody named them, so that LEVEL holds in place of LEVEL_UNASKED.
+    """
     if not detectors:
         return Looked()
     classifier = suspect.classifier(choice)
-    precision = Precision()  # no timing decides what a usual scan finds
-    if not all(registry.DETECTORS[name].quick for name in detectors):
-        precision = probe_precision(classifier, images, suspect.device, inputs.precision)
+    precision = precision_for(detectors, classifier, images, suspect.device, inputs.precision)
     run, looked = Run(suspect.device, precision, inputs.seed, tell), Looked(precision=precision.name)
+    found: dict[str, Detected] = {}
     for name, detector in detectors.items():
         try:
-            found = detector(frozen(classifier, run), suspect.arch, images, run)
+            found[name] = detector(frozen(classifier, run), suspect.arch, images, run)
         except Refused as error:  # what one lacks must not end the scan
             looked.skipped.append(Skipped(f"detector {name}", str(error)))
-            continue
-        looked.findings += [Finding(**finding) for finding in found.findings]
-        looked.pictures += pictures.masks(found.pictures)
+    kind = (suspect.arch.classes, max(images.shape[2:]))
+    ranked = rank({name: each.statistic for name, each in found.items()}, kind, len(suspect.choices))
+    for name, each in found.items():
+        looked.findings += _judged(each, ranked.get(name), LEVEL if asked else LEVEL_UNASKED)
+        looked.pictures += pictures.masks(each.pictures)
+    looked.calibration = list(ranked.values())
     return looked
+
+
+def precision_for(
+    detectors: Iterable[str],
+    classifier: Classifier,
+    images: Tensor,
+    device: torch.device,
+    wanted: str = "auto",
+) -> Precision:
+    """float32 where all are quick: no timing decides what a usual scan finds. Else what a short probe finds fastest."""
+    if all(registry.DETECTORS[name].quick for name in detectors):
+        return Precision()
+    return probe_precision(classifier, images, device, wanted)
+
+
+def rank(
+    statistics: Mapping[str, float | None],
+    kind: tuple[int, int],
+    readings: int = 1,
+    without: str | None = None,
+) -> dict[str, Calibration]:
+    """Where each detector's statistic lies among clean networks of this `kind` (classes, side), by detector.
+
+    Corrected over the detectors that have enough clean networks (Holm), and for the file's `readings` (Bonferroni).
+    `without`: a clean network that is left out, for counting false alarms on it.
+    """
+    ranked = {}
+    for name, score in statistics.items():
+        scores = calibration.matching(name, *kind, without=without)
+        if score is not None and scores:
+            value = calibration.p_value(score, scores)
+            ranked[name] = Calibration(name, calibration.kind_said(*kind), score, scores, value)
+    known = [each for each in ranked.values() if each.p_value is not None]
+    for each, value in zip(known, holm([each.p_value or 0.0 for each in known]), strict=True):
+        each.corrected = min(1.0, readings * value)
+    return ranked
+
+
+def _judged(found: Detected, ranked: Calibration | None, level: float) -> list[Finding]:
+    """Its findings with how odd the network is among clean ones: suspicious where that and its own threshold agree."""
+    findings = [Finding(**finding) for finding in found.findings]
+    if ranked is None or ranked.p_value is None or ranked.corrected is None:
+        count = 0 if ranked is None else len(ranked.scores)
+        said = (
+            f"Not calibrated ({count} clean networks of its kind, {calibration.LEAST_MATCHING} are needed): it does "
+            "not decide the verdict."
+        )
+        return [replace(finding, reason=f"{finding.reason}. {said}") for finding in findings]
+    above = sum(score >= ranked.score for score in ranked.scores)
+    unusual = ranked.corrected <= level
+    said = (
+        f"Of {len(ranked.scores)} clean networks ({ranked.kind}) {above} score as high: p {ranked.p_value:.3f}, "
+        f"corrected {ranked.corrected:.3f}, suspicious from {level} down"
+    )
+    return [
+        replace(
+            finding,
+            verdict=SUSPICIOUS if unusual and finding.verdict == "outlier" else finding.verdict,
+            p_value=ranked.p_value,
+            reason=f"{finding.reason}. {said}",
+        )
+        for finding in findings
+    ]

@@ -106,7 +106,7 @@ def scan(
             for each in assess(trial, made, aim):
                 measured.append(each)
                 found.append(each.row)
-            looked = look(looking, suspect, choice, images.images, inputs, tell)
+            looked = look(looking, suspect, choice, images.images, inputs, tell, asked=bool(detectors))
             ordered = in_order(measured, made)
             readings.append(_Reading.of(choice, trial, ordered, made, floor, looked, bool(triggers)))
         return _with_second(_conclude(record, readings, made, inputs.pictures), checkpoint)
@@ -159,6 +159,7 @@ def _conclude(
             *(pictures.strips(worst.rows, made, worst.trial) if shown else []),
             *worst.looked.pictures,
         ],
+        calibration=worst.looked.calibration or None,
         skipped=[*record.skipped, *worst.looked.skipped, *unsaid(worst.trial)],
         precision=worst.looked.precision or record.precision,
         confusion=pictures.confusions(worst.rows, made, worst.trial),

@@ -267,6 +267,14 @@ def outliers(inverted: Inverted) -> tuple[Tensor, Tensor, float]:
     return (inverted.success >= inverted.form.least) & (sizes < limit), index, limit
 
 
+def smallness(inverted: Inverted) -> float:
+    """By what factor the least size of a change that succeeds lies below the median, as a natural logarithm, >= 0."""
+    able = inverted.success >= inverted.form.least
+    if len(able) < 3 or not able.any():
+        return 0.0
+    return max(0.0, float((inverted.sizes.median() / inverted.sizes[able].min().clamp_min(1e-9)).log()))
+
+
 @dataclass(frozen=True)
 class Outlier:
     """One inverted trigger that is unusually small: `parameters` of `form` that send images to class `target`."""
@@ -288,6 +296,8 @@ class Detected:
     """What of it stands out, for a recipe to work against."""
     pictures: dict[str, Tensor] = field(default_factory=dict)
     """Caption -> float [c h w] in [0, 1]; never an image of the user's."""
+    statistic: float | None = None
+    """One number for the whole network, larger for what is odder, to be held against those of clean networks."""
 
 
 FEW_IMAGES = 24

@@ -15,6 +15,7 @@ import pytest
 
 import bdclean
 from bdclean.record.run import (
+    Calibration,
     CheckpointEntry,
     Confusion,
     DataEntry,
@@ -197,6 +198,10 @@ def hostile():
         side.triggers[0].control_rate = {"median": HOSTILE, "highest": 0.5, "count": HOSTILE}
         side.measures.append(Measure(HOSTILE, 0.5, 3))
     found.findings = [Finding(HOSTILE, HOSTILE, 1.0, 2.0, 0.5, HOSTILE)]
+    found.calibration = [
+        Calibration(HOSTILE, HOSTILE, 1.0, [0.0, 2.0], 0.5),
+        Calibration("none", "", 1.0, []),
+    ]
     found.skipped, found.warnings, found.advice = [Skipped(HOSTILE, HOSTILE)], [HOSTILE], HOSTILE
     found.recipe = RecipeEntry(HOSTILE, HOSTILE, {HOSTILE: HOSTILE}, [HOSTILE], [HOSTILE])
     found.output = OutputEntry(HOSTILE, HOSTILE)
@@ -499,3 +504,15 @@ def test_text_is_read_on_its_ground_in_light_and_dark(pages):
                 if ground in scheme:
                     low, high = sorted((luminance(scheme[ink]), luminance(scheme[ground])))
                     assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, ground)
+
+
+def test_a_score_is_drawn_among_those_of_clean_networks():
+    record = scanned()
+    record.calibration = [Calibration("mm-bd", "more than 4 classes", 3.0, [0.0, 1.0, 1.5, 4.0], None)]
+    page = Page(render([record], "html"))
+    (ticks,) = [a["d"] for tag, a in page.elements if tag == "path" and a.get("class") == "clean"]
+    (mark,) = [a["d"] for tag, a in page.elements if tag == "path" and a.get("class") == "own"]
+    places = [float(x) for x in re.findall(r"M([\d.]+) ", ticks)]
+    assert places == [12.0, 156.0, 228.0, 588.0] and mark.startswith("M444.0 ")
+    assert "1 of 4 clean networks score as high; too few to calibrate" in " ".join(page.text)
+    assert "clean networks score" not in render([scanned()], "html")

@@ -23,9 +23,10 @@ def scanned(name="signs-clean.safetensors", kind="encoder", limit=120, triggers=
 
 def test_the_quick_ones_are_run_unasked_and_the_others_are_listed():
     chosen, left = choose_detectors((), "classifier")
-    assert list(chosen) == ["stripes"]
+    assert list(chosen) == ["mm-bd", "stripes"]
     assert [(each.what, each.reason) for each in left] == [
-        ("detector inversion", "not asked for: --detector inversion runs it")
+        (f"detector {name}", f"not asked for: --detector {name} runs it")
+        for name in ("inversion", "neural-cleanse")
     ]
     chosen, left = choose_detectors((), "encoder")
     assert not chosen and [each.what for each in left] == ["detector decree", "detector inversion"]
@@ -33,7 +34,9 @@ def test_the_quick_ones_are_run_unasked_and_the_others_are_listed():
 
 def test_those_that_are_asked_for_are_run_instead_once_each():
     chosen, left = choose_detectors(("inversion", "inversion"), "classifier")
-    assert list(chosen) == ["inversion"] and [each.what for each in left] == ["detector stripes"]
+    assert list(chosen) == ["inversion"] and [each.what for each in left] == [
+        f"detector {name}" for name in ("mm-bd", "neural-cleanse", "stripes")
+    ]
     assert type(chosen["inversion"]) is registry.load(registry.DETECTORS, "inversion")
 
 
@@ -55,14 +58,21 @@ def test_what_a_detector_lacks_is_listed_and_the_scan_goes_on():
 @pytest.mark.slow
 def test_findings_and_pictures_are_in_the_record_and_decide_nothing():
     quick = scanned(kind="classifier")
-    (finding,) = quick.findings
-    assert finding.detector == "stripes" and quick.precision == "fp32"
+    assert [finding.detector for finding in quick.findings] == ["mm-bd", "stripes"]
+    assert quick.precision == "fp32" and quick.verdict == "no-evidence"
+    for finding, among in zip(quick.findings, quick.calibration, strict=True):
+        assert finding.detector == among.detector and finding.p_value == among.p_value
+        assert (
+            finding.score == pytest.approx(among.score) and f"Of {len(among.scores)} clean" in finding.reason
+        )
     record = scanned(limit=400, detectors=("decree",), triggers=("badnets:size=3",))
     (finding,) = (each for each in record.findings if each.detector == "decree")
     assert finding.threshold == 0.1 and finding.verdict == "undecided" and record.verdict == "no-evidence"
     shown = [picture for picture in record.pictures if picture.role == "mask"]
     assert len(shown) == (finding.score is not None) and all(picture.png_base64 for picture in shown)
-    assert RunRecord.from_json(record.to_json()) == record
+    assert record.calibration is None and "Not calibrated" in finding.reason
+    for each in (record, quick):
+        assert RunRecord.from_json(each.to_json()) == each
 
 
 @pytest.mark.slow

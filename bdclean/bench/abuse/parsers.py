@@ -272,6 +272,7 @@ def whole_record() -> dict[str, Any]:
         "pictures": [{"role": "given", "png_base64": "AAAA", "before": 1, "after": 2}], "confusion": [
             {"model": "suspect", "trigger": "badnets", "target": 0, "counts": [[1, 2], [3, 4]]}
         ],
+        "calibration": [{"detector": "d", "kind": "k", "score": 1.0, "scores": [0.5, 2.0], "p_value": 0.5}],
         "skipped": [{"what": "a", "reason": "b"}], "warnings": ["w"], "advice": "more images",
         "recipe": {"name": "bcu", "source": "s", "settings": {"a": 1}, "stages": ["x"], "families": ["patch"]},
         "before": side, "after": side, "curve": [{"step": 1, "loss": 0.5}], "output": {"path": "o", "sha256": "0"},

@@ -11,7 +11,7 @@ from bdclean.files import text
 from bdclean.record.run import RunRecord
 from bdclean.report import wording
 from bdclean.report.document import LIMITS, facts, page
-from bdclean.report.page import bars, comparison, embedded, numbers, plots, scatter, words
+from bdclean.report.page import bars, calibration, comparison, embedded, numbers, plots, scatter, words
 from bdclean.report.page.numbers import Number, Row
 from bdclean.report.rows import Table
 
@@ -35,6 +35,7 @@ class Run:
     groups: list[bars.Group]
     strips: list[embedded.Strip]
     masks: list[tuple[str, str]]
+    calibrations: list[calibration.Strip]
     heats: list[embedded.Heat]
     scatter: scatter.Scatter | None
     curves: list[tuple[str, Any, float, float]]
@@ -101,6 +102,7 @@ def _run(record: RunRecord, number: int) -> Run:
         groups=bars.groups(record),
         strips=embedded.strips(record),
         masks=embedded.masks(record),
+        calibrations=calibration.strips(record),
         heats=embedded.heats(record),
         scatter=scatter.scatter(record),
         curves=plots.curves(record.curve or [], f"run-{number}"),
