@@ -6,10 +6,11 @@
 DIR is what `small-networks` made: `networks.json`, which says what each network is, the files, and beside each
 `<stem>-images`, the test images of its classes.
 
-They are read with the size and normalisation that they were trained with, strangers' as `scan` reads them, with at most `--limit` images without labels. Each statistic is a file in
-`DIR/scores`; those that exist are not made again. `--ship` writes the clean networks' into the package; the counts are
-of what the package has: each clean network is held against the others (leave-one-out). `--network` adds a stranger's
-network to the second table, and only there; a TARGET of `-` is one without a backdoor.
+They are read with the size and normalisation that they were trained with, a stranger's as `scan` reads it, with at
+most `--limit` images without labels. Each statistic is a file in `DIR/scores`; those that exist are not made again.
+`--ship` writes the clean networks' into the package; the counts are of what the package has: each clean network is held
+against the others (leave-one-out). `--network` adds a stranger's network to the second table, and only there; a TARGET
+of `-` is one without a backdoor.
 """
 
 from __future__ import annotations
