@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from bdclean.bench import calibrate, cifar10, encoders, inversion, known_networks, readings, rule, tables
+from bdclean.bench import (
+    calibrate,
+    cifar10,
+    encoders,
+    inversion,
+    known_networks,
+    readings,
+    rule,
+    small_networks,
+    tables,
+)
 from bdclean.bench.abuse import faults, fuzz
 from bdclean.bench.speed import speed
 
@@ -20,12 +30,15 @@ DRIVERS = {
     "speed": speed.main,
 }
 
+MAKERS = {"known_networks": known_networks.main, "small-networks": small_networks.main}
+"""These make what the package ships, and networks for others to measure: no tables."""
+
 
 def main() -> int:
-    if sys.argv[1:2] == ["known_networks"]:  # makes what the package ships, no table of measurements
-        return known_networks.main(sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in MAKERS:
+        return MAKERS[sys.argv[1]](sys.argv[2:])
     if len(sys.argv) < 2 or sys.argv[1] not in DRIVERS:
-        names = ",".join([*DRIVERS, "known_networks"])
+        names = ",".join([*DRIVERS, *MAKERS])
         print(f"usage: python -m bdclean.bench {{{names}}} ... [--table FILE]", file=sys.stderr)
         return 2
     return tables.run(sys.argv[1], DRIVERS[sys.argv[1]], sys.argv[2:])

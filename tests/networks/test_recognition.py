@@ -290,6 +290,20 @@ def test_a_small_vgg_is_read_off_its_places(plan, head, name, side):
     assert torch.allclose(built(x), network.classifier(network.features(x).flatten(1)), atol=1e-5)
 
 
+def test_a_vgg_that_averages_its_last_maps_is_of_no_tiny_pictures():
+    """It was taken for one of 8 x 8 pixels. A pool before the average is in no file: both are offered."""
+    network = vgg((8, "M", 16, "M", 32), head=((32, 4),))
+    found = recognise(shapes_of(network))
+    assert [m.arch.name for m in found][0] == "vgg-3x8-32-bn-cifar"
+    assert "vgg-3x8-32-bn-cifar-pooled" in [m.arch.name for m in found]
+    assert {m.arch.input for m in found} == {(3, 32, 32)}
+    built = found[0].arch.build().eval()
+    built.load_state_dict({new: network.state_dict()[old] for old, new in found[0].names.items()})
+    x = torch.randn(2, 3, 32, 32)
+    expected = network.eval().classifier(network.features(x).mean((2, 3)))
+    assert torch.allclose(built(x), expected, atol=1e-5)
+
+
 def test_a_vgg_with_its_norm_after_the_activation_is_not_guessed():
     network = nn.Module()
     network.features = nn.Sequential(

@@ -121,6 +121,10 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
         name = known + ("_bn" if norm else "")
         yield Proposal(name, partial(getattr(vgg, name), num_classes=sizes[-1][1]), (3, 224, 224))
         return
+    if side == 1 and max(ends) < min(USUAL_SIDES):
+        # Averaged over what maps are left: nobody trains on pictures so small that one pixel is.
+        yield from _averaged(name_of(known, len(indices), norm, plan, 32), plan, norm, places, bias)
+        return
     made = [
         Proposal(
             name_of(known, len(indices), norm, plan, s),
@@ -131,6 +135,17 @@ def propose(shapes: Shapes) -> Iterator[Proposal]:
     ]
     reason = f"images of {other} pixels, {'with' if other == closed else 'without'} a pool after the last convolution"
     yield replace(made[0], others=((made[1], reason),) if other in USUAL_SIDES else ())
+
+
+def _averaged(
+    name: str, plan: list[int | str], norm: bool, places: tuple[tuple[int | None, int, int], ...], bias: bool
+) -> Iterator[Proposal]:
+    """The networks of 32 pixels that end in an average over the whole map, with a pool before it or without."""
+    first, other = (
+        Proposal(f"{name}{end}", partial(SmallVGG, tuple(ends), norm, 1, places, bias), (3, 32, 32))
+        for end, ends in (("", plan), ("-pooled", [*plan, "M"]))
+    )
+    yield replace(first, others=((other, "a pool after the last convolution"),))
 
 
 def name_of(known: str | None, convs: int, norm: bool, plan: list[int | str], side: int) -> str:
