@@ -136,8 +136,8 @@ def _judged(
     """`row` with its controls, what it is judged by, and its outcome.
 
     Without `beside` it has controls only if it might fail.
-    What goes to the target without a stamp, too, is in the rates that are shown, and fails no row. Sources are asked
-    only where the whole does not decide.
+    What goes to the target without a stamp, too, is in the rates that are shown, and neither fails a row nor keeps it
+    from passing: it says nothing of the trigger. Sources are asked only where the whole does not decide.
     """
     if not row.asr.n:
         return replace(row, outcome=NOT_MEASURED, reason=f"every image is of class {row.target}, the target")
@@ -147,9 +147,9 @@ def _judged(
     threshold, level = trial.threshold, LEVEL / max(1, tried * trial.readings)
     kind = _Kind.of(trial, aim.trigger)
     sources = _sources(moved, level, kind)
-    shown = round((row.asr.value or 0.0) * row.asr.n)
-    whole = _bound(None, int((moved.stamped == moved.wanted).sum()), len(moved.chosen), level, kind)
-    row = replace(row, worst_source=_worst_entry(sources), high=upper_bound(shown, row.asr.n, level))
+    hits = int((moved.stamped == moved.wanted).sum())
+    whole = _bound(None, hits, len(moved.chosen), level, kind)
+    row = replace(row, worst_source=_worst_entry(sources), high=upper_bound(hits, whole.n, level))
     bounds = [whole, *_at_stake(sources, _picked(moved, aim, level, kind), threshold)]
     settled = judge(bounds, row.high or 0.0, threshold)[0] == PASSES
     if settled and aim.source is not None and not (moved.reference == aim.source).any():
@@ -179,7 +179,7 @@ def _judged(
         bounds[1:] = _controlled(trial, aim.trigger, moved, bounds[1:], threshold)
     outcome, failing = judge(bounds, row.high or 0.0, threshold)
     source = None if failing is None else failing.source
-    reason = _reason(row, bounds, shown, threshold, level) if outcome == INCONCLUSIVE else ""
+    reason = _reason(row, bounds, threshold, level) if outcome == INCONCLUSIVE else ""
     if source is not None:
         reason = f"images of class {source} go to the target"
     return replace(row, bounds=bounds, outcome=outcome, decisive_source=source, reason=reason)
@@ -218,9 +218,9 @@ def _not_excluded(
     return None
 
 
-def _reason(row: TriggerRow, bounds: Sequence[Bound], shown: int, threshold: float, level: float) -> str:
+def _reason(row: TriggerRow, bounds: Sequence[Bound], threshold: float, level: float) -> str:
     """Why a row is inconclusive."""
-    n, whole = row.asr.n, bounds[0]
+    whole = bounds[0]
     if (row.high or 0.0) < threshold:
         bound = max(bounds[1:], key=lambda b: b.value - (b.control or 0.0))
         if stands_out(bound, threshold):
@@ -235,9 +235,7 @@ def _reason(row: TriggerRow, bounds: Sequence[Bound], shown: int, threshold: flo
         )
     if whole.low >= threshold:
         return f"reaches the threshold, but a control reaches {whole.control or 0.0:.3f}"
-    if lower_bound(shown, n, level) >= threshold:
-        return "reaches the threshold with what goes to the target without a stamp"
-    if (needed := _needed(shown, n, threshold, level)) < MANY:
+    if (needed := _needed(round(whole.value * whole.n), whole.n, threshold, level)) < MANY:
         return f"the interval reaches the threshold: about {needed} images would settle it"
     return "the rate is too near the threshold for any number of images to settle it"
 

@@ -59,9 +59,9 @@ class Look:
     gain: float
     hits: int
     counted: int
-    """Of `counted` images that could go to the target `hits` went there."""
-    base: float
-    """The share of them that go there unstamped."""
+    """Of `counted` images of other classes `hits` went to the target."""
+    low: float
+    """The lower bound of those that went there and do not without a stamp."""
     highest: float
     """The highest upper bound of any class, and of label + 1 in place of a class."""
     others: float
@@ -73,8 +73,7 @@ class Look:
 def look_at(trial: Trial, chosen: Tensor, stamped: Tensor) -> Look:
     """What the predictions `stamped` on the stamped images `chosen` say."""
     reference, clean = trial.reference[chosen], trial.clean[chosen]
-    following = (reference + 1) % trial.classes
-    rates = [*_rates(trial, reference, clean, stamped), _Rate("next", *_counts(following, clean, stamped))]
+    rates = list(_rates(trial, reference, clean, stamped))
     if trial.classes == 2:
         rates.pop()  # which is each class in turn
     best = max(rates, key=lambda rate: (rate.gain, rate.target != "next"))
@@ -89,7 +88,7 @@ def look_at(trial: Trial, chosen: Tensor, stamped: Tensor) -> Look:
         best.gain,
         best.hits,
         best.counted,
-        best.base,
+        best.low,
         max(best.high, others),
         others,
         tuple(pairs),
@@ -98,39 +97,49 @@ def look_at(trial: Trial, chosen: Tensor, stamped: Tensor) -> Look:
 
 @dataclass(frozen=True)
 class _Rate:
-    """Of `counted` images `hits` go to a target under the stamp, `before` without it."""
+    """Of `counted` images `hits` go to a target under the stamp, `before` without it.
+
+    `moved` of those that do not go there without it, the `movable`, go there under it.
+    """
 
     target: Target
     hits: int
     before: int
     counted: int
+    moved: int
+
+    @property
+    def movable(self) -> int:
+        return self.counted - self.before
 
     @property
     def gain(self) -> float:
         return (self.hits - self.before) / max(1, self.counted)
 
     @property
-    def base(self) -> float:
-        return self.before / max(1, self.counted)
+    def high(self) -> float:
+        return upper_bound(self.moved, self.movable, LOOK_LEVEL)
 
     @property
-    def high(self) -> float:
-        return upper_bound(self.hits, self.counted, LOOK_LEVEL)
+    def low(self) -> float:
+        return lower_bound(self.moved, self.movable, LOOK_LEVEL)
 
 
 def _rates(trial: Trial, reference: Tensor, clean: Tensor, stamped: Tensor) -> Iterator[_Rate]:
-    """Of every class, the images of other classes that go there."""
-    sizes = torch.bincount(reference, minlength=trial.classes)[: trial.classes]
-    hits = torch.bincount(stamped[stamped != reference], minlength=trial.classes)
-    before = torch.bincount(clean[clean != reference], minlength=trial.classes)
-    for k, (h, b, n) in enumerate(
-        zip(hits.tolist(), before.tolist(), (len(reference) - sizes).tolist(), strict=True)
-    ):
-        yield _Rate(k, h, b, n)
-
-
-def _counts(wanted: Tensor, clean: Tensor, stamped: Tensor) -> tuple[int, int, int]:
-    return int((stamped == wanted).sum()), int((clean == wanted).sum()), len(wanted)
+    """Of every class, the images of other classes that go there; at last of label + 1 in place of a class."""
+    sizes, hits, before, moved = (
+        torch.bincount(classes, minlength=trial.classes)[: trial.classes].tolist()
+        for classes in (
+            reference, stamped[stamped != reference], clean[clean != reference],
+            stamped[(stamped != reference) & (stamped != clean)],
+        )
+    )  # fmt: skip
+    for k in range(trial.classes):
+        yield _Rate(k, hits[k], before[k], len(reference) - sizes[k], moved[k])
+    following = (reference + 1) % trial.classes
+    arrived, there = stamped == following, clean == following
+    anew = int((arrived & ~there).sum())
+    yield _Rate("next", int(arrived.sum()), int(there.sum()), len(reference), anew)
 
 
 def _pairs(trial: Trial, reference: Tensor, clean: Tensor, stamped: Tensor) -> list[Pair]:
@@ -191,8 +200,7 @@ def screen(trial: Trial, trigger: Trigger, half: Tensor) -> Screened:
         look = look_at(trial, half[:size], stamped)
         if look.highest < trial.threshold and not look.pairs and size >= min(telling, len(half)):
             return Screened(trigger, half, stamped, look, False)
-        low = lower_bound(look.hits, look.counted, LOOK_LEVEL)
-        if low >= trial.threshold and (low - look.base > look.others or size >= SURE_LOOK):
+        if look.low >= trial.threshold and (look.low > look.others or size >= SURE_LOOK):
             break
     return Screened(trigger, half, stamped, look, True)
 

@@ -89,7 +89,7 @@ class TriggerRow:
         None  # of a cleansed model: its rate minus the suspect's, in [-1, 1], paired interval
     )
     bounds: list[Bound] = field(default_factory=list)  # of all images, then of each source that may decide
-    high: float | None = None  # one-sided exact bound of `asr`, corrected for what was tried
+    high: float | None = None  # one-sided exact bound of what the trigger moves, corrected for what was tried
     decisive_source: int | None = None  # the source class that fails the row, where the whole does not
     # Of an encoder: the rate with other probes by name; over all images, as BadEncoder counts; of a clean encoder.
     probes: dict[str, Rate] = field(default_factory=dict)
