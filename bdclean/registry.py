@@ -175,7 +175,6 @@ TABLES: dict[str, dict[str, Entry]] = {
 NOT_BUILT: dict[str, tuple[str, ...]] = {
     "recipe": ("fp", "anp", "nad", "mcr", "ibau", "moth", "ft-sam", "sau", "fst", "d3", "clp"),
     "trigger": ("lf", "lc", "wanet", "inputaware", "trojan", "bpp", "ssba"),
-    "detector": ("neural-cleanse", "mm-bd"),
 }
 """Names that papers have made known, and that mean nothing else: to ask for one is no slip of the pen."""
 

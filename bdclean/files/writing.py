@@ -66,12 +66,18 @@ def _placed(partial: Path, place: Path) -> bool:
         os.link(partial, place)
     except FileExistsError:
         return False
+    except FileNotFoundError:
+        raise
     except OSError:  # a file system without links: the name is taken first, by an empty file
         try:
             os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         except FileExistsError:
             return False
-        os.replace(partial, place)
+        try:
+            os.replace(partial, place)
+        except OSError:
+            place.unlink(missing_ok=True)
+            raise
         return True
     partial.unlink()
     return True
@@ -93,10 +99,9 @@ def _filled(path: Path, write: Callable[[IO[bytes]], T]) -> Iterator[tuple[Path,
     It is flushed, and locked until it is put in its place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{_start_of_parts(path)}{os.urandom(4).hex()}.part")
+    partial, stream = _begun(path)
     try:
-        with open(partial, "xb") as stream:
-            _hold(stream)  # `sweep` sees by this that somebody is still writing
+        with stream:
             written = write(stream)
             stream.flush()
             os.fsync(stream.fileno())
@@ -112,6 +117,16 @@ def write_text(path: Path, text: str) -> None:
     """Writes `text` as UTF-8; what has no UTF-8 is escaped. Raises Refused as `replace` does."""
     raw = text.encode("utf-8", errors="backslashreplace")
     replace(path, lambda stream: stream.write(raw))
+
+
+def _begun(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new half-written file of `path`, locked: `sweep` sees by this that somebody is still writing."""
+    while True:
+        partial = path.with_name(f"{_start_of_parts(path)}{os.urandom(4).hex()}.part")
+        stream = open(partial, "xb")
+        if _hold(stream) is not None and _same_file(partial, stream):
+            return partial, stream
+        stream.close()  # another process swept it between our opening and our locking
 
 
 def sweep(path: Path) -> None:

@@ -109,7 +109,7 @@ def scan(
             looked = look(looking, suspect, choice, images.images, inputs, tell, asked=bool(detectors))
             ordered = in_order(measured, made)
             readings.append(_Reading.of(choice, trial, ordered, made, floor, looked, bool(triggers)))
-        return _with_second(_conclude(record, readings, made, inputs.pictures), checkpoint)
+        return with_second(_conclude(record, readings, made, inputs.pictures), checkpoint)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, record)
         raise
@@ -176,7 +176,7 @@ def _conclude(
     )
 
 
-def _with_second(record: RunRecord, checkpoint: Checkpoint) -> RunRecord:
+def with_second(record: RunRecord, checkpoint: Checkpoint) -> RunRecord:
     """`record`, without a pass where the input holds the network again with other weights, which nobody measured."""
     if not checkpoint.second:
         return record

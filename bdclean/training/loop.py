@@ -268,7 +268,8 @@ class _Course:
         if position.share <= 0.5**MOST_HALVINGS:
             raise Refused(
                 f"{state.stage} diverged at step {position.done} of {state.steps} ({dict(row)}) at a learning rate of "
-                f"{max(self.rates_of(position.done)):g}, and at a thousandth of it, too: lower it with --set."
+                f"{max(self.rates_of(position.done)):g}, and at a thousandth of it, too: lower the learning rate with "
+                "--set."
             )
         _restore_weights(state, self.good)
         state.optimiser.state.clear()  # what it remembers led here

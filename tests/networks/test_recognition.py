@@ -339,7 +339,7 @@ def test_a_near_miss_names_the_nearest_and_what_differs():
         ({"layer5.x\x1b[31m": (3,)}, "nearest is resnet18 (1 differs: layer5.x\\x1b[31m is not part of it)"),
         (
             {"conv1.weight": (64, 3, 5, 5)},
-            "(1 differs: conv1.weight is [64, 3, 5, 5], expected [64, 3, 7, 7])",
+            "(1 differs: conv1.weight is [64, 3, 5, 5], expected [64, 3, 3, 3])",
         ),
     ],
 )

@@ -31,7 +31,7 @@ from bdclean.runs.images import (
     understand_labeled,
 )
 from bdclean.runs.options import Inputs
-from bdclean.runs.scan import _with_second
+from bdclean.runs.scan import with_second
 from bdclean.runs.suspect import claimed_size, describe_suspect, input_size, understand
 from bdclean.training.students import set_batch_statistics
 
@@ -215,8 +215,8 @@ def test_a_normalisation_without_a_size_leaves_the_claimed_one(tmp_path):
 def test_a_pass_is_none_where_the_input_holds_other_weights():
     record = RunRecord("scan", verdict="no-evidence", outcome="ran")
     alone, beside = SimpleNamespace(second={}), SimpleNamespace(second={"b.bin": "b.bin was not measured."})
-    assert _with_second(record, alone) == record
-    found = _with_second(record, beside)
+    assert with_second(record, alone) == record
+    found = with_second(record, beside)
     assert (found.verdict, found.advice, found.exit_code) == ("not-assessed", "b.bin was not measured", 3)
     assert [entry.what for entry in found.skipped] == ["b.bin"]
-    assert _with_second(RunRecord("scan", verdict="backdoored"), beside).verdict == "backdoored"
+    assert with_second(RunRecord("scan", verdict="backdoored"), beside).verdict == "backdoored"
