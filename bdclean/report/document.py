@@ -55,9 +55,9 @@ class Page:
 def page(record: RunRecord) -> Page:
     """Returns the page of one run."""
     found = Page(
-        title=f"{record.command} {record.checkpoint.path}".strip(),
+        title=title(record),
         verdict=record.verdict if record.outcome == RAN else record.outcome,
-        sentence=sentence(record),
+        sentence=f"{was(record)}{sentence(record)}",
         summary=summary(record),
         facts=facts(record),
         closing=[RATES, LIMITS],
@@ -81,6 +81,30 @@ def page(record: RunRecord) -> Page:
     return found
 
 
+def title(record: RunRecord) -> str:
+    """Returns what the verdict is about: the file that was written, where one was, else the one that was read."""
+    return (
+        record.output.path
+        if record.output is not None
+        else f"{record.command} {record.checkpoint.path}".strip()
+    )
+
+
+def was(record: RunRecord) -> str:
+    """Returns what the suspect was before a file was written, in brackets; nothing of another run."""
+    if record.output is None or record.before is None:
+        return ""
+    worst = worst_row([row for row in record.before.triggers if row.outcome == FAILS])
+    if worst is None:
+        return f"(was: {record.before.verdict}) "
+    now = same(record.after.triggers, worst) if record.after is not None else None
+    left = "" if now is None else f" -> {wording.percent(now.asr.value)}"
+    return (
+        f"(was: {record.before.verdict}, {worst.trigger.partition(':')[0]} "
+        f"{wording.percent(worst.asr.value)}{left} %) "
+    )
+
+
 def comparison(records: Sequence[RunRecord]) -> Page:
     """Returns the page that puts several runs side by side, numbered in the order given."""
     rows = []
@@ -89,7 +113,7 @@ def comparison(records: Sequence[RunRecord]) -> Page:
         rows.append(
             [
                 str(number),
-                record.checkpoint.path,
+                record.output.path if record.output is not None else record.checkpoint.path,
                 f"cleanse {record.recipe.name}" if record.recipe else record.command,
                 record.verdict if record.outcome == RAN else record.outcome,
                 accuracy(record),
@@ -150,6 +174,9 @@ def _limits(record: RunRecord) -> str:
 def summary(record: RunRecord) -> list[tuple[str, str]]:
     """Returns what fired before and after, the accuracy, and where the output is: what is asked first."""
     found = [("model", record.checkpoint.path)] if record.command != "cleanse" else []
+    if record.output is not None:
+        digest = f" ({record.checkpoint.sha256[:8]})" if record.checkpoint.sha256 else ""
+        found.append(("made from", f"{record.checkpoint.path}{digest}"))
     if record.before is not None and record.before.triggers:
         found.append(("fired before", fired(record.before.triggers)))
     if record.after is not None and record.after.triggers:

@@ -121,7 +121,8 @@ def test_a_cleansing_shows_before_and_after_and_unseen_families_apart(form):
 @pytest.mark.parametrize("form", ["table", "md"])
 def test_several_runs_start_with_their_comparison(form):
     shown = render([scanned(), cleansed(), refused()], form).replace("\\", "")
-    assert shown.index("3 runs") < shown.index("scan m.safetensors") < shown.index("cleanse m.safetensors")
+    scan = shown.index("scan m.safetensors")
+    assert shown.index("3 runs") < scan < shown.index("m.clean.safetensors", scan)
     assert "84.0 -> 83.0 (81.0-85.0, n 1000)" in shown
     assert "90.0 -> 3.2 (1.2-5.2, n 500)" in shown, "the unseen family is the worst row"
     assert "refused" in shown and "x.pt is a pickle." in shown
@@ -270,3 +271,13 @@ def test_a_backdoor_of_one_source_is_told_once():
     found.decisive_source = 11
     assert evidence(found).startswith("badnets:size=3 sends 100.0 % (n 12) of the images of class 11, 12.0 (")
     assert evidence(found).count("11") == 1
+
+
+def test_a_repair_is_headed_by_what_it_wrote():
+    """The verdict is the output's; the suspect's stands behind it."""
+    record = cleansed()
+    shown = render([record], "md").splitlines()
+    assert shown[0] == f"## {record.output.path}"
+    assert "**no-evidence**: (was: backdoored, " in shown[2]
+    table = render([record], "table")
+    assert f"made from     {record.checkpoint.path} (abababab)" in table

@@ -93,8 +93,9 @@ def lead(record: RunRecord) -> str:
 
 
 def name(record: RunRecord) -> str:
-    """Returns what a run's model is called: its file, without the folders."""
-    return PurePath(record.checkpoint.path).name or record.checkpoint.path or record.command
+    """Returns what the network that the verdict is about is called: its file, without the folders."""
+    path = record.output.path if record.output is not None else record.checkpoint.path
+    return PurePath(path).name or path or record.command
 
 
 def tone(record: RunRecord) -> str:
