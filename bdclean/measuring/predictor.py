@@ -34,6 +34,8 @@ class Predictor:
     model: nn.Module
     device: torch.device
     batch_size: int = 250
+    seen: int = 0
+    """How many images ran through the model so far."""
 
     def __post_init__(self) -> None:
         self.model = self.model.to(memory_format=torch.channels_last)
@@ -77,6 +79,7 @@ class Predictor:
                     self.batch_size = max(1, min(self.batch_size, len(batch)) // 2)
                     continue
                 first += len(batch)
+        self.seen += len(images)
         # Read back once: a device that is read after every batch waits for the next one.
         if not finite:
             raise Refused(

@@ -310,6 +310,7 @@ class RunRecord:
     after: Side | None = None
     curve: list[dict[str, Any]] | None = None
     output: OutputEntry | None = None
+    forward_passes: float | None = None  # of a scan of a classifier: images that ran over those measured on
     extra: dict[str, Any] = field(default_factory=dict)  # top-level keys of a newer bdclean, kept as they are
 
     @property

@@ -308,6 +308,9 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
                     seed,
                     record.started,
                     None if record.seconds is None else wording.duration(record.seconds),
+                    None
+                    if record.forward_passes is None
+                    else f"{record.forward_passes:.1f} passes over the images",
                 ]
             ),
         )

@@ -14,6 +14,7 @@ from bdclean.measuring import pictures
 from bdclean.measuring.assessment import assess, in_order
 from bdclean.measuring.encoders import judged_as_encoder, unsaid
 from bdclean.measuring.feature_map import feature_map
+from bdclean.measuring.predictor import Predictor
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import Trial, make_predictor
 from bdclean.measuring.verdict import clean_measures, verdict_on
@@ -162,6 +163,7 @@ def _conclude(
         calibration=worst.looked.calibration or None,
         skipped=[*record.skipped, *worst.looked.skipped, *unsaid(worst.trial)],
         precision=worst.looked.precision or record.precision,
+        forward_passes=passes([reading.trial for reading in readings]),
         confusion=pictures.confusions(worst.rows, made, worst.trial),
         feature_map=feature_map(worst.rows, made, worst.trial),
     )
@@ -174,6 +176,14 @@ def _conclude(
     return replace(record, checkpoint=describe_choice(record.checkpoint, worst.choice)).warned(
         [f"the normalisation is unclear, each plausible one was scanned ({found}); shown is {name}."]
     )
+
+
+def passes(trials: Sequence[Trial]) -> float | None:
+    """How many times the images ran through the network so far; None for an encoder, whose features are remembered."""
+    predictors = [trial.predict for trial in trials if isinstance(trial.predict, Predictor)]
+    if not predictors:
+        return None
+    return round(sum(predictor.seen for predictor in predictors) / len(trials[0].images), 2)
 
 
 def with_second(record: RunRecord, checkpoint: Checkpoint) -> RunRecord:

@@ -170,14 +170,17 @@ def test_a_survivor_that_passes_has_its_controls_beside_it():
 
 
 def test_controls_that_decide_nothing_are_measured_on_fewer_images():
+    like_it = (255, *range(100, 119))
     for network, images in (
-        (Network(to(3)), rows.SHOWN_IMAGES),
-        (Network(to(3), share=0.4), rows.CONTROL_IMAGES),
+        (Network(to(3)), 19 * rows.SHOWN_IMAGES),
+        (Network(to(3), share=0.4), 19 * rows.FIRST_LOOK),
+        # the first one settles it, of all images and of each class
+        (Network(to(3), like_it, share=0.4), rows.CONTROL_IMAGES + 4 * rows.SOURCE_IMAGES),
     ):
         watched = bench(network, n=2000, threshold=0.2)
         before = network.seen
         assess(watched, [Patch()], target=3)
-        assert network.seen - before == 2000 + 19 * images
+        assert network.seen - before == 2000 + images
 
 
 def test_mirrored_controls_do_not_hide_what_is_certain():
