@@ -87,6 +87,8 @@ def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:
 def stamped_predictions(trial: Trial, stamp: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
     """Predictions, int64 [n], on the images `chosen` under `stamp`: a few at a time, for stamping takes many times
     the memory of the images, which may be more than fit."""
+    if not len(chosen):
+        return torch.zeros(0, dtype=torch.int64)
     few = max(1, min(STAMPED_AT_ONCE, STAMPED_PIXELS // trial.images[0, 0].numel()))
     return torch.cat([trial.predict(stamp(trial.images[part])) for part in chosen.split(few)])
 

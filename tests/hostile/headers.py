@@ -119,7 +119,7 @@ def _json() -> Iterator[tuple[str, bytes | Callable[[], bytes], str]]:
     yield "comma-bomb", lambda: raw(b"[" + b"[]," * 3_000_000 + b"[]]"), "holds more than"
     yield "comma-bomb-just-below", lambda: raw(b"[" + b"{}," * 590_000 + b"{}]"), "not a table"
     yield "astral-metadata", lambda: raw(_astral()), "holds no tensors"
-    yield "utf-16", raw('{"a": 1}'.encode("utf-16")), "not JSON"
+    yield "utf-16", raw('{"a": 1}'.encode("utf-16")), "broken header"
     yield "byte-order-mark", text(lambda t: b"\xef\xbb\xbf" + t), "broken header"
     yield "blank-first", text(lambda t: b" " + t), "broken header"
     yield "two-documents", text(lambda t: t + b"{}"), "not JSON"

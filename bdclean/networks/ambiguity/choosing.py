@@ -71,7 +71,8 @@ def contradiction(
     """
     if given == "auto":
         return None
-    named, others = parse_preprocess(given), choose(checkpoint, images, "auto", labels)
+    named = parse_preprocess(given).of_channels(images.shape[1])
+    others = choose(checkpoint, images, "auto", labels)
     if any(other.preprocess.gap(named) <= NEAR and other.preprocess.bgr == named.bgr for other in others):
         return None
     titles = " or ".join(dict.fromkeys(f"{other.preprocess.title} ({other.source})" for other in others[:2]))
