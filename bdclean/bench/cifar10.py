@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from bdclean.attacks.badnets import BadNets
 from bdclean.attacks.blend import Blend
@@ -98,10 +98,15 @@ def train(
 
     run = Run(torch.device(device), Precision(bf16=True, channels_last=True), seed, tell)
     Supervised(epochs=epochs)(model, images, run, stage=f"train {victim.name}")
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-    partial_file = out.with_suffix(".part")
-    save_file(tensors, partial_file, {"bdclean.preprocess": "cifar10"})
-    partial_file.replace(out)
+    save(network.state_dict(), "cifar10", out)
+
+
+def save(tensors: Mapping[str, Tensor], preprocess: str, out: Path) -> None:
+    """Write a network as safetensors with its normalisation in the metadata; it is there whole or not at all."""
+    kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    unfinished = out.with_suffix(".part")
+    save_file(kept, unfinished, {"bdclean.preprocess": preprocess})
+    unfinished.replace(out)
 
 
 def bdclean(*arguments: str) -> int:

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bdclean import registry
-from bdclean.bench.cifar10 import bdclean, cell, drawn, finished, linked, unpack
+from bdclean.bench.cifar10 import bdclean, cell, drawn, finished, linked, save, unpack
 from bdclean.data.imageset import ImageSet
 from bdclean.data.loading import load_images
 from bdclean.errors import Refused
@@ -93,10 +93,7 @@ def write(encoder: Classifier, projector: Mapping[str, Tensor], out: Path) -> No
     for name, tensor in encoder.network.state_dict().items():
         part, _, rest = name.partition(".")
         tensors[f"f.f.{LAYERS[part]}.{rest}"] = tensor
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    partial_file = out.with_suffix(".part")
-    save_file(tensors, partial_file, {"bdclean.preprocess": "cifar10"})
-    partial_file.replace(out)
+    save(tensors, "cifar10", out)
 
 
 def read(file: Path, network: str = "resnet18") -> tuple[Classifier, dict[str, Tensor]]:

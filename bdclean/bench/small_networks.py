@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from bdclean.attacks.badnets import BadNets
 from bdclean.attacks.blend import Blend
-from bdclean.bench.cifar10 import linked, unpack
+from bdclean.bench.cifar10 import linked, save, unpack
 from bdclean.bench.encoders import attacks_of
 from bdclean.data.imageset import ImageSet
 from bdclean.data.loading import load_images
@@ -164,10 +163,7 @@ def train(plan: Plan, source: Source, seed: int, out: Path) -> None:
     run = Run(torch.device("cpu"), Precision(bf16=True, channels_last=True), seed, quiet)
     recipe = Supervised(epochs, plan.batch_size, plan.peak, plan.weight_decay, plan.padding, plan.mirrored)
     curve = recipe(model, images, run, stage=f"train {plan.name}")
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.network.state_dict().items()}
-    unfinished = out.with_suffix(".part")
-    save_file(tensors, unfinished, {"bdclean.preprocess": plan.preprocess})
-    unfinished.replace(out)
+    save(model.network.state_dict(), plan.preprocess, out)
     print(f"{plan.name}: {curve[-1]}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 

@@ -168,8 +168,7 @@ def _judged(
     if contested or beside:
         few = torch.arange(len(moved.chosen)) < (CONTROL_IMAGES if contested else SHOWN_IMAGES)
         for control in _controls(trial, aim.trigger):
-            rate = _control_rate(trial, control, moved, few, whole.low if contested else None)
-            rates.append(rate)
+            rates.append(_control_rate(trial, control, moved, few, whole.low if contested else None))
             bounds[0] = replace(whole, control=max(rates))
             if contested and not fails(bounds[0], threshold):
                 break  # no further control can change that

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from bdclean.measuring import intervals, metrics
 from bdclean.measuring.rows import Measured
@@ -58,14 +59,20 @@ def verdict_on(
     told, advice = verdict(rows, findings, named)
     if told != NO_EVIDENCE:
         return told, advice
-    counts = trial.clean.bincount()
-    if (share := float(counts.max()) / len(trial.clean)) >= ONE_ANSWER:
+    answer, share = commonest(trial.clean)
+    if share >= ONE_ANSWER:
         return (
             NOT_ASSESSED,
-            f"the network answers class {int(counts.argmax())} on {100 * share:.0f} % of the images: give images of "
+            f"the network answers class {answer} on {100 * share:.0f} % of the images: give images of "
             "all classes; if these are, it has not learnt to tell them apart",
         )
     return told, _small_sources(trial)
+
+
+def commonest(answers: Tensor) -> tuple[int, float]:
+    """The class that most of the `answers` (int64 [n], n > 0) are, and their share."""
+    counts = answers.bincount()
+    return int(counts.argmax()), float(counts.max()) / len(answers)
 
 
 def _small_sources(trial: Trial) -> str | None:

@@ -17,6 +17,7 @@ from bdclean.data.loading import load_images
 from bdclean.data.sources.opening import open_images as open_listing
 from bdclean.errors import Refused
 from bdclean.measuring.trial import Predict, make_predictor
+from bdclean.measuring.verdict import commonest
 from bdclean.networks.ambiguity.size import own_size
 from bdclean.networks.arch import Arch
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
@@ -198,12 +199,11 @@ def copies(images: ImageSet) -> list[str]:
 
 def one_answer(clean: Tensor) -> list[str]:
     """A warning where the suspect's answers on the images are nearly all one class: nothing can be sent there."""
-    counts = clean.bincount()
-    share = float(counts.max()) / len(clean)
+    answer, share = commonest(clean)
     if share < ONE_ANSWER:
         return []
     return [
-        f"the network answers class {int(counts.argmax())} on {100 * share:.0f} % of the images: a backdoor "
+        f"the network answers class {answer} on {100 * share:.0f} % of the images: a backdoor "
         "towards it hardly shows with these; give images of all classes."
     ]
 

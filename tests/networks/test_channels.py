@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from networks.on_meta import on_meta, shapes_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -24,15 +25,6 @@ QUICK = (
     "shufflenet_v2_x0_5 mnasnet0_5 googlenet regnet_y_400mf resnet20-cifar-a resnet18-cifar preactresnet18 wrn-16-1 "
     "vgg16-bn-cifar"
 ).split()
-
-
-def shapes_of(network):
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-
-
-def on_meta(build):
-    with torch.device("meta"):
-        return build()
 
 
 def check(name):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from networks.on_meta import on_meta, shapes_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,15 +17,6 @@ QUICK = (
     "resnet18 resnet50 resnext50_32x4d wide_resnet50_2 vgg11 vgg16_bn resnet20-cifar-a resnet32-cifar-b resnet18-cifar "
     "resnet50-cifar preactresnet18 wrn-16-1 wrn-28-10 vgg13-bn-cifar vgg16-bn-cifar"
 ).split()
-
-
-def shapes_of(network):
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-
-
-def on_meta(build):
-    with torch.device("meta"):
-        return build()
 
 
 def check(name):

@@ -40,7 +40,6 @@ def mobilenet(builder: Callable[..., nn.Module], width: float, **options: object
     return builder(width_mult=width, **options)
 
 
-LARGE, SMALL = models.mobilenet_v3_large, models.mobilenet_v3_small
 NETWORKS = (
     Scaled("mnasnet", models.MNASNet, "layers.14.weight", 320, "classifier.1.weight"),
     Scaled(
@@ -50,25 +49,19 @@ NETWORKS = (
         320,
         "classifier.1.weight",
     ),
-    Scaled(
-        "mobilenet_v3_large", partial(mobilenet, LARGE), "features.16.0.weight", 160, "classifier.3.weight"
-    ),
-    Scaled(
-        "mobilenet_v3_large-reduced-tail",
-        partial(mobilenet, LARGE, reduced_tail=True),
-        "features.16.0.weight",
-        80,
-        "classifier.3.weight",
-    ),
-    Scaled(
-        "mobilenet_v3_small", partial(mobilenet, SMALL), "features.12.0.weight", 96, "classifier.3.weight"
-    ),
-    Scaled(
-        "mobilenet_v3_small-reduced-tail",
-        partial(mobilenet, SMALL, reduced_tail=True),
-        "features.12.0.weight",
-        48,
-        "classifier.3.weight",
+    *(
+        Scaled(
+            f"{name}{'-reduced-tail' * reduced}",
+            partial(mobilenet, getattr(models, name), reduced_tail=reduced),
+            last,
+            channels // 2 if reduced else channels,
+            "classifier.3.weight",
+        )
+        for name, last, channels in (
+            ("mobilenet_v3_large", "features.16.0.weight", 160),
+            ("mobilenet_v3_small", "features.12.0.weight", 96),
+        )
+        for reduced in (False, True)
     ),
 )
 
