@@ -196,7 +196,7 @@ def outcomes(folder):
 
 def test_a_record_outlives_a_run_that_did_not_end_and_is_kept_beside_that_of_another(tmp_path, capsys):
     place = tmp_path / "m.clean.json"
-    result("m").write(place)
+    replace(result("m"), argv=["bdclean", "scan", "m"]).write(place)
     earlier = place.read_text()
     records = Records.at(place, [])
     play(["a"], {"a": Refused("m.clean.safetensors exists.")}, records=records)
