@@ -19,6 +19,7 @@ from bdclean.measuring.trial import (
     SCREENED,
     Target,
     Trial,
+    control_predictions,
     ranks,
     stamped_predictions,
 )
@@ -334,7 +335,7 @@ def _controlled(
         return sources
     reference, clean = moved.reference[few], moved.clean[few]
     for control in _controls(trial, trigger):
-        answers = stamped_predictions(trial, control, moved.chosen[few])
+        answers = control_predictions(trial, control, moved.chosen[few])
         gone = (answers != reference) & (answers != clean)
         for k, bound in enumerate(sources):
             of = torch.eq(reference, bound.source or 0)
@@ -356,10 +357,10 @@ def _control_rate(trial: Trial, control: Stamp, moved: _Moved, few: Tensor, low:
     `low`: what it must stay under by CONTROL_MARGIN. Where a look at FIRST_LOOK images is far below that, it will do.
     """
     chosen, wanted = moved.chosen[few], moved.wanted[few]
-    answers = stamped_predictions(trial, control, chosen[:FIRST_LOOK])
+    answers = control_predictions(trial, control, chosen[:FIRST_LOOK])
     share = float((answers == wanted[: len(answers)]).float().mean())
     if len(chosen) > FIRST_LOOK and low is not None and share > low - CONTROL_MARGIN - FAR:
-        answers = torch.cat([answers, stamped_predictions(trial, control, chosen[FIRST_LOOK:])])
+        answers = control_predictions(trial, control, chosen)
         share = float((answers == wanted).float().mean())
     return share
 

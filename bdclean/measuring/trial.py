@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from bdclean.measuring.predictor import Predictor
 from bdclean.measuring.probe import Encoded
 from bdclean.networks.classifier import Classifier
 from bdclean.progress import Tell, quiet
+from bdclean.triggers.stamping import Stamp
 
 PROBED = 2
 """Images that a folded network is checked with."""
@@ -76,6 +77,8 @@ class Trial:
     """How many normalisations are tried, of which the worst counts: what is tried is corrected for them, too."""
     encoded: Encoded | None = None
     """Of an encoder: its features, and the probes on them, of which `predict` is the first."""
+    answers: dict[Stamp, dict[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What is predicted under controls, by image: triggers of one mask and strength share theirs."""
 
 
 def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -84,13 +87,21 @@ def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return shuffled[: n // 2], shuffled[n // 2 :]
 
 
-def stamped_predictions(trial: Trial, stamp: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
+def stamped_predictions(trial: Trial, stamp: Stamp, chosen: Tensor) -> Tensor:
     """Predictions, int64 [n], on the images `chosen` under `stamp`: a few at a time, for stamping takes many times
     the memory of the images, which may be more than fit."""
     if not len(chosen):
         return torch.zeros(0, dtype=torch.int64)
     few = max(1, min(STAMPED_AT_ONCE, STAMPED_PIXELS // trial.images[0, 0].numel()))
     return torch.cat([trial.predict(stamp(trial.images[part])) for part in chosen.split(few)])
+
+
+def control_predictions(trial: Trial, control: Stamp, chosen: Tensor) -> Tensor:
+    """The same, remembered: what a control does to an image is asked once, whatever triggers it stands beside."""
+    known, wanted = trial.answers.setdefault(control, {}), chosen.tolist()
+    missing = torch.tensor([k for k in wanted if k not in known], dtype=torch.int64)
+    known.update(zip(missing.tolist(), stamped_predictions(trial, control, missing).tolist(), strict=True))
+    return torch.tensor([known[k] for k in wanted], dtype=torch.int64)
 
 
 def telling_images(threshold: float) -> int:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from bdclean.bench.rule_simulation import NONE, Case, Mark
 from bdclean.measuring import assessment, rows, screening, trial
 from bdclean.measuring.assessment import in_order
 from bdclean.measuring.intervals import lower_bound, upper_bound
@@ -120,6 +121,31 @@ def test_screening_looks_at_few_images_where_they_are_enough():
     assert network.seen <= 3 * 2 * 64
 
 
+def test_what_triggers_share_their_controls_do_to_an_image_is_asked_once():
+    network = Network(to(3), levels=(255, 254))
+    seen = []
+    for triggers in ([Patch()], [Patch(), Patch(254)]):
+        watched = bench(network)
+        network.seen = 0
+        assert {row.outcome for row in assess(watched, triggers)} == {FAILS}
+        seen.append(network.seen)
+    screened_and_measured = 64 + 300
+    assert seen[1] - seen[0] == screened_and_measured
+    assert not replace(watched, predict=watched.predict).answers  # another model's answers are its own
+
+
+def test_each_look_tells_of_every_class_and_is_twice_the_last_one():
+    ten = Case(10, 4000, NONE)
+    watched = ten.trial(0)
+    dropped = screening.screen(watched, Mark(), halves(4000, 0)[0])
+    assert (dropped.survives, dropped.seen) == (
+        False,
+        210,
+    )  # 14 of each class tell, half as many more are looked at
+    drifting = Case(10, 4000, NONE, drift=0.06).trial(0)
+    assert screening.screen(drifting, Mark(), halves(4000, 0)[0]).seen in (420, 840, 1680)
+
+
 def test_screening_forwards_each_image_once():
     network = Network(to(3), share=0.19)  # stays near the threshold of 0.2, so that every look is needed
     watched = bench(network, n=2000, threshold=0.2)
@@ -174,8 +200,8 @@ def test_controls_that_decide_nothing_are_measured_on_fewer_images():
     for network, images in (
         (Network(to(3)), 19 * rows.SHOWN_IMAGES),
         (Network(to(3), share=0.4), 19 * rows.FIRST_LOOK),
-        # the first one settles it, of all images and of each class
-        (Network(to(3), like_it, share=0.4), rows.CONTROL_IMAGES + 4 * rows.SOURCE_IMAGES),
+        # the first one settles it, of all images and of each class, among whose images the first ones are
+        (Network(to(3), like_it, share=0.4), 4 * rows.SOURCE_IMAGES),
     ):
         watched = bench(network, n=2000, threshold=0.2)
         before = network.seen
