@@ -46,11 +46,13 @@ from bdclean.measuring.rows import CONTROL_IMAGES
 from bdclean.measuring.trial import SCREENED
 from bdclean.progress import quiet
 from bdclean.recipes.inoculate import Inoculate
-from bdclean.record.run import RAN, RunRecord
+from bdclean.record.run import BACKDOORED, RAN, RunRecord
 from bdclean.runs.scan import scan
 from bdclean.triggers.bank import make_triggers
 
 SAMPLES = Path(__file__).parents[3] / "sample_models"
+PASSES_OVER = 1000
+"""A scan's forward passes are counted with so many images."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def scanning(place: Place) -> Iterator[Cell]:
 
 
 def screening(place: Place) -> Iterator[Cell]:
-    """(2) Images forwarded by screening and what it lets through, over every trigger of the bank on every image."""
+    """(2) Images forwarded by screening and what it lets through, over every trigger of the bank on every image; and the
+    forward passes of a whole scan, with its controls and detectors, over the images."""
     for subject in place.subjects:
         suspect, images = subject.read()
         bench = open_bench(subject, suspect, images)
@@ -108,6 +111,15 @@ def screening(place: Place) -> Iterator[Cell]:
             "<= 0.15",
             f"{survivors} of {len(triggers)} triggers measured, {len(images)} images; "
             f"with controls {forwarded / with_controls:.3f}",
+        )
+        record = scan(subject.file, replace(subject.inputs, limit=PASSES_OVER), tell=quiet)
+        assert record.forward_passes is not None and record.data is not None
+        yield Cell.of(
+            f"passes-{subject.name}",
+            f"forward passes of a scan over the images, {subject.name}",
+            [record.forward_passes],
+            f"<= {25 if record.verdict == BACKDOORED else 12}",
+            f"{record.verdict}, {record.data.images} images, {len(triggers)} triggers",
         )
 
 

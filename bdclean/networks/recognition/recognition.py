@@ -33,6 +33,7 @@ from bdclean.networks.families import (
 from bdclean.networks.recognition.channels import as_rgb, at_usual_size, check_readable, with_channels
 from bdclean.networks.recognition.dialects import views
 from bdclean.networks.recognition.matching import Match, differences, listed
+from bdclean.networks.recognition.replaced_heads import replaced_heads
 from bdclean.networks.recognition.user_code import fit_user_code
 from bdclean.networks.recognition.variants import at_size, variants
 from bdclean.networks.recognition.wrapped import kind_of_tensors
@@ -64,8 +65,19 @@ def recognise(shapes: Mapping[str, Shape]) -> list[Match]:
     found, near = fitting(shapes, (*FAMILIES, *OF_ENCODERS))
     if found:
         return found
+    for names in replaced_heads(shapes):
+        found, _ = fitting({new: shapes[old] for old, new in names.items()}, (*FAMILIES, *OF_ENCODERS))
+        if found:
+            return [_by_file_names(match, names) for match in found]
     near += near_misses(shapes)
     raise Refused(refusal(shapes, min(near, key=lambda n: len(n.differing), default=None)))
+
+
+def _by_file_names(match: Match, names: Mapping[str, str]) -> Match:
+    """The match of renamed tensors for the file's own names: file name -> renamed."""
+    own = {new: old for old, new in names.items()}
+    found = {own[name]: to for name, to in match.names.items()}
+    return Match(match.arch, found, tuple(own[name] for name in match.unread))
 
 
 def fitting(
