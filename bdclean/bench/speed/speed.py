@@ -88,8 +88,10 @@ def scanning(place: Place) -> Iterator[Cell]:
 
 
 def screening(place: Place) -> Iterator[Cell]:
-    """(2) Images forwarded by screening and what it lets through, over every trigger of the bank on every image; and the
-    forward passes of a whole scan, with its controls and detectors, over the images."""
+    """(2) Images forwarded by screening and what it lets through, over every trigger of the bank on every image.
+
+    And the forward passes of a whole scan, with its controls and detectors, over the images.
+    """
     for subject in place.subjects:
         suspect, images = subject.read()
         bench = open_bench(subject, suspect, images)
