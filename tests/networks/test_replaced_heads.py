@@ -6,7 +6,7 @@ from torch import nn
 from bdclean.errors import Refused
 from bdclean.networks.recognition.recognition import recognise
 from bdclean.networks.recognition.replaced_heads import replaced_heads
-from tests.networks.on_meta import on_meta, shapes_of
+from networks.on_meta import on_meta, shapes_of
 
 
 def replaced(network, place, head):
