@@ -1,12 +1,12 @@
 import pytest
 import torch
 import torchvision
+from networks.on_meta import on_meta, shapes_of
 from torch import nn
 
 from bdclean.errors import Refused
 from bdclean.networks.recognition.recognition import recognise
 from bdclean.networks.recognition.replaced_heads import replaced_heads
-from networks.on_meta import on_meta, shapes_of
 
 
 def replaced(network, place, head):
