@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from bdclean.measuring.rows import Aim, Measured, measure, measure_all
+from bdclean.measuring.rows import FEW_ROWS, Aim, Measured, measure, measure_all
 from bdclean.measuring.screening import Screened, dropped, look_at, screen, to_the_end
 from bdclean.measuring.trial import (
     LEAST_SCREENED,
@@ -94,28 +94,43 @@ def _screened(trial: Trial, triggers: Sequence[Trigger], fixed: Mapping[str, Tar
         trial.tell("screening", done + 1, len(triggers), kept=len(kept))
     tried, failing = LOOKS_AT_EACH * sum(len(aims) for _, aims in kept), 0
     for done, (screened, aims) in enumerate(kept):
-        found = _measured(trial, screened, aims, second, tried)
+        found = _measured(trial, screened, aims, second, tried, beside=len(triggers) <= FEW_ROWS)
         failing += any(measured.row.outcome == FAILS for measured in found)
         trial.tell("measuring", done + 1, len(kept), failing=failing)
         yield from found
 
 
 def _measured(
-    trial: Trial, screened: Screened, aims: Sequence[Aim], second: Tensor, tried: int
+    trial: Trial, screened: Screened, aims: Sequence[Aim], second: Tensor, tried: int, beside: bool
 ) -> list[Measured]:
-    """Rows of one survivor: on a part of the images if it passes there, else on all, at last towards its best pair."""
+    """Rows of one survivor: on a part of the images if it passes there, else on all, at last towards its best pair.
+
+    `beside`: one that passes has controls beside it, too; else those alone whose target was found on another model.
+    """
     trigger, few = screened.trigger, second[: max(LEAST_SCREENED, len(second) // 4)]
+
+    def rows(chosen: Tensor, stamped: Tensor) -> list[Measured]:
+        return [measure(trial, aim, chosen, stamped, tried, beside=False) for aim in aims]
+
+    def with_controls(found: list[Measured], chosen: Tensor, stamped: Tensor) -> list[Measured]:
+        return [
+            measured
+            if aim.searched and measured.row.outcome == PASSES and not beside
+            else measure(trial, aim, chosen, stamped, tried)
+            for aim, measured in zip(aims, found, strict=True)
+        ]
+
     stamped = stamped_predictions(trial, trigger, few)
     if len(few) < len(second) and all(aim.searched and _tells(trial, aim.source, few) for aim in aims):
-        found = [measure(trial, aim, few, stamped, tried, beside=False) for aim in aims]
+        found = rows(few, stamped)
         if all(measured.row.outcome == PASSES for measured in found):
-            return [measure(trial, aim, few, stamped, tried) for aim in aims]
+            return with_controls(found, few, stamped)
     stamped = torch.cat([stamped, stamped_predictions(trial, trigger, second[len(few) :])])
-    found = [measure(trial, aim, second, stamped, tried) for aim in aims]
+    found = with_controls(rows(second, stamped), second, stamped)
     if found[-1].row.outcome == INCONCLUSIVE and (pair := _best_pair(trial, screened, aims)) is not None:
-        beside = measure(trial, pair, second, stamped, tried, beside=False)
-        if beside.row.outcome == FAILS:
-            found.append(beside)
+        confirmed = measure(trial, pair, second, stamped, tried, beside=False)
+        if confirmed.row.outcome == FAILS:
+            found.append(confirmed)
     return found
 
 

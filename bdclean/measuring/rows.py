@@ -42,7 +42,7 @@ SHOWN_IMAGES = 32
 FIRST_LOOK, FAR = 64, 0.2
 """Controls are looked at with fewer images first: three standard deviations of a rate of them are 0.19 at most."""
 FEW_ROWS = 10
-"""Up to so many rows that pass have their controls beside them, too, where triggers are not screened."""
+"""Of up to so many triggers or rows those that pass have their controls beside them, too."""
 
 
 SOURCE_IMAGES = 100
