@@ -250,7 +250,7 @@ class _Repair:
         cleansed = method(classifier, suspect.arch, images.unlabeled, images.labeled, run)
         self._note(
             curve=cleansed.curve,
-            findings=[Finding(**found) for found in cleansed.findings],
+            findings=[Finding(**found, seen_on="suspect") for found in cleansed.findings],
             recipe=RecipeEntry(
                 recipe, method.source, cleansed.settings, cleansed.stages, list(cleansed.families)
             ),
@@ -307,6 +307,8 @@ class _Repair:
         """The record, with what the repair changed."""
         old, suspected = judged_as_encoder(before, old, made)
         new, findings = judged_as_encoder(after, new, made)
+        suspected = [replace(finding, seen_on="suspect") for finding in suspected]
+        findings = [replace(finding, seen_on="output") for finding in findings]
         measures = [*clean_measures(after, old), *compare(before, after, old, new)]
         told, advice = verdict_on(after, new, findings, self.named)
         broken = damage(measures, before, after)

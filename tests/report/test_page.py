@@ -33,6 +33,7 @@ from bdclean.record.run import (
     Skipped,
     TriggerRow,
 )
+from bdclean.report import wording
 from bdclean.report.formats import render
 from bdclean.report.page import embedded, words
 from bdclean.report.page.embedded import png
@@ -380,7 +381,7 @@ def test_curves_come_from_numbers_alone():
     ["plain", "two words", "it's", "a\nb\x1b[0m", "back\\slash\n", "caf\u00e9", "\u202eabc", "x\udc80y", ""],
 )
 def test_the_command_is_read_back_by_a_shell(word):
-    script = f"printf %s {words.quoted(word)}"
+    script = f"printf %s {wording.quoted(word)}"
     done = subprocess.run(["bash", "-c", os.fsencode(script)], capture_output=True, timeout=60)
     assert done.stdout == os.fsencode(word)
 

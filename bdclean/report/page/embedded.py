@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bdclean.files.kinds import PNG
 from bdclean.record.run import Confusion, Picture, RunRecord
-from bdclean.report.page.words import label
+from bdclean.report import wording
 
 LARGEST_PICTURE = 200_000  # bytes of PNG; ours stay far below
 LARGEST_SIDE = 1024
@@ -90,7 +90,7 @@ def png(text: str) -> str:
 
 def strips(record: RunRecord) -> list[Strip]:
     """Returns the images as given and stamped, one strip a trigger and target."""
-    names = record.data.classes if record.data else None
+    names = record.class_names()
     pictures = [picture for picture in record.pictures[:MOST_PICTURES] if png(picture.png_base64)]
     given = {picture.image: picture for picture in pictures if picture.role == "given"}
     found: dict[tuple[object, object], Strip] = {}
@@ -100,7 +100,13 @@ def strips(record: RunRecord) -> list[Strip]:
         key = (picture.trigger, picture.target)
         if key not in found:
             found[key] = Strip(
-                picture.trigger, label(picture.target, names), "", [], "", "", record.before is not None
+                picture.trigger,
+                wording.label(picture.target, names),
+                "",
+                [],
+                "",
+                "",
+                record.before is not None,
             )
         strip = found[key]
         if picture.role == "difference":
@@ -119,7 +125,7 @@ def masks(record: RunRecord) -> list[tuple[str, str]]:
 
 def heats(record: RunRecord) -> list[Heat]:
     """Returns the record's confusions as drawings; those that are no square of counts are left out."""
-    names = record.data.classes if record.data else None
+    names = record.class_names()
     return [_heat(found, names, record) for found in (record.confusion or [])[:8] if _square(found.counts)]
 
 
@@ -134,18 +140,22 @@ def _pair(picture: Picture, given: Picture | None, names: Sequence[str] | None, 
         return seen == picture.target
 
     def called(seen: int | None) -> str:
-        name = label(seen, names, numbered=False)
-        return name if seen == picture.label else f"{name}, is {label(picture.label, names, numbered=False)}"
+        name = wording.label(seen, names, numbered=False)
+        return (
+            name
+            if seen == picture.label
+            else f"{name}, is {wording.label(picture.label, names, numbered=False)}"
+        )
 
     before, after = (given.before, given.after) if given is not None else (None, None)
     return Pair(
         png(given.png_base64) if given is not None else "",
         png(picture.png_base64),
-        label(picture.label, names, numbered=False),
+        wording.label(picture.label, names, numbered=False),
         called(before),
         called(after),
-        label(picture.before, names, numbered=False),
-        label(picture.after, names, numbered=False),
+        wording.label(picture.before, names, numbered=False),
+        wording.label(picture.after, names, numbered=False),
         goes(picture.before, before),
         goes(picture.after, after),
     )
@@ -164,7 +174,7 @@ def _heat(found: Confusion, names: Sequence[str] | None, record: RunRecord) -> H
         total = sum(count for count in row if count > 0)
         for x, count in enumerate(row):
             if count > 0:
-                title = f"{label(y, names)} \u2192 {label(x, names)}: {count} of {total}"
+                title = f"{wording.label(y, names)} \u2192 {wording.label(x, names)}: {count} of {total}"
                 cells.append(
                     Cell(
                         left + x * cell, y * cell, round(FAINTEST + (1 - FAINTEST) * count / total, 3), title
