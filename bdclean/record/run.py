@@ -125,8 +125,9 @@ class Calibration:
 
 @dataclass
 class Picture:
-    """A small PNG that a page shows: `role` is given, stamped, difference or mask; --no-pictures leaves only masks.
+    """A small PNG that a page shows: `role` is given, stamped, difference, enlarged or mask.
 
+    `enlarged` is the place that was stamped, as given and stamped side by side; --no-pictures leaves only masks.
     `before` and `after` are the classes that the model, and its cleansed copy, predict for it.
     """
 

@@ -371,7 +371,7 @@ def test_findings_say_where_they_were_seen_and_which_side_is_odd():
         Finding("inversion", "outlier", 1.5, 13.5, None, "a small mask", "below", "suspect"),
         Finding("pull", "suspicious", 1.2, 0.5, 0.01, "together", "above", "output"),
     ]
-    for words in (render([record], "table", width=100), plain_words(render([record], "html"))):
+    for words in (render([record], "table", width=60), plain_words(render([record], "html"))):
         assert "seen on the suspect, score 1.5, odd below 13.5" in words
         assert "seen on the output, score 1.2, odd above 0.5, p 0.01" in words
     wide = render([record], "table", width=250)

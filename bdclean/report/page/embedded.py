@@ -16,6 +16,7 @@ LARGEST_PICTURE = 200_000  # bytes of PNG; ours stay far below
 LARGEST_SIDE = 1024
 MOST_PICTURES = 64
 MOST_CLASSES = 50
+CLOSE_UPS = ("difference", "enlarged")
 NAMED_CLASSES = 24  # up to so many, rows have room for names
 FAINTEST = 0.15  # a single image is still seen
 CELL, NARROW_CELL, LABELS = 14, 6, 96  # in units of the drawing
@@ -44,8 +45,9 @@ class Strip:
     target: str
     caption: str
     pairs: list[Pair]
-    difference: str
-    difference_caption: str
+    close_ups: list[
+        tuple[str, str, str]
+    ]  # role, base64 and caption of what was changed, and of the place enlarged
     cleansed: bool
 
 
@@ -95,7 +97,7 @@ def strips(record: RunRecord) -> list[Strip]:
     given = {picture.image: picture for picture in pictures if picture.role == "given"}
     found: dict[tuple[object, object], Strip] = {}
     for picture in pictures:
-        if picture.role not in ("stamped", "difference") or picture.trigger is None:
+        if picture.role not in ("stamped", *CLOSE_UPS) or picture.trigger is None:
             continue
         key = (picture.trigger, picture.target)
         if key not in found:
@@ -104,13 +106,12 @@ def strips(record: RunRecord) -> list[Strip]:
                 wording.label(picture.target, names),
                 "",
                 [],
-                "",
-                "",
+                [],
                 record.before is not None,
             )
         strip = found[key]
-        if picture.role == "difference":
-            strip.difference, strip.difference_caption = png(picture.png_base64), picture.caption
+        if picture.role in CLOSE_UPS:
+            strip.close_ups.append((picture.role, png(picture.png_base64), picture.caption))
         else:
             strip.caption = strip.caption or picture.caption
             strip.pairs.append(_pair(picture, given.get(picture.image), names, record))
