@@ -250,8 +250,8 @@ def test_progress_on_a_pipe_is_an_occasional_plain_line(monkeypatch):
             progress("images", done, 5, loss=0.25, images_per_second=1234.5)
     lines = file.getvalue().splitlines()
     assert lines == [
-        "m\\x1b[2J: images 2/5  loss 0.25  1,234 images/s  18 s left",
-        "m\\x1b[2J: images 4/5  loss 0.25  1,234 images/s  6 s left",
+        "m\\x1b[2J: images 2/5  18 s left  loss 0.250  1,234 images/s",
+        "m\\x1b[2J: images 4/5  6 s left  loss 0.250  1,234 images/s",
     ]
 
 
@@ -263,8 +263,37 @@ def test_quiet_progress_says_nothing():
 
 
 def test_rate_and_time_left():
-    assert details(10, 90, 5.0, {"kept": 3}) == "kept 3  2.0/s  45 s left"
+    assert details(10, 90, 5.0, {"kept": 3}) == "45 s left  kept 3  2.0/s"
     assert details(0, 90, 0.0, {}) == ""
+    shown = details(10, 90, 5.0, {"loss": 0.25, "agreement": 0.5, "sent": 0.1, "images_per_second": 70.0})
+    assert shown == "45 s left  loss 0.250  agreement 0.500  70 images/s", "two measures at most"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("title", ["", "models/a-rather-long-name-of-a-network.safetensors (2 of 5)"])
+def test_a_live_line_keeps_bar_and_counter_in_their_places_at_80_columns(monkeypatch, title):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    file, frames = Terminal(), []
+    with Progress(file=file) as progress:
+        progress.begin(title)
+        for done, loss in ((1, 1234.5678), (50, 0.25), (4999, 1 / 3)):
+            progress(
+                "distillation", done, 5000, loss=loss, agreement=0.987654, sent=0.1, images_per_second=812.0
+            )
+            progress._live.refresh()
+            lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").splitlines()
+            frames.append([line for line in lines if "distillation" in line][-1])
+    assert all(len(line) <= 80 for line in frames)
+    places = {(re.search("[\u2500-\u257f]", line).start(), line.index("/5000")) for line in frames}
+    assert len(places) == 1, "nothing jumps"
+    assert all(line.count("\u2501") + line.count("\u2578") + line.count("\u257a") >= 13 for line in frames)
+    assert (" (2 of 5): distillation" in frames[0]) == bool(title)
+    assert "loss 1.23e+03" in frames[0] or title
 
 
 def test_a_backdoor_of_one_source_is_told_once():
