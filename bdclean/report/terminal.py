@@ -103,9 +103,9 @@ def wrapped(words: str, width: int) -> list[str]:
             line = ""
         line += part
         while cell_len(line.rstrip()) > width:  # a path without any place to break
-            whole, line = Text(line).divide([_fitting(line, width)])
-            lines.append(whole.plain)
-            line = line.plain
+            fitting = _fitting(line, width)
+            lines.append(line[:fitting])
+            line = line[fitting:]
     return [*lines, line.rstrip()]
 
 

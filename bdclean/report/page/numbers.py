@@ -46,8 +46,8 @@ def head(record: RunRecord) -> list[Number]:
             found.append(of_row("Attack success, worst trigger", now, names, first))
         if worst is not None and worst is not now:
             left = of_row("Highest rate left", worst, names)
-            controls = beside(worst) if worst.outcome == INCONCLUSIVE else ""
-            found.append(replace(left, note=f"{left.note}; {controls}" if controls else left.note))
+            harmless = beside(worst) if worst.outcome == INCONCLUSIVE else ""
+            found.append(replace(left, note=f"{left.note}; {harmless}" if harmless else left.note))
     elif worst is not None:
         found.append(of_row("Attack success, worst trigger", worst, names))
         controls = worst.control_rate or {}
@@ -86,12 +86,12 @@ def of_row(
     source = next((of for each in (row, before) if each and (of := headline(each)[1]) is not None), None)
     now, was = of_source(row, source), of_source(before, source) if before is not None else None
     change, change_interval = bars.signed(row.change) if before is not None and source is None else ("", "")
-    of = "" if source is None else f"of {wording.label(source, names)}, "
+    said = "" if source is None else f"of {wording.label(source, names)}, "
     return Number(
         title,
         wording.NOTHING if now is None else f"{wording.percent(now.value)}\u00a0%",
         bars.interval(now),
-        f"{of}{row.trigger} \u2192 {wording.label(row.target, names)}",
+        f"{said}{row.trigger} \u2192 {wording.label(row.target, names)}",
         f"{wording.percent(was.value)}\u00a0%" if was is not None else "",
         change,
         change_interval,
