@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bdclean.files.text import plain
+from bdclean.record.gate import SCORES
 
 if TYPE_CHECKING:
     from bdclean.record.run import Measure, Rate
 
 
-SCORES = ("balanced_score", "defence_effectiveness_rating")  # measures that are no shares of images
 NOTHING = "-"  # was not measured: never 0
 # Of a network that was given a new head.
 PROBED_BEFORE = (

@@ -71,7 +71,12 @@ def render(records: Sequence[RunRecord]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"label": wording.label, "number": _plain_number, "spec": spec}
+    environment.globals |= {
+        "curve_notes": words.CURVES,
+        "label": wording.label,
+        "number": _plain_number,
+        "spec": spec,
+    }
     records = comparison.ordered(records)
     runs = [_run(record, number) for number, record in enumerate(records, 1)]
     several = len(runs) > 1

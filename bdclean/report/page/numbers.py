@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from bdclean.record.gate import SCORES
 from bdclean.record.run import INCONCLUSIVE, Measure, RunRecord, TriggerRow
 from bdclean.report import wording
 from bdclean.report.page import bars, words
@@ -134,6 +135,6 @@ def measures(record: RunRecord) -> list[Row]:
 def cell(measure: Measure | None) -> tuple[str, str]:
     if measure is None or measure.value is None:
         return wording.NOTHING, ""
-    if measure.name in wording.SCORES:
+    if measure.name in SCORES:
         return f"{measure.value:.3f}", ""
     return f"{wording.percent(measure.value)}\u00a0%", bars.interval(measure)

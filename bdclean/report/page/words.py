@@ -46,6 +46,15 @@ MEASURES = {
     "balanced_score": ("Balanced score", "retained accuracy and removed excess, bdclean\u2019s own"),
 }
 
+CURVES = {
+    "loss": "what training lowers",
+    "agreement": "share of images that are answered as the suspect answers them",
+    "accuracy": "share of images that are answered with their label",
+    "sent": "largest share of images that the strongest counterfeit stamp of a step moved to one class; low is good",
+    "likeness": "cosine between the features of the suspect and those learnt",
+}
+"""What the series of a training curve are."""
+
 
 def measure(record: RunRecord, name: str) -> tuple[str, str]:
     """Returns what a measure is called, and what it is."""
