@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bdclean.cli.description import describe
 from bdclean.errors import Refused, UsageError
 from bdclean.files.text import closest, decoded, no_path, shown
-from bdclean.registry import DETECTORS, TRIGGERS, find, parse_spec
+from bdclean.registry import DETECTORS, RECIPES, TRIGGERS, find, parse_spec
 from bdclean.runs.options import Inputs
+
+RECOMMENDED = "inoculate"
+"""The recipe that is named first where several have a setting."""
 
 
 def check_triggers(specs: Sequence[str] | None) -> tuple[str, ...]:
@@ -20,6 +24,31 @@ def check_triggers(specs: Sequence[str] | None) -> tuple[str, ...]:
         check_given("trigger", spec)
         find(TRIGGERS, parse_spec(spec)[0])
     return tuple(specs or ())
+
+
+def check_recipe(name: str, settings: Mapping[str, str]) -> None:
+    """Raises on a recipe that is not there, and on settings for one that has none: others have them."""
+    find(RECIPES, name)
+    if not settings or _settings(name):
+        return
+    key, value = next(iter(settings.items()))
+    having = [each for each in RECIPES if key in _settings(each)]
+    if not having:
+        raise UsageError(
+            f"{name} has no settings of its own, and no recipe has {key!r}: see bdclean ls recipe NAME."
+        )
+    raise UsageError(
+        f"{name} has no settings of its own: name the recipe that they are for, as in --recipe "
+        f"{having[0] if RECOMMENDED not in having else RECOMMENDED} --set {key}={value} "
+        f"({', '.join(having)} have {key!r})."
+    )
+
+
+def _settings(name: str) -> set[str]:
+    """What may be set of a recipe, for classifiers or for encoders."""
+    entry = RECIPES[name]
+    sides = [encoder for encoder, path in ((False, entry.path), (True, entry.encoder)) if path]
+    return {setting.name for side in sides for setting in describe(RECIPES, name, side).settings}
 
 
 def check_detectors(names: Sequence[str] | None) -> tuple[str, ...]:

@@ -216,7 +216,10 @@ def cleanse(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", parser=given_path, metavar="PATH", help="Default: MODEL with .clean.safetensors."
+            "--out",
+            parser=given_path,
+            metavar="PATH",
+            help="Default: MODEL with .clean.safetensors; of a folder a folder, MODEL.clean, with its config.",
         ),
     ] = None,
     force: Annotated[
@@ -257,6 +260,7 @@ def cleanse(
             check_head,
             check_inputs,
             check_paths,
+            check_recipe,
             check_there,
             check_triggers,
             speaks_alone,
@@ -266,9 +270,9 @@ def cleanse(
         from bdclean.cli.places import Records, record_place
         from bdclean.files.writing import alone, check, is_special, sweep
         from bdclean.record import gate
-        from bdclean.registry import RECIPES, find, parse_settings
+        from bdclean.registry import parse_settings
         from bdclean.report.formats import choose_format
-        from bdclean.runs.places import default_output, resume_state
+        from bdclean.runs.places import default_output, is_folder, record_beside, resume_state
 
         if not speaks_alone():
             return Refused.exit_code
@@ -277,15 +281,16 @@ def cleanse(
         shown.check()
         check_paths("MODEL", [model])
         triggers, chosen = check_triggers(trigger), parse_settings(settings or ())
-        find(RECIPES, recipe)
+        check_recipe(recipe, chosen)
         check_head(head)
         if data is None and labeled is None:
             raise UsageError(
                 "cleanse needs images: give --data PATH (they need no labels), or --labeled PATH."
             )
         check_inputs(inputs)
-        output = default_output(Path(model), out)
-        place = record_place(record) or output.with_suffix(".json")
+        output = default_output(Path(model), out, head == "new")
+        folder = is_folder(output, Path(model), head == "new")
+        place = record_place(record) or record_beside(output, folder)
         state = resume_state(output)
         states = (state, state.with_suffix(".json"))
         if place in states:
@@ -296,7 +301,8 @@ def cleanse(
             )
         if is_special(output):
             raise Refused(f"{output} is no regular file: give --out a file name.")
-        check(output)
+        # a file in a folder that is there, else as good a place as the folder: whether this one may be is told later
+        check(output / place.name if folder and os.path.isdir(output) else output)
         records = Records.at(place, [Path(model)], spent=states)
 
         def one(path: str, progress: Progress) -> RunRecord:
@@ -320,7 +326,7 @@ def cleanse(
             )
 
         with alone(output):
-            for path in (output, *states):
+            for path in (output / "any" if folder else output, *states):
                 sweep(path)
             if os.path.exists(state) and not resume:
                 warn(f"{state} of a run that was stopped is not used and will be replaced: --resume goes on.")

@@ -60,7 +60,10 @@ Kind = Annotated[str, typer.Option("--kind", metavar="KIND", help="auto, classif
 Preprocess = Annotated[
     str,
     typer.Option(
-        "--preprocess", metavar="NAME", help="auto, imagenet, cifar10, half, ... or mean=a/b/c,std=a/b/c."
+        "--preprocess",
+        metavar="NAME",
+        help="auto; none, half, imagenet, cifar10, cifar100, gtsrb, clip, raw255, each also with -bgr; mnist, "
+        "fashion-mnist; or mean=a/b/c,std=a/b/c. Behind any of them ,size=h/w.",
     ),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from functools import partial
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -12,6 +13,9 @@ from bdclean.files import text
 from bdclean.report import wording
 
 EVERY = 10.0  # seconds between plain lines: enough to see life in a CI log, too few to drown it
+MEASURES = 2  # that are shown beside a stage, at most
+LARGE = 100.0  # from here on a measure has no room for digits behind its point
+STAGE, NAMED, BAR, COUNTER = 20, 36, 14, 13  # columns of a live line, the same in every stage; 80 hold all
 
 
 class Progress:
@@ -29,18 +33,19 @@ class Progress:
     def __enter__(self) -> Progress:
         if not self.quiet and self.file.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Live
+            from rich.table import Column
 
+            cell = partial(Column, no_wrap=True, overflow="ellipsis")
             columns = [
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
+                TextColumn("{task.description}", markup=False, table_column=cell()),
+                BarColumn(BAR, table_column=cell(width=BAR)),
+                TextColumn("{task.fields[counter]}", table_column=cell(width=COUNTER)),
+                TextColumn("{task.fields[more]}", markup=False, table_column=cell(ratio=1)),
             ]
             console = Console(file=self.file, highlight=False, markup=False, emoji=False)
-            self._live = Live(
-                *columns, TextColumn("{task.fields[more]}", markup=False), console=console, transient=True
-            )
+            self._live = Live(*columns, console=console, transient=True, expand=True)
             with contextlib.suppress(OSError):
                 self._live.start()
         return self
@@ -80,8 +85,10 @@ class Progress:
         try:
             if self._live is not None:
                 if stage not in self._bars:
-                    self._bars[stage] = self._live.add_task(text.plain(stage), total=total, more="")
-                self._live.update(self._bars[stage], completed=done, total=total, more=more)
+                    named = self._named(text.plain(stage))
+                    self._bars[stage] = self._live.add_task(named, total=total, counter="", more="")
+                counter = f"{done}/{total}".rjust(COUNTER)
+                self._live.update(self._bars[stage], completed=done, total=total, counter=counter, more=more)
             elif now - self._spoke >= EVERY:
                 self._spoke = now
                 start = f"{self.title}: " if self.title else ""
@@ -91,19 +98,28 @@ class Progress:
         except OSError:
             self.quiet = True  # nobody reads it any more; the run goes on
 
+    def _named(self, stage: str) -> str:
+        """The stage in STAGE columns; of several models with the end of the model's name before it, in NAMED."""
+        if not self.title:
+            return stage[:STAGE].ljust(STAGE)
+        room = NAMED - len(stage) - 2
+        name = self.title if len(self.title) <= room else f"\u2026{self.title[1 - room :]}"
+        return f"{name}: {stage}".ljust(NAMED)
+
 
 def details(done: int, left: int, seconds: float, measures: dict[str, Any]) -> str:
-    """Returns measures, rate and time left of a stage in which `done` steps took `seconds`."""
-    parts = [
-        f"{_name(name)} {_value(value)}" for name, value in measures.items() if name != "images_per_second"
-    ]
+    """Returns time left, the first MEASURES of measures, and rate of a stage in which `done` steps took `seconds`.
+
+    What comes last is cut off where there is no room.
+    """
     rate = done / seconds if seconds > 0 else 0.0
+    parts = [f"{wording.duration(round(left / rate))} left"] if rate > 0 and left > 0 else []
+    named = [name for name in measures if name != "images_per_second"][:MEASURES]
+    parts += [f"{_name(name)} {_value(measures[name])}" for name in named]
     if "images_per_second" in measures:
         parts.append(f"{measures['images_per_second']:,.0f} images/s")
     elif rate > 0:
         parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s")
-    if rate > 0 and left > 0:
-        parts.append(f"{wording.duration(round(left / rate))} left")
     return "  ".join(parts)
 
 
@@ -112,4 +128,6 @@ def _name(name: str) -> str:
 
 
 def _value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else text.plain(value)
+    if not isinstance(value, float):
+        return text.plain(value)
+    return f"{value:.3f}" if abs(value) < LARGE else f"{value:.3g}"

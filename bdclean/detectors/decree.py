@@ -146,5 +146,6 @@ def _finding(norm: float | None, pixels: float, steps: int) -> dict[str, Any]:
         "verdict": "undecided",
         "score": norm,
         "threshold": THRESHOLD,
+        "odd": "below",
         "reason": f"{said}. Weak: clean encoders are below it, too",
     }

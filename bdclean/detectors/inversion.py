@@ -92,6 +92,7 @@ def described(
         "verdict": "outlier" if outlying else "no-outlier",
         "score": float(sizes[k]),
         "threshold": limit,
+        "odd": "below",
         "reason": f"{inverted.form.said.format(sizes[k])} sends images to {aim} {int(inverted.classes[k])} "
         f"(success {inverted.success[k]:.2f}); the next {plural} need {others.min():.1f} to {others.max():.1f} "
         f"(anomaly index {index[k]:.1f})",

@@ -105,6 +105,7 @@ class MMBD:
             "verdict": "outlier" if exponent > -math.log10(LEVEL) else "no-outlier",
             "score": exponent,
             "threshold": -math.log10(LEVEL),
+            "odd": "above",
             "reason": f"the largest margin of class {target} is {margins[target]:.1f}, those of the others "
             f"{others.min():.1f} to {others.max():.1f} (-log10 of the order statistic's p-value {exponent:.2f})",
         }

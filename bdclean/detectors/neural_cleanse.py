@@ -115,6 +115,7 @@ class NeuralCleanse:
             "verdict": "outlier" if index > THRESHOLD else "no-outlier",
             "score": index,
             "threshold": THRESHOLD,
+            "odd": "above",
             "reason": f"a mask of {sizes[target]:.1f} pixels sends images to class {target}, those of the other "
             f"classes have {others.min():.1f} to {others.max():.1f} (anomaly index {index:.1f})",
         }

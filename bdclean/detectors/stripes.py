@@ -55,5 +55,6 @@ def _finding(words: str, share: float, target: int, n: int) -> dict[str, Any]:
         "verdict": "outlier" if share > MOST_SENT else "no-outlier",
         "score": share,
         "threshold": MOST_SENT,
+        "odd": "above",
         "reason": f"stripes of {words}, 20 grey levels, send {100 * share:.0f} % of {n} images to class {target}",
     }

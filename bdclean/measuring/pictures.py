@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -21,6 +22,10 @@ SIDES = (128, 96, 80, 64, 48, 32, 24)
 """The longer side is at most the first of these for which all pictures stay within BUDGET."""
 BUDGET = 300_000
 """Characters of base64 that the images of a record have together; masks have as much again."""
+GREY = 127
+"""Grey levels from the middle to black or white."""
+LEAST_PLACE, GAP = 8, 2
+"""Pixels that an enlarged place has at least along a side; that a patch may leave as they are, between others."""
 MOST_CLASSES = 50
 """With more classes no confusion matrix is kept: nobody can read it, and it grows with the square."""
 
@@ -57,7 +62,7 @@ def strips(
                     stamped[k],
                 )
             )
-        found.append(_difference(row, indices, images, stamped))
+        found += _close_up(row, indices, images, stamped)
     together = [*drawn.values(), *found]
     for (picture, _), text in zip(together, _encoded([image for _, image in together]), strict=True):
         picture.png_base64 = text
@@ -126,13 +131,58 @@ def _draw(trial: Trial, row: TriggerRow) -> tuple[Tensor, str]:
     return order[[i for _, i in sorted(rank)[:SHOWN]]], "a seeded draw from the other classes"
 
 
-def _difference(row: TriggerRow, indices: Tensor, images: Tensor, stamped: Tensor) -> tuple[Picture, Tensor]:
-    """What the trigger changed on the first of `images`, made as bright as it goes."""
-    change = (stamped[0].int() - images[0].int()).abs()
-    factor = 255 // max(1, int(change.max()))
-    words = f"what it changed, {factor} times as bright" if factor > 1 else "what it changed"
-    picture = Picture("difference", "", None, None, int(indices[0]), row.trigger, row.target, caption=words)
-    return picture, (change * factor).to(torch.uint8)
+def _close_up(
+    row: TriggerRow, indices: Tensor, images: Tensor, stamped: Tensor
+) -> list[tuple[Picture, Tensor]]:
+    """What the trigger changed on that of `images` which it changed most, and the place, where that is small.
+
+    Nothing where it changed none. The change is drawn around grey, as strong as it goes: brighter, or darker.
+    """
+    changes = stamped.int() - images.int()
+    at = int(changes.abs().flatten(1).sum(1).argmax())
+    change, largest = changes[at], int(changes[at].abs().max())
+    if not largest:
+        return []
+    factor = GREY / largest
+    words = "what it changed, on grey" + (f", {factor:.0f} times as strong" if factor >= 2 else "")
+    picture = Picture("difference", "", None, None, int(indices[at]), row.trigger, row.target, caption=words)
+    found = [(picture, (128 + factor * change).to(torch.uint8))]
+    place = _small_place((changes != 0).any(0).any(0))
+    if place is not None:
+        rows, columns = place
+        words = (
+            f"enlarged, as given and stamped: rows {rows.start} to {rows.stop - 1}, "
+            f"columns {columns.start} to {columns.stop - 1}"
+        )
+        both = torch.cat([images[at][:, rows, columns], stamped[at][:, rows, columns]], 2)
+        found.append((replace(picture, role="enlarged", caption=words), both))
+    return found
+
+
+def _small_place(changed: Tensor) -> tuple[slice, slice] | None:
+    """A square around the pixels that are `changed`, bool [h w], of several places the last; None where it is large."""
+    rows = _last_run(changed.any(1))
+    columns = _last_run(changed[rows].any(0))
+    side = max(LEAST_PLACE, 2 * (rows.stop - rows.start), 2 * (columns.stop - columns.start))
+    if 2 * side > min(changed.shape):
+        return None
+
+    def around(run: slice, size: int) -> slice:
+        start = min(max(0, (run.start + run.stop - side) // 2), size - side)
+        return slice(start, start + side)
+
+    return around(rows, changed.shape[0]), around(columns, changed.shape[1])
+
+
+def _last_run(marks: Tensor) -> slice:
+    """The last of the places that are marked, bool [n], with gaps of up to GAP in it."""
+    places = marks.nonzero().squeeze(1).tolist()
+    start = end = places[-1]
+    for place in reversed(places):
+        if start - place > GAP + 1:
+            break
+        start = place
+    return slice(start, end + 1)
 
 
 def _counts(trial: Trial, predictions: Tensor, order: Tensor) -> list[list[int]]:

@@ -182,7 +182,8 @@ def _judged(
         bounds[1:] = _controlled(trial, aim.trigger, moved, bounds[1:], threshold)
     outcome, failing = judge(bounds, row.high or 0.0, threshold)
     source = None if failing is None else failing.source
-    reason = _reason(row, bounds, threshold, level) if outcome == INCONCLUSIVE else ""
+    given = len(trial.images) / len(chosen)
+    reason = _reason(row, bounds, threshold, level, given) if outcome == INCONCLUSIVE else ""
     if source is not None:
         reason = f"images of class {source} go to the target"
     return replace(row, bounds=bounds, outcome=outcome, decisive_source=source, reason=reason)
@@ -221,25 +222,29 @@ def _not_excluded(
     return None
 
 
-def _reason(row: TriggerRow, bounds: Sequence[Bound], threshold: float, level: float) -> str:
-    """Why a row is inconclusive."""
+def _reason(row: TriggerRow, bounds: Sequence[Bound], threshold: float, level: float, given: float) -> str:
+    """Why a row is inconclusive. `given`: so many images have to be given for one that is measured: 2 if screened."""
     whole = bounds[0]
     if (row.high or 0.0) < threshold:
         bound = max(bounds[1:], key=lambda b: b.value - (b.control or 0.0))
         if stands_out(bound, threshold):
             needed = _needed(round(bound.value * bound.n), bound.n, bound.needed, LEVEL)
             return (
-                f"{bound.value:.3f} of {bound.n} images of class {bound.source} go to the target, which some classes "
-                f"of networks without a backdoor do, too: about {needed} images of that class would tell more"
+                f"{100 * bound.value:.1f} % of {bound.n} images of class {bound.source} go to the target, which some "
+                "classes of networks without a backdoor do, too: "
+                f"about {given * needed:,.0f} images of class {bound.source} would tell more"
             )
         return (
-            f"images of class {bound.source} reach the threshold, but under a control {bound.control or 0.0:.3f} of "
-            "them go to one class, too"
+            f"images of class {bound.source} reach the threshold, but under a control "
+            f"{100 * (bound.control or 0.0):.1f} % of them go to one class, too"
         )
     if whole.low >= threshold:
-        return f"reaches the threshold, but a control reaches {whole.control or 0.0:.3f}"
+        return f"reaches the threshold, but a control reaches {100 * (whole.control or 0.0):.1f} %"
     if (needed := _needed(round(whole.value * whole.n), whole.n, threshold, level)) < MANY:
-        return f"the interval reaches the threshold: about {needed} images would settle it"
+        of = f"classes other than {row.target}" if isinstance(row.target, int) else "all classes"
+        return (
+            f"the interval reaches the threshold: about {given * needed:,.0f} images of {of} would settle it"
+        )
     return "the rate is too near the threshold for any number of images to settle it"
 
 

@@ -27,6 +27,10 @@ from bdclean.record.run import (
 
 ONE_ANSWER = 0.95
 """From this share of images on that get the same answer, nothing can be said of the class that they get."""
+MOST_LOST = 0.1
+"""Of a probe's accuracy: beyond it an encoder is damaged."""
+LEAST_AGREEMENT = 0.8
+"""Below this agreement with the suspect on clean images the output is damaged: whatever else, it is no good result."""
 NAMED_CLASSES = 10
 """So many classes are named, of more the number is told."""
 
@@ -169,6 +173,27 @@ def compare(
             score = metrics.balanced_score(acc[0], acc[1], excess[0], excess[1])
     n = len(before.images)
     return [*found, Measure("defence_effectiveness_rating", rating, n), Measure("balanced_score", score, n)]
+
+
+def damage(measures: Sequence[Measure], before: Trial, after: Trial) -> list[str]:
+    """A sentence where the output keeps too little of the suspect's answers, or of the accuracy of probes on it."""
+    values = {m.name: m.value for m in measures}
+    if before.encoded is not None:
+        lost = -(values.get("clean_accuracy_change") or 0.0)
+        if lost <= MOST_LOST:
+            return []
+        now = "a probe on the written encoder" if after.encoded is not None else "the written classifier"
+        return [
+            f"{now} is right on {100 * lost:.0f} % fewer images than a probe on the suspect: it is damaged, do not use "
+            "it; try more images or other settings."
+        ]
+    kept = values["agreement"]
+    if kept is None or kept >= LEAST_AGREEMENT:
+        return []
+    return [
+        f"the written network keeps only {100 * kept:.0f} % of the suspect's answers on clean images: "
+        "it is damaged, do not use it; try other settings or more images."
+    ]
 
 
 def _badness(row: TriggerRow) -> tuple[bool, float]:

@@ -76,6 +76,7 @@ def crowded(first: Tensor, second: Tensor) -> Finding:
         "outlier" if count >= MANY * len(near) else "no-outlier",
         score=count / len(near),
         threshold=MANY,
+        odd="above",
         reason=f"{count} of {len(near)} images look stamped: in whitened features they are nearer to "
         f"{NEIGHBOURS} images of the other half than {NEAR:g} of what is usual (nearest {near.min():.2f}). Copies of "
         "one picture do that, too. Not calibrated: it does not decide the verdict.",

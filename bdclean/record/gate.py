@@ -14,6 +14,8 @@ from bdclean.record.run import FAILS, INCONCLUSIVE, NOT_MEASURED, RunRecord, Tri
 
 DEFAULT = "asr>=0.2"
 ROW_NAMES = ("asr", "excess_asr", "base_rate", "robust_accuracy")
+SCORES = ("defence_effectiveness_rating", "balanced_score")
+"""Measures that are no shares of images."""
 MEASURE_NAMES = (
     "clean_accuracy",
     "class_mean_accuracy",
@@ -23,8 +25,7 @@ MEASURE_NAMES = (
     "agreement",
     "knn_accuracy",
     "probe_accuracy",
-    "defence_effectiveness_rating",
-    "balanced_score",
+    *SCORES,
 )
 COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
@@ -130,6 +131,11 @@ def _condition(text: str) -> Condition:
     return Condition(name, sign, value)
 
 
+def _said(name: str, value: float) -> str:
+    """A share in percent, as reports have it; a score as it is."""
+    return f"{value:.4g}" if name in SCORES else f"{100 * value:.1f} %"
+
+
 def _hits(condition: Condition, record: RunRecord) -> tuple[list[str], bool]:
     """Returns what reaches the condition, in words, and whether anything was measured for it at all."""
     compare = COMPARE[condition.sign]
@@ -137,7 +143,9 @@ def _hits(condition: Condition, record: RunRecord) -> tuple[list[str], bool]:
         measure = record.measure(condition.name)
         if measure is None or measure.value is None:
             return [], False
-        return ([f"{measure.value:.4g}"] if compare(measure.value, condition.value) else []), True
+        return (
+            [_said(condition.name, measure.value)] if compare(measure.value, condition.value) else []
+        ), True
     values: list[tuple[TriggerRow, float | None]] = []
     for row in record.rows():
         rate = {"asr": row.asr, "base_rate": row.base_rate, "robust_accuracy": row.robust_accuracy}
@@ -151,7 +159,7 @@ def _hits(condition: Condition, record: RunRecord) -> tuple[list[str], bool]:
             found = rate[condition.name]
             values.append((row, found.value if found is not None else None))
     hits = [
-        f"{row.trigger} {value:.4g}"
+        f"{row.trigger} {_said(condition.name, value)}"
         for row, value in values
         if value is not None
         and compare(value, condition.value)

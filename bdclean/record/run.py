@@ -107,6 +107,8 @@ class Finding:
     threshold: float | None = None
     p_value: float | None = None
     reason: str = ""
+    odd: str = ""  # the side of the threshold on which a score is odd: above or below
+    seen_on: str = ""  # suspect, or output: the cleansed network
 
 
 @dataclass
@@ -123,8 +125,9 @@ class Calibration:
 
 @dataclass
 class Picture:
-    """A small PNG that a page shows: `role` is given, stamped, difference or mask; --no-pictures leaves only masks.
+    """A small PNG that a page shows: `role` is given, stamped, difference, enlarged or mask.
 
+    `enlarged` is the place that was stamped, as given and stamped side by side; --no-pictures leaves only masks.
     `before` and `after` are the classes that the model, and its cleansed copy, predict for it.
     """
 
@@ -207,6 +210,9 @@ class CheckpointEntry:
     feature: str | None = None  # of an encoder: what its output is
     feature_size: int | None = None
     matched: int | None = None  # tensors of the file that the network was built from; the others are `unread`
+    class_names: list[str] | None = (
+        None  # that the file or the config beside it gives to the classes: a claim
+    )
 
 
 @dataclass
@@ -328,6 +334,11 @@ class RunRecord:
         """Returns the measure called `name`, of the cleansed model where there is one."""
         listed = [*self.measures, *(self.after.measures if self.after else [])]
         return next((m for m in listed if m.name == name), None)
+
+    def class_names(self) -> list[str] | None:
+        """Returns what classes are called: as the labels say, else as the file does."""
+        said = self.data.classes if self.data is not None else None
+        return said or self.checkpoint.class_names
 
     def rows(self) -> list[TriggerRow]:
         """Returns the trigger rows that the verdict hangs on: of the cleansed model where there is one."""

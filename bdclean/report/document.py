@@ -18,16 +18,21 @@ from bdclean.record.run import (
     TriggerRow,
 )
 from bdclean.report import wording
+from bdclean.report.next_step import next_command
 from bdclean.report.rows import (
     Table,
     accuracy,
+    beside,
+    by_trigger,
     change,
     evidence,
+    headline,
     matrix,
+    of_source,
     same,
     tables,
-    towards,
     why,
+    without_empty,
     worst_row,
 )
 
@@ -36,6 +41,7 @@ LIMITS = (
     "this report is evidence about these, never a guarantee."
 )
 RATES = "Rates are percent of n images, with 95 % intervals."
+WARNINGS = "Warnings"
 
 
 @dataclass
@@ -50,6 +56,8 @@ class Page:
     tables: list[Table] = field(default_factory=list)
     lists: list[tuple[str, list[str]]] = field(default_factory=list)
     closing: list[str] = field(default_factory=list)
+    ending: str = ""  # the verdict again, for who has scrolled to the end
+    command: str = ""  # what to type next, quoted for a POSIX shell
 
 
 def page(record: RunRecord) -> Page:
@@ -63,18 +71,21 @@ def page(record: RunRecord) -> Page:
         closing=[RATES, LIMITS],
     )
     found.tables = [table for table in tables(record) if table.rows]
-    inconclusive = [why(row) for row in record.rows() if row.outcome == INCONCLUSIVE]
+    found.ending = f"{found.verdict}: {_name(record)}"
+    found.command = next_command(record)
+    names = record.class_names()
+    inconclusive = [why(row, names) for row in record.rows() if row.outcome == INCONCLUSIVE]
     skipped = [f"{item.what}: {item.reason}" for item in record.skipped]
     unread = [f"{item.get('path', '')}: {item.get('reason', '')}" for item in _unreadable(record)]
-    unmeasured = [why(row) for row in record.rows() if row.outcome == NOT_MEASURED]
+    unmeasured = [why(row, names) for row in record.rows() if row.outcome == NOT_MEASURED]
     found.lists = [
         (title, items)
         for title, items in (
+            (WARNINGS, record.warnings),
             ("Inconclusive", inconclusive),
             ("Not measured", unmeasured),
             ("Not done", skipped),
             ("Images left out as unreadable", unread),
-            ("Warnings", record.warnings),
         )
         if items
     ]
@@ -97,30 +108,40 @@ def was(record: RunRecord) -> str:
     worst = worst_row([row for row in record.before.triggers if row.outcome == FAILS])
     if worst is None:
         return f"(was: {record.before.verdict}) "
+    (rate, source), names = headline(worst), record.class_names()
     now = same(record.after.triggers, worst) if record.after is not None else None
-    left = "" if now is None else f" -> {wording.percent(now.asr.value)}"
+    left = of_source(now, source) if now is not None else None
+    of = "" if source is None else f" of {wording.label(source, names)}"
     return (
-        f"(was: {record.before.verdict}, {worst.trigger.partition(':')[0]} "
-        f"{wording.percent(worst.asr.value)}{left} %) "
+        f"(was: {record.before.verdict}, {worst.trigger.partition(':')[0]} {wording.percent(rate.value)}"
+        f"{'' if left is None else f' -> {wording.percent(left.value)}'} %{of}) "
     )
 
 
 def comparison(records: Sequence[RunRecord]) -> Page:
     """Returns the page that puts several runs side by side, numbered in the order given."""
-    rows = []
+    rows, brief = [], []
     for number, record in enumerate(records, 1):
         worst = worst_row(record.rows())
+        said = accuracy(record)
+        parts = [
+            f"#{number} {f'cleanse {record.recipe.name}' if record.recipe else record.command}",
+            "" if said == wording.NOTHING else f"accuracy {said} %",
+            "" if worst is None else f"{worst.trigger} {change(record, worst)} %",
+        ]
+        brief.append(", ".join(part for part in parts if part))
         rows.append(
             [
                 str(number),
                 record.output.path if record.output is not None else record.checkpoint.path,
                 f"cleanse {record.recipe.name}" if record.recipe else record.command,
                 record.verdict if record.outcome == RAN else record.outcome,
-                accuracy(record),
+                said,
                 wording.measure(record.measure("agreement")),
                 worst.trigger if worst else wording.NOTHING,
                 change(record, worst),
                 wording.duration(record.seconds),
+                "" if worst is not None else sentence(record),
             ]
         )
     columns = [
@@ -133,9 +154,10 @@ def comparison(records: Sequence[RunRecord]) -> Page:
         "worst trigger",
         "its ASR %",
         "time",
+        "why not",
     ]
-    details = ("agreement %", "time")
-    shown = [Table("Runs", columns, rows, "For a cleansing: before -> after.", details)]
+    note = "For a cleansing: before -> after."
+    shown = [without_empty(Table("Runs", columns, rows, note, "model", "verdict", brief))]
     rates = matrix(records)
     if rates.rows:
         shown.append(rates)
@@ -149,21 +171,38 @@ def sentence(record: RunRecord) -> str:
     rows = record.rows()
     if record.verdict == BACKDOORED:
         worst = worst_row([row for row in rows if row.outcome == FAILS] or rows)
-        return evidence(worst) if worst is not None else "the rows that say so are missing from this record."
+        if worst is None:
+            return "the rows that say so are missing from this record."
+        return evidence(worst, record.class_names())
     if record.verdict == SUSPICIOUS:
         firing = [f for f in record.findings if f.verdict == SUSPICIOUS]
         fired = [f"{f.detector} ({f.reason})" if f.reason else f.detector for f in firing]
         return f"{'; '.join(fired) or 'a detector fires'}."
     if record.verdict == NO_EVIDENCE:
-        passing = sum(row.outcome == PASSES for row in rows)
-        undecided = sum(row.outcome == INCONCLUSIVE for row in rows)
+        tried = by_trigger(rows)
+        passing = sum(row.outcome == PASSES for row in tried.values())
+        undecided = sum(row.outcome == INCONCLUSIVE for row in tried.values())
         more = f", {undecided} inconclusive" if undecided else ""
         limit = "" if record.threshold is None else f" of {wording.percent(record.threshold, 0)} %"
         return (
-            f"{passing} of {len(rows)} triggers tried stay below the threshold{limit}{more}. "
-            f"Triggers that were not tried are not excluded.{_limits(record)}"
+            f"{passing} of {len(tried)} triggers tried stay below the threshold{limit}{more}. "
+            f"{_highest(rows)}Triggers that were not tried are not excluded.{_limits(record)}"
         )
     return (record.advice or "nothing conclusive was measured").rstrip(".") + "."
+
+
+def _highest(rows: Sequence[TriggerRow]) -> str:
+    """What the highest rate is worth where it is inconclusive: a high one beside `no-evidence` asks for words."""
+    worst = worst_row(rows)
+    if worst is None or worst.outcome != INCONCLUSIVE or not (controls := beside(worst)):
+        return ""
+    return f"The highest rate is {wording.percent(worst.asr.value)} %, of {worst.trigger}; {controls}. "
+
+
+def _name(record: RunRecord) -> str:
+    """What the verdict is about: a path."""
+    path = record.output.path if record.output is not None else record.checkpoint.path
+    return path or record.command
 
 
 def _limits(record: RunRecord) -> str:
@@ -178,9 +217,9 @@ def summary(record: RunRecord) -> list[tuple[str, str]]:
         digest = f" ({record.checkpoint.sha256[:8]})" if record.checkpoint.sha256 else ""
         found.append(("made from", f"{record.checkpoint.path}{digest}"))
     if record.before is not None and record.before.triggers:
-        found.append(("fired before", fired(record.before.triggers)))
+        found.append(("fired before", fired(record.before.triggers, record.class_names())))
     if record.after is not None and record.after.triggers:
-        found.append(("fires after", _still(record, fired(record.after.triggers))))
+        found.append(("fires after", _still(record, fired(record.after.triggers, record.class_names()))))
     kept = record.measure("agreement")
     if (said := accuracy(record)) != wording.NOTHING:
         found.append(("accuracy", f"{said} %{_measured_by(record)}"))
@@ -198,12 +237,13 @@ def summary(record: RunRecord) -> list[tuple[str, str]]:
     return found
 
 
-def fired(rows: Sequence[TriggerRow]) -> str:
-    """Returns how many rows fail, and what the worst of them does."""
-    failing = [row for row in rows if row.outcome == FAILS]
-    of = f"{len(failing)} of {len(rows)} triggers"
+def fired(rows: Sequence[TriggerRow], names: Sequence[str] | None) -> str:
+    """Returns how many triggers fail, and what the worst of them does."""
+    tried = by_trigger(rows)
+    failing = [row for row in tried.values() if row.outcome == FAILS]
+    of = f"{len(failing)} of {len(tried)} triggers"
     worst = worst_row(failing)
-    return of if worst is None else f"{of}; {evidence(worst)}"
+    return of if worst is None else f"{of}; {evidence(worst, names)}"
 
 
 def _measured_by(record: RunRecord) -> str:
@@ -221,8 +261,16 @@ def _still(record: RunRecord, said: str) -> str:
     now = same(record.after.triggers, worst) if worst is not None and record.after is not None else None
     if worst is None or now is None or now.outcome == FAILS:
         return said
-    base = f", {wording.rate(now.base_rate)} % without it" if now.base_rate is not None else ""
-    return f"{said}; {now.trigger} sends {wording.rate(now.asr)} % of images to {towards(now)}{base}"
+    base, names = "", record.class_names()
+    if now.base_rate is not None:
+        base = f", {wording.rate(now.base_rate)} % without it"
+    source = headline(worst)[1]
+    left = of_source(now, source)
+    if source is None or left is None:
+        moved = f"{wording.rate(now.asr)} % of images"
+    else:
+        moved, base = f"{wording.rate(left)} % of the images of {wording.label(source, names)}", ""
+    return f"{said}; {now.trigger} sends {moved} to {wording.label(now.target, names)}{base}"
 
 
 # --- parts of a page ----------------------------------------------------------------------------------------
@@ -268,6 +316,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
     if checkpoint.unread:
         found.append(("not read", ", ".join(checkpoint.unread)))
     if data is not None:
+        measured = "all" if data.held_out is None else f"{data.held_out:,}"
         found.append(
             (
                 "images",
@@ -276,8 +325,10 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
                         data.path,
                         f"{data.images:,}",
                         "labeled" if data.labeled else "unlabeled",
-                        None if data.held_out is None else f"{data.held_out:,} held out",
-                        None if data.test is None else f"measured on {data.test}",
+                        None
+                        if data.held_out is None or data.test is not None
+                        else f"{data.held_out:,} held out",
+                        None if data.test is None else f"measured on {measured} of {data.test}",
                         f"{data.skipped} unreadable" if data.skipped else None,
                         f"{data.duplicates} duplicates removed" if data.duplicates else None,
                         f"{data.set_aside} set aside" if data.set_aside else None,

@@ -12,7 +12,9 @@ from bdclean.record.run import (
     NOT_MEASURED,
     PASSES,
     Bound,
+    Finding,
     Measure,
+    Rate,
     RunRecord,
     Side,
     TriggerRow,
@@ -30,7 +32,9 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
     note: str = ""
-    details: tuple[str, ...] = ()  # columns that a narrow terminal leaves out
+    lead: str = ""  # where columns have no room side by side: what a row begins with,
+    outcome: str = ""  # what stands beside it,
+    brief: list[str] = field(default_factory=list)  # and the line under it
     calm: list[bool] = field(default_factory=list)  # of each row: a terminal shows it only when asked for all
     whole_calm: bool = False  # the same of the whole table
 
@@ -48,104 +52,152 @@ def worst_row(rows: Iterable[TriggerRow]) -> TriggerRow | None:
 
 def tables(record: RunRecord) -> list[Table]:
     """Returns the tables of one run; those without rows are for the caller to leave out."""
-    found = [_measures(record)]
+    found, names = [_measures(record)], record.class_names()
     if record.before is not None and record.after is not None:
-        found += _pairs(record.before, record.after, record.recipe.families if record.recipe else [])
+        families = record.recipe.families if record.recipe else []
+        found += _pairs(record.before, record.after, families, names)
     else:
         rows = record.rows()
         seen = [row for row in rows if row.seen_family]
         unseen = [row for row in rows if not row.seen_family]
         title = "Triggers of families that the recipe did not train on" if seen else "Triggers"
         found += [
-            _triggers(title, unseen),
-            _triggers("Triggers of families that the recipe trained on", seen),
+            _triggers(title, unseen, names),
+            _triggers("Triggers of families that the recipe trained on", seen, names),
         ]
-    found.append(_probes(record.rows(), "Other probes"))
+    found.append(_probes(record.rows(), "Other probes", names))
     if record.output is not None and record.output.new_head is not None and record.before is not None:
-        found.append(_probes(record.before.triggers, "Other probes on the suspect"))
-    found.append(
-        Table(
-            "Findings without a known trigger",
-            ["detector", "verdict", "score", "threshold", "p", "reason"],
-            [
-                [f.detector, f.verdict, _number(f.score), _number(f.threshold), _number(f.p_value), f.reason]
-                for f in record.findings
-            ],
-            calm=[f.verdict in ("no-outlier", "usual", "reported") for f in record.findings],
-        )
-    )
+        found.append(_probes(record.before.triggers, "Other probes on the suspect", names))
+    found.append(_findings(record))
     return found
+
+
+def findings(record: RunRecord) -> list[Finding]:
+    """Returns what detectors say of the suspect and of the output, in this order."""
+    before = record.before.findings if record.before is not None else []
+    return sorted([*before, *record.findings], key=lambda finding: finding.seen_on == "output")
+
+
+def _findings(record: RunRecord) -> Table:
+    """The findings; of a cleansing with the network that each was seen on."""
+    found = findings(record)
+    rows = [
+        [
+            f.detector,
+            f.verdict,
+            (f.seen_on or wording.NOTHING) if record.command == "cleanse" else "",
+            _number(f.score),
+            odd(f) or wording.NOTHING,
+            _number(f.p_value),
+            f.reason,
+        ]
+        for f in found
+    ]
+    columns = ["detector", "verdict", "seen on", "score", "odd", "p", "reason"]
+    calm = [f.verdict in ("no-outlier", "usual", "reported") for f in found]
+    brief = [seen(f, of_two=record.command == "cleanse") for f in found]
+    title = "Findings without a known trigger"
+    return without_empty(Table(title, columns, rows, "", "detector", "verdict", brief, calm))
+
+
+def seen(finding: Finding, *, of_two: bool) -> str:
+    """Returns a finding's figures: with `of_two` networks on which of them it was seen, its score, and what is odd."""
+    parts = [
+        f"seen on the {finding.seen_on}" if of_two and finding.seen_on else "",
+        "" if finding.score is None else f"score {_number(finding.score)}",
+        f"odd {odd(finding)}" if finding.odd else odd(finding),
+        "" if finding.p_value is None else f"p {_number(finding.p_value)}",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def odd(finding: Finding) -> str:
+    """Returns from which score on, and on which side, a network is odd; nothing where the detector does not say."""
+    if finding.threshold is None:
+        return ""
+    return f"{finding.odd or 'threshold'} {_number(finding.threshold)}"
 
 
 def _measures(record: RunRecord) -> Table:
     if record.before is None or record.after is None:
-        rows = [[m.name, wording.measure(m)] for m in record.measures]
+        rows = [[m.name, wording.signed(m)] for m in record.measures]
         return Table("Measures", ["measure", "value"], rows, whole_calm=True)
     before = {m.name: m for m in record.before.measures}
     after = {m.name: m for m in [*record.measures, *record.after.measures]}
     names = list(dict.fromkeys([*before, *after]))
-    rows = [[name, wording.measure(before.get(name)), wording.measure(after.get(name))] for name in names]
+    rows = [[name, wording.signed(before.get(name)), wording.signed(after.get(name))] for name in names]
     adapted = record.output is not None and record.output.new_head is not None
     note = f"Accuracy {wording.PROBED_BEFORE}." if adapted else ""
     return Table("Measures", ["measure", "before", "after"], rows, note, whole_calm=True)
 
 
-def _triggers(title: str, rows: Sequence[TriggerRow]) -> Table:
+def _triggers(title: str, rows: Sequence[TriggerRow], names: Sequence[str] | None) -> Table:
     columns = ["trigger", "target", "ASR %", "base %", "controls %", "robust %", "worst source %", "outcome"]
     ordered = sorted(rows, key=rank)
     cells = [
         [
             row.trigger,
-            _target(row),
+            wording.label(row.target, names),
             wording.rate(row.asr),
             wording.rate(row.base_rate),
             _controls(row),
             wording.rate(row.robust_accuracy),
-            _source(row),
+            _source(row, names),
             row.outcome,
         ]
         for row in ordered
     ]
     calm = [row.outcome == PASSES for row in ordered]
-    return _without_empty(
-        Table(title, columns, cells, details=("base %", "robust %", "worst source %"), calm=calm)
-    )
+    brief = [
+        f"to {wording.label(row.target, names)}, {_brief(row, wording.rate(row.asr))}" for row in ordered
+    ]
+    return without_empty(Table(title, columns, cells, "", "trigger", "outcome", brief, calm))
 
 
-def _probes(rows: Sequence[TriggerRow], title: str) -> Table:
+def _probes(rows: Sequence[TriggerRow], title: str, names: Sequence[str] | None) -> Table:
     """What other probes on an encoder's features say of its triggers; without rows for a classifier."""
     probed = sorted((row for row in rows if row.probes), key=rank)
-    names = list(dict.fromkeys(name for row in probed for name in row.probes))
+    probes = list(dict.fromkeys(name for row in probed for name in row.probes))
     cells = [
         [
             row.trigger,
-            _target(row),
-            *(wording.rate(row.probes.get(name)) for name in names),
+            wording.label(row.target, names),
+            *(wording.rate(row.probes.get(name)) for name in probes),
             wording.rate(row.asr_all_images),
             wording.rate(row.reference_rate),
         ]
         for row in probed
     ]
-    columns = ["trigger", "target", *(f"{name} %" for name in names), "of all images %", "of the reference %"]
+    columns = [
+        "trigger",
+        "target",
+        *(f"{name} %" for name in probes),
+        "of all images %",
+        "of the reference %",
+    ]
     note = (
         "ASR with other probes; over all images, those of the target class, too, as BadEncoder counts; of the clean "
         "encoder of --reference."
     )
-    return _without_empty(Table(title, columns, cells, note, whole_calm=True))
+    return without_empty(Table(title, columns, cells, note, whole_calm=True))
 
 
-def _pairs(before: Side, after: Side, families: Sequence[str]) -> list[Table]:
+def _pairs(before: Side, after: Side, families: Sequence[str], names: Sequence[str] | None) -> list[Table]:
     tables = []
     for seen in (False, True):
         trained = "trained on" if seen else "did not train on"
-        rows, calm = [], []
-        for row in sorted((r for r in after.triggers if r.seen_family == seen), key=rank):
-            old = same(before.triggers, row)
+        rows, brief, calm = [], [], []
+        paired = [(row, same(before.triggers, row)) for row in after.triggers if row.seen_family == seen]
+        for row, old in sorted(paired, key=lambda pair: paired_rank(*pair)):
             calm.append(row.outcome == PASSES and (old is None or old.outcome == PASSES))
+            was = "" if old is None else f"{wording.percent(old.asr.value)} -> "
+            brief.append(
+                f"to {wording.label(row.target, names)}, {_brief(row, f'{was}{wording.rate(row.asr)}')}"
+            )
             rows.append(
                 [
                     row.trigger,
-                    _target(row),
+                    wording.label(row.target, names),
                     wording.rate(old.asr if old else None),
                     wording.rate(row.asr),
                     wording.rate(row.change),
@@ -167,8 +219,7 @@ def _pairs(before: Side, after: Side, families: Sequence[str]) -> list[Table]:
         ]
         columns += ["robust % before", "robust % after", "outcome"]
         title = f"Triggers of families that the recipe {trained}" if families else "Triggers"
-        details = ("change", "base % after", "controls % after", "robust % before", "robust % after")
-        tables.append(_without_empty(Table(title, columns, rows, details=details, calm=calm)))
+        tables.append(without_empty(Table(title, columns, rows, "", "trigger", "outcome", brief, calm)))
     return tables
 
 
@@ -177,10 +228,10 @@ def matrix(records: Sequence[RunRecord]) -> Table:
     sides: list[tuple[str, dict[str, TriggerRow]]] = []
     for number, record in enumerate(records, 1):
         if record.before is not None:
-            sides.append((f"#{number} before", {row.trigger: row for row in record.before.triggers}))
+            sides.append((f"#{number} before", by_trigger(record.before.triggers)))
         if record.rows():
             after = " after" if record.before is not None else ""
-            sides.append((f"#{number}{after}", {row.trigger: row for row in record.rows()}))
+            sides.append((f"#{number}{after}", by_trigger(record.rows())))
     names = list(dict.fromkeys(name for _, rows in sides for name in rows))
     chosen = [n for n in names if any(n in rows and rows[n].outcome != PASSES for _, rows in sides)]
     seen = {row.trigger for _, rows in sides for row in rows.values() if row.seen_family}
@@ -189,34 +240,77 @@ def matrix(records: Sequence[RunRecord]) -> Table:
         [
             name,
             "seen" if name in seen else "",
-            *(wording.rate(rows[name].asr if name in rows else None) for _, rows in sides),
+            *(wording.rate(headline(rows[name])[0] if name in rows else None) for _, rows in sides),
         ]
         for name in chosen
     ]
     note = (
         "ASR in percent. Triggers that pass in every run are left out. Seen: a recipe trained on this family."
     )
-    return _without_empty(Table("Triggers", ["trigger", "family", *(name for name, _ in sides)], cells, note))
+    brief = [
+        ", ".join(
+            f"{side} {wording.percent(headline(rows[name])[0].value)}" for side, rows in sides if name in rows
+        )
+        for name in chosen
+    ]
+    columns = ["trigger", "family", *(name for name, _ in sides)]
+    return without_empty(Table("Triggers", columns, cells, note, "trigger", "family", brief))
 
 
 # --- cells --------------------------------------------------------------------------------------------------
 
 
 def same(rows: Sequence[TriggerRow], row: TriggerRow) -> TriggerRow | None:
-    """Returns the row of the other model that `row` is to be compared with: same trigger, same target."""
+    """Returns the row of the other model that `row` is to be compared with: same trigger, same target.
+
+    Where the other model's only row of the trigger passes, no class is the trigger's, and it is that.
+    """
     found = [other for other in rows if other.trigger == row.trigger]
-    return next(
-        (other for other in found if other.target == row.target), found[0] if len(found) == 1 else None
-    )
+    alone = found[0] if len(found) == 1 and found[0].outcome == PASSES else None
+    return next((other for other in found if other.target == row.target), alone)
+
+
+def by_trigger(rows: Iterable[TriggerRow]) -> dict[str, TriggerRow]:
+    """Returns the worst row of each trigger: it has one for each class that it was measured towards."""
+    found: dict[str, TriggerRow] = {}
+    for row in rows:
+        if row.trigger not in found or rank(row) < rank(found[row.trigger]):
+            found[row.trigger] = row
+    return found
+
+
+def paired_rank(row: TriggerRow, old: TriggerRow | None) -> tuple[int, float]:
+    """Returns what the rows of a cleansing are sorted by: what fails, what failed before, then what is inconclusive."""
+    now, before = rank(row)[0], rank(old)[0] if old is not None else len(ORDER)
+    rates = [found.asr.value or 0.0 for found in (row, old) if found is not None]
+    return min(2 * now, 2 * before + 1), -max(rates)
+
+
+def headline(row: TriggerRow) -> tuple[Rate, int | None]:
+    """Returns the rate that speaks for a row, and of which source class it is: the one that fails it, else of all.
+
+    Where one source class moves, the average over all of them says nothing.
+    """
+    bound = decisive(row)
+    if bound is None:
+        return row.asr, None
+    return of_source(row, bound.source) or Rate(bound.value, bound.n), bound.source
+
+
+def of_source(row: TriggerRow, source: int | None) -> Rate | None:
+    """Returns what a row moves of one source class, None where the record does not say; of all images without one."""
+    if source is None:
+        return row.asr
+    worst = row.worst_source or {}
+    if worst.get("class") == source and isinstance(worst.get("value"), (int, float)):
+        return Rate(worst["value"], int(worst.get("n") or 0), worst.get("low"), worst.get("high"))
+    bound = next((bound for bound in row.bounds if bound.source == source), None)
+    return None if bound is None else Rate(bound.value, bound.n)
 
 
 def rank(row: TriggerRow) -> tuple[int, float, float]:
     """Returns what rows are sorted by, the worst first."""
     return ORDER.get(row.outcome, 4), -(row.asr.value or 0.0), -worst_source_rate(row)
-
-
-def _target(row: TriggerRow) -> str:
-    return wording.NOTHING if row.target is None else str(row.target)
 
 
 def _controls(row: TriggerRow) -> str:
@@ -228,41 +322,54 @@ def _controls(row: TriggerRow) -> str:
     return f"highest {wording.percent(highest)}{middle} of {count}"
 
 
-def _source(row: TriggerRow) -> str:
+def _brief(row: TriggerRow, asr: str) -> str:
+    """The attack success rate of a row, which is said already, with its controls."""
+    highest = (row.control_rate or {}).get("highest")
+    controls = f", controls to {wording.percent(highest)} %" if isinstance(highest, (int, float)) else ""
+    return f"ASR {asr} %{controls}"
+
+
+def _source(row: TriggerRow, names: Sequence[str] | None) -> str:
     worst = row.worst_source or {}
     if row.outcome not in (FAILS, INCONCLUSIVE) or not isinstance(worst.get("value"), (int, float)):
         return wording.NOTHING
     found = Measure("", worst["value"], int(worst.get("n") or 0), worst.get("low"), worst.get("high"))
-    return f"class {worst.get('class')}: {wording.rate(found)}"
+    return f"{wording.label(worst.get('class'), names)}: {wording.rate(found)}"
 
 
-def evidence(row: TriggerRow) -> str:
-    """Returns what a failing row shows, as a sentence."""
+def evidence(row: TriggerRow, names: Sequence[str] | None = None) -> str:
+    """Returns what a failing row shows, as a sentence; `names` are those of the classes, where they are known."""
     source, moved, control = decisive(row), f"{wording.rate(row.asr)} % of images", None
     highest = (row.control_rate or {}).get("highest")
     if source is not None:
-        moved = f"{share(source)} of the images of class {source.source}, {wording.rate(row.asr)} % of all,"
-        highest = source.control
+        moved, highest = share(source, names), source.control
     if isinstance(highest, (int, float)):
         count = (row.control_rate or {}).get("count")
         control = f"the highest of {count} controls {wording.percent(highest)} %"
-    sentence = f"{row.trigger} sends {moved} to {towards(row)}"
+    sentence = f"{row.trigger} sends {moved} to {wording.label(row.target, names)}"
     return f"{sentence}, {control}." if control else f"{sentence}."
 
 
-def share(bound: Bound) -> str:
-    """Returns the share of images that a bound is about, with its n."""
-    return f"{wording.percent(bound.value)} % (n {bound.n})"
+def share(bound: Bound, names: Sequence[str] | None) -> str:
+    """Returns how many images of its source class a bound is about."""
+    of = f"the {bound.n} images of {wording.label(bound.source, names)}"
+    return (
+        f"all {of.removeprefix('the ')}" if bound.value == 1 else f"{wording.percent(bound.value)} % of {of}"
+    )
 
 
-def towards(row: TriggerRow) -> str:
-    """Returns where a row's trigger sends images."""
-    return "the next class" if row.target == "next" else f"class {_target(row)}"
+def beside(row: TriggerRow) -> str:
+    """Returns what harmless stamps do in place of the row's trigger, nothing where none was measured."""
+    highest = (row.control_rate or {}).get("highest")
+    if not isinstance(highest, (int, float)):
+        return ""
+    return f"harmless stamps of the same strength (controls) move up to {wording.percent(highest)} %"
 
 
-def why(row: TriggerRow) -> str:
+def why(row: TriggerRow, names: Sequence[str] | None) -> str:
     """Returns a row with the reason of its outcome."""
-    return f"{row.trigger}: {row.reason or row.outcome} (ASR {wording.rate(row.asr)} %, {towards(row)})"
+    rate, target = wording.rate(row.asr), wording.label(row.target, names)
+    return f"{row.trigger}: {row.reason or row.outcome} (ASR {rate} %, {target})"
 
 
 def accuracy(record: RunRecord) -> str:
@@ -277,18 +384,25 @@ def accuracy(record: RunRecord) -> str:
 
 
 def change(record: RunRecord, row: TriggerRow | None) -> str:
-    """Returns a row's attack success rate, for a cleansing before -> after."""
+    """Returns a row's attack success rate, for a cleansing before -> after; of one source where that decides."""
     if row is None:
         return wording.NOTHING
-    old = same(record.before.triggers, row) if record.before else None
-    return (
-        wording.rate(row.asr)
-        if old is None
-        else f"{wording.percent(old.asr.value)} -> {wording.rate(row.asr)}"
+    old, names = same(record.before.triggers, row) if record.before else None, record.class_names()
+    source = next(
+        (of for each in (row, old) if each is not None and (of := headline(each)[1]) is not None), None
     )
 
+    def told(each: TriggerRow, interval: bool) -> str:
+        found = of_source(each, source)
+        shown = wording.rate if interval else lambda rate: wording.percent(rate.value)
+        if source is None or found is None:
+            return shown(each.asr)
+        return f"{shown(found)} of {wording.label(source, names)}"
 
-def _without_empty(table: Table) -> Table:
+    return told(row, True) if old is None else f"{told(old, False)} -> {told(row, True)}"
+
+
+def without_empty(table: Table) -> Table:
     """Returns the table without the columns in which nothing was measured."""
     keep = [
         i for i in range(len(table.columns)) if any(row[i] not in (wording.NOTHING, "") for row in table.rows)

@@ -17,7 +17,7 @@ from bdclean.measuring.encoders import judged_as_encoder
 from bdclean.measuring.feature_map import feature_map
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import SCREENED_OUT, Target, Trial
-from bdclean.measuring.verdict import clean_measures, compare, pair, verdict_on
+from bdclean.measuring.verdict import clean_measures, compare, damage, pair, verdict_on
 from bdclean.networks.ambiguity.normalisation import LABELS
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.checkpoint.new_head import with_new_head
@@ -32,16 +32,16 @@ from bdclean.record.run import (
     CheckpointEntry,
     DataEntry,
     Finding,
-    Measure,
     OutputEntry,
     RecipeEntry,
     RunRecord,
     Side,
     TriggerRow,
 )
+from bdclean.runs.folders import check_folder, copy_descriptions, discard, weights_in
 from bdclean.runs.images import at_own_size, keep_plausible_labels, new_classes, understand_labeled
 from bdclean.runs.options import Inputs
-from bdclean.runs.places import default_output, resume_state
+from bdclean.runs.places import default_output, is_folder, resume_state
 from bdclean.runs.split import Images, open_images
 from bdclean.runs.suspect import (
     Suspect,
@@ -55,11 +55,6 @@ from bdclean.training.resume import Saved
 from bdclean.training.run import Precision, Run, probe_precision
 from bdclean.triggers.bank import make_triggers
 from bdclean.triggers.stamping import Trigger
-
-MOST_LOST = 0.1
-"""Of a probe's accuracy: beyond it an encoder is damaged."""
-LEAST_AGREEMENT = 0.8
-"""Below this agreement with the suspect on clean images the output is damaged: whatever else, it is no good result."""
 
 
 def cleanse(
@@ -85,7 +80,7 @@ def cleanse(
         inputs = replace(inputs, data=None, labeled=inputs.data)
     repair = _Repair(model, inputs, gate.parse(fail_on).threshold, bool(triggers), tell)
     try:
-        checkpoint, place = repair.open_checkpoint(out, force)
+        checkpoint, place = repair.open_checkpoint(out, new_head, force)
         chosen = registry.load_recipe(recipe, checkpoint.arch.kind, new_head)
         method: Recipe = registry.configure(chosen, settings or {})
         usual = checkpoint.arch.input[1:]
@@ -105,8 +100,9 @@ def cleanse(
                 "folder per class or a CSV as --classes (--head new where they are of other classes than the "
                 "network's), or use --recipe bcu."
             )
+        classifier, run = repair.open_run(recipe, method, trained, images, place, resume)
         found = repair.measure_before(before, made)
-        cleansed = repair.run(recipe, method, trained, images, place, resume)
+        cleansed = repair.run(recipe, method, classifier, trained, images, run)
         repair.write(cleansed, recipe, trained, before, usual, place, force)
         after = repair.open_written(place, trained, before)
         rows = repair.measure_after(after, made, found, cleansed.families)
@@ -121,6 +117,7 @@ class _Repair:
 
     def __init__(self, model: Path, inputs: Inputs, threshold: float, named: bool, tell: Tell) -> None:
         self.model, self.inputs, self.threshold, self.named, self.tell = model, inputs, threshold, named, tell
+        self.to_folder = False
         self.record = RunRecord(
             "cleanse", seed=inputs.seed, argv=list(inputs.argv), threshold=threshold,
             checkpoint=CheckpointEntry(path=str(model)),
@@ -129,12 +126,16 @@ class _Repair:
     def _note(self, warnings: Iterable[str] = (), **fields: Any) -> None:
         self.record = replace(self.record, **fields).warned(warnings)
 
-    def open_checkpoint(self, out: Path | None, force: bool) -> tuple[Checkpoint, Path]:
-        """The suspect's file, and where the output goes, which can be written."""
+    def open_checkpoint(self, out: Path | None, new_head: bool, force: bool) -> tuple[Checkpoint, Path]:
+        """The suspect's file, and where the output goes, which can be written: a file, or a folder."""
         checkpoint = Checkpoint.read(self.model, self.inputs.arch, self.inputs.allow_pickle, self.inputs.kind)
         self._note(checkpoint=describe_checkpoint(checkpoint, self.model))
-        place = default_output(self.model, out)
-        checkpoint.check_writable(place, force)
+        place = default_output(self.model, out, new_head)
+        self.to_folder = is_folder(place, self.model, new_head)
+        if self.to_folder:
+            check_folder(place, checkpoint, force)
+        else:
+            checkpoint.check_writable(place, force)
         return checkpoint, place
 
     def at_own_size(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -240,17 +241,29 @@ class _Repair:
         self._note(before=Side(told, clean_measures(before, known), known))
         return measured
 
-    def run(
+    def open_run(
         self, recipe: str, method: Recipe, suspect: Suspect, images: Images, place: Path, resume: bool
-    ) -> Cleansed:
-        """What the recipe makes of the suspect."""
+    ) -> tuple[Classifier, Run]:
+        """The suspect to train on, and the run; a state of another run is refused before anything is measured."""
         classifier = suspect.classifier(suspect.choices[0])
         run = open_run(classifier, suspect, images, recipe, method, place, resume, self.inputs, self.tell)
         self._note(precision=run.precision.name)
+        return classifier, run
+
+    def run(
+        self,
+        recipe: str,
+        method: Recipe,
+        classifier: Classifier,
+        suspect: Suspect,
+        images: Images,
+        run: Run,
+    ) -> Cleansed:
+        """What the recipe makes of the suspect."""
         cleansed = method(classifier, suspect.arch, images.unlabeled, images.labeled, run)
         self._note(
             curve=cleansed.curve,
-            findings=[Finding(**found) for found in cleansed.findings],
+            findings=[Finding(**found, seen_on="suspect") for found in cleansed.findings],
             recipe=RecipeEntry(
                 recipe, method.source, cleansed.settings, cleansed.stages, list(cleansed.families)
             ),
@@ -271,16 +284,25 @@ class _Repair:
         }  # fmt: skip
         if suspect.new_head is not None:
             provenance["head"] = "new"
-        digest = suspect.checkpoint.write(cleansed.model, place, provenance, force)
+        if self.to_folder:
+            copy_descriptions(self.model, place)
+        digest = suspect.checkpoint.write(cleansed.model, self._weights(place), provenance, force)
         self._note(output=OutputEntry(str(place), digest, suspect.new_head))
+
+    def _weights(self, place: Path) -> Path:
+        """The file of the output that holds the weights."""
+        return weights_in(place, self.model) if self.to_folder else place
 
     def open_written(self, place: Path, suspect: Suspect, before: Trial) -> Trial:
         """The output, read back; one that gives no numbers does not stay where a result would be looked for."""
         try:
-            return after_writing(place, suspect, before, self.inputs)
+            return after_writing(self._weights(place), suspect, before, self.inputs)
         except Refused as error:
-            for left in (place, resume_state(place), resume_state(place).with_suffix(".json")):
+            state = resume_state(place)
+            for left in (self._weights(place), state, state.with_suffix(".json")):
                 left.unlink(missing_ok=True)
+            if self.to_folder:
+                discard(place, self.model)
             self._note(output=None)
             raise Refused(
                 f"what training left gives no usable answers ({str(error).split(':')[0]}), so nothing was written: "
@@ -307,6 +329,8 @@ class _Repair:
         """The record, with what the repair changed."""
         old, suspected = judged_as_encoder(before, old, made)
         new, findings = judged_as_encoder(after, new, made)
+        suspected = [replace(finding, seen_on="suspect") for finding in suspected]
+        findings = [replace(finding, seen_on="output") for finding in findings]
         measures = [*clean_measures(after, old), *compare(before, after, old, new)]
         told, advice = verdict_on(after, new, findings, self.named)
         broken = damage(measures, before, after)
@@ -332,27 +356,6 @@ class _Repair:
             feature_map=feature_map([*old, *new], made, before, after),
         )
         return self.record
-
-
-def damage(measures: Sequence[Measure], before: Trial, after: Trial) -> list[str]:
-    """A sentence where the output keeps too little of the suspect's answers, or of the accuracy of probes on it."""
-    values = {m.name: m.value for m in measures}
-    if before.encoded is not None:
-        lost = -(values.get("clean_accuracy_change") or 0.0)
-        if lost <= MOST_LOST:
-            return []
-        now = "a probe on the written encoder" if after.encoded is not None else "the written classifier"
-        return [
-            f"{now} is right on {100 * lost:.0f} % fewer images than a probe on the suspect: it is damaged, do not use "
-            "it; try more images or other settings."
-        ]
-    kept = values["agreement"]
-    if kept is None or kept >= LEAST_AGREEMENT:
-        return []
-    return [
-        f"the written network keeps only {100 * kept:.0f} % of the suspect's answers on clean images: "
-        "it is damaged, do not use it; try other settings or more images."
-    ]
 
 
 def open_run(

@@ -9,15 +9,17 @@ from bdclean.errors import Refused, UsageError
 from bdclean.files.weights import PICKLES
 
 
-def default_output(model: Path, out: Path | None) -> Path:
+def default_output(model: Path, out: Path | None, new_head: bool = False) -> Path:
     """Returns where the cleansed model goes: `out`, else beside the model with `.clean.safetensors`.
 
-    Raises Refused on an `out` that is a folder, and where no name can be made from the model's.
+    A folder becomes a folder, by default with `.clean`, unless `out` ends in .safetensors or the network gets a
+    `new_head`: what the folder says of it holds no longer. Raises Refused on an `out` that is a folder where the model
+    is a file, and where no name can be made from the model's.
     """
     if out is not None:
         if out == Path("-"):
             raise UsageError("--out - cannot be: the model is a file, standard output has the report.")
-        if os.path.isdir(out):
+        if os.path.isdir(out) and not is_folder(out, model, new_head):
             raise Refused(f"{out} is a folder: give --out a file name.")
         if out.suffix in PICKLES:
             raise UsageError(
@@ -25,7 +27,19 @@ def default_output(model: Path, out: Path | None) -> Path:
             )
         return out
     model = model if model.name not in ("", "..") else model.resolve()
+    if os.path.isdir(model) and not new_head:
+        return model.with_name(f"{model_stem(model)}.clean")
     return model.with_name(f"{model_stem(model)}.clean.safetensors")
+
+
+def is_folder(place: Path, model: Path, new_head: bool) -> bool:
+    """Whether what `default_output` returned is a folder that is to be written."""
+    return os.path.isdir(model) and not new_head and place.suffix != ".safetensors"
+
+
+def record_beside(place: Path, folder: bool) -> Path:
+    """Returns where the record of an output goes: `.json` in place of a file's ending, behind a folder's name."""
+    return place.with_name(f"{place.name}.json") if folder else place.with_suffix(".json")
 
 
 def model_stem(model: Path) -> str:

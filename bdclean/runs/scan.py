@@ -139,7 +139,7 @@ class _Reading:
         named: bool,
     ) -> _Reading:
         rows, findings = judged_as_encoder(trial, [each.row for each in measured], made, floor)
-        findings = [*findings, *looked.findings]
+        findings = [replace(finding, seen_on="suspect") for finding in [*findings, *looked.findings]]
         return _Reading(choice, trial, rows, findings, looked, *verdict_on(trial, rows, findings, named))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdclean.data.labels.labelling import claimed_names
 from bdclean.errors import Refused
 from bdclean.networks.ambiguity.choosing import AUTHORS, Choice, choose, contradiction
 from bdclean.networks.ambiguity.variant import read_off
@@ -218,4 +219,11 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Path) -> CheckpointEntry:
         feature=checkpoint.arch.feature or None,
         feature_size=checkpoint.arch.width or None,
         matched=len(checkpoint.names),
+        class_names=_class_names(checkpoint),
     )
+
+
+def _class_names(checkpoint: Checkpoint) -> list[str] | None:
+    """What the file calls its classes, if it names as many as it has."""
+    names = claimed_names(checkpoint.metadata, checkpoint.config)
+    return list(names) if names is not None and len(names) == checkpoint.arch.classes else None

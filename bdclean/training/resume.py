@@ -20,6 +20,12 @@ from bdclean.files.writing import write_text
 SAVE_EVERY_SECONDS = 20.0
 
 KEY = "bdclean.resume"
+OTHER = {
+    "source_sha256": "from another model",
+    "data": "with other images to train on (other files, or another --test)",
+    "labeled": "with other labeled images",
+}
+"""What differs where two digests do: these say nothing to a reader."""
 
 
 @dataclass
@@ -78,8 +84,9 @@ class Saved:
         difference = _difference(theirs, self.arguments)
         if difference is not None:
             key, old, new = difference
+            said = OTHER.get(key) or f"with {key} {_said(old)}, this run has {_said(new)}"
             raise Refused(
-                f"the resume state {self.path} was made with {key} = {old!r}, this run has {new!r}: "
+                f"the resume state {self.path} was made {said}: "
                 "repeat that run's arguments, or start anew without --resume."
             )
         self.position, self.notes = position, notes
@@ -138,6 +145,10 @@ def _check(tensors: Mapping[str, Tensor]) -> int:
         if flat.numel():
             check = zlib.crc32(flat.view(torch.uint8).numpy().data, check)
     return check
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

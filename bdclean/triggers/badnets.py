@@ -110,7 +110,7 @@ class BadNets:
         return drawn
 
     def spec(self) -> str:
-        return spec_of(self, shown=("size", "position", "pattern"))
+        return spec_of(self)
 
 
 def _hex_colour(text: str) -> tuple[int, int, int] | None:

@@ -75,7 +75,7 @@ class Blend:
         return [replace(self, seed=seed + 1 if seed == self.seed else seed) for seed in seeds]
 
     def spec(self) -> str:
-        return spec_of(self, shown=("source", "alpha"))
+        return spec_of(self)
 
 
 @lru_cache(maxsize=64)

@@ -91,7 +91,7 @@ class CTRL:
         return drawn
 
     def spec(self) -> str:
-        return spec_of(self, shown=("magnitude",))
+        return spec_of(self)
 
 
 def _integers(generator: torch.Generator, low: int, high: int) -> tuple[int, int]:

@@ -79,7 +79,7 @@ class SIG:
         return drawn
 
     def spec(self) -> str:
-        return spec_of(self, shown=("delta", "frequency"))
+        return spec_of(self)
 
     def _direction(self) -> tuple[float, float]:
         return cos(radians(self.angle)), sin(radians(self.angle))

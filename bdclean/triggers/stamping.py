@@ -122,15 +122,15 @@ def places(
     return found
 
 
-def spec_of(trigger: Any, shown: tuple[str, ...] = (), bare: str = "") -> str:
-    """NAME:KEY=VALUE,... with the settings in `shown` and those that differ from their defaults.
+def spec_of(trigger: Any, bare: str = "") -> str:
+    """NAME:KEY=VALUE,... with the settings that differ from their defaults.
 
     The field `bare` goes first and without its key.
     """
     parts = [str(getattr(trigger, bare))] if bare else []
     for field in dataclasses.fields(trigger):
         value = getattr(trigger, field.name)
-        if field.name != bare and (field.name in shown or value != field.default):
+        if field.name != bare and value != field.default:
             text = repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
             parts.append(f"{field.name}={text}")
     return f"{trigger.name}:{','.join(parts)}" if parts else str(trigger.name)

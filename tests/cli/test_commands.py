@@ -17,6 +17,7 @@ from bdclean import registry
 from bdclean.cli import arguments
 from bdclean.cli.main import run
 from bdclean.errors import Refused, UsageError
+from bdclean.networks.normalisation import NAMED
 from bdclean.record.parsing import parse_records
 from bdclean.record.run import Measure, Problem, Rate, RunRecord, TriggerRow
 from bdclean.runs import places
@@ -85,6 +86,8 @@ def test_help_answers_at_once():
         ("cleanse m --data . --recipe bcuu", "did you mean bcu?"),
         ("cleanse m --data . --set epochs", "KEY=VALUE"),
         ("cleanse m --data . --out same.json", "both the model and its record"),
+        ("cleanse m --data . --set epochs=3", "as in --recipe inoculate --set epochs=3 ("),
+        ("cleanse m --data . --recipe auto --set frob=3", "no recipe has 'frob'"),
         ("ls things", "nothing is listed"),
         ("ls recipe", "which recipe?"),
         ("ls recipe frob", "no recipe is called"),
@@ -123,6 +126,15 @@ def test_help_shows_what_makes_a_run_fail_by_default(capsys):
     for name, default in (("scan", "asr>=0.2"), ("cleanse", "asr>=0.2"), ("report", "never")):
         run([name, "--help"])
         assert f"Default: {default}." in " ".join(capsys.readouterr().out.split()), name
+
+
+def test_help_names_every_normalisation(capsys):
+    for name in ("scan", "cleanse"):
+        run([name, "--help"])
+        (said,) = re.findall(r"--preprocess NAME (.*?) --device", " ".join(capsys.readouterr().out.split()))
+        names = {each for known in NAMED for each in (known, known.removesuffix("-bgr"))}
+        assert {n for n in names if not n.endswith("-bgr")} <= set(re.findall(r"[a-z0-9-]+", said))
+        assert "-bgr" in said
 
 
 def test_doctor_says_what_a_bug_report_needs(capsys):
@@ -335,7 +347,7 @@ def test_the_default_output_lies_beside_the_model(model, out):
 
 
 def test_the_current_folder_as_model_has_a_name(tmp_path):
-    assert places.default_output(Path("."), None) == tmp_path.with_name(f"{tmp_path.name}.clean.safetensors")
+    assert places.default_output(Path("."), None) == tmp_path.with_name(f"{tmp_path.name}.clean")
 
 
 def test_an_output_or_model_without_a_file_name_is_refused(tmp_path):
@@ -346,7 +358,7 @@ def test_an_output_or_model_without_a_file_name_is_refused(tmp_path):
         places.default_output(Path("/"), None)
     with pytest.raises(UsageError, match="always safetensors"):
         places.default_output(Path("m.pth"), Path("out.pth"))
-    assert places.default_output(Path(".."), None).name == f"{tmp_path.parent.name}.clean.safetensors"
+    assert places.default_output(Path(".."), None).name == f"{tmp_path.parent.name}.clean"
 
 
 def test_a_refused_output_folder_is_not_made(tmp_path, capsys):

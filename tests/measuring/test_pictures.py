@@ -75,8 +75,38 @@ def test_strips_show_the_same_images_as_given_and_stamped_with_both_predictions(
         assert bool((shown[-2:, -2:] == 255).all()) and torch.equal(shown[:-2], original[:-2])
         assert picture.label == picture.after == given[picture.image].before and picture.before == 0
     (difference,) = [p for p in found if p.role == "difference" and p.trigger == PATCH.spec()]
-    assert difference.caption.startswith("what it changed") and decoded(difference).size == (16, 16)
+    assert difference.caption == "what it changed, on grey" and decoded(difference).size == (16, 16)
     assert all(png(p.png_base64) for p in found), "the page would leave it out"
+
+
+def test_a_small_patch_is_enlarged_as_given_and_stamped():
+    suspect, patch = bench(side=32), BadNets(size=3, position="corners", pattern="white")
+    row = TriggerRow(patch.spec(), "patch", target=0, asr=Rate(1.0, 240), outcome="fails")
+    found = pictures.strips([row], [patch], suspect)
+    (enlarged,) = [p for p in found if p.role == "enlarged"]
+    assert enlarged.caption == "enlarged, as given and stamped: rows 24 to 31, columns 24 to 31"
+    shown = torch.tensor(list(decoded(enlarged).tobytes())).view(8, 16, 3).permute(2, 0, 1)
+    original = suspect.images[enlarged.image].long()
+    assert torch.equal(shown[:, :, :8], original[:, 24:, 24:])
+    assert bool((shown[:, 5:, 13:] == 255).all()) and torch.equal(shown[:, :5, 8:], original[:, 24:29, 24:])
+    assert not [p for p in pictures.strips([row], [patch], bench(side=12)) if p.role == "enlarged"], "is seen"
+    row = TriggerRow(NOISE.spec(), "blend", target=0, asr=Rate(1.0, 240), outcome="fails")
+    assert not [p for p in pictures.strips([row], [NOISE], suspect) if p.role == "enlarged"], "is everywhere"
+
+
+def test_what_was_changed_is_never_a_black_square():
+    """Of an image on which nothing changed there is no picture; the others are drawn around grey."""
+    black = BadNets(size=4, position="bottom-right", pattern="black")
+    suspect = bench(side=32)
+    dark = suspect.images.clone()
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    dark[order[:250], :, -4:, -4:] = 0
+    row = TriggerRow(black.spec(), "patch", target=0, asr=Rate(1.0, 240), outcome="fails")
+    (difference,) = [p for p in pictures.strips([row], [black], suspect) if p.role == "difference"]
+    pixels = decoded(difference)
+    assert pixels.getpixel((0, 0)) == (128, 128, 128) and max(pixels.getpixel((30, 30))) < 128
+    none = pictures.strips([row], [black], replace(suspect, images=dark))
+    assert [p for p in none if p.role == "stamped"] and not [p for p in none if p.role == "difference"]
 
 
 def test_the_draw_is_seeded_and_does_not_look_at_what_the_trigger_does():

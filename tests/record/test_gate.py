@@ -151,3 +151,8 @@ def test_what_goes_there_unstamped_does_not_count_beside_the_controls():
     moved = row(0.58, "inconclusive", highest=0.397, low=0.5687)
     moved.base_rate = Rate(0.3, 500, 0.27, 0.33)
     assert judge("asr>=0.5").check(scanned(moved, threshold=0.2)) == ([], [])
+
+
+def test_what_is_reached_is_said_in_percent():
+    (said,), _ = judge("asr>=0.2").check(scanned(row(0.983, "fails"), threshold=0.2))
+    assert said.endswith(" 98.3 %.") and "0.98" not in said

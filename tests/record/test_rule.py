@@ -68,4 +68,4 @@ def test_a_report_names_the_class_that_a_trigger_moves():
     )  # fmt: skip
     assert decisive(found) == source and decisive(row()) is None
     said = evidence(found)
-    assert "97.0 % (n 30) of the images of class 3" in said and "class 0" in said and "5.0 %" in said
+    assert "97.0 % of the 30 images of class 3" in said and "class 0" in said and "5.0 %" in said

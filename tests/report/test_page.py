@@ -33,6 +33,7 @@ from bdclean.record.run import (
     Skipped,
     TriggerRow,
 )
+from bdclean.report import wording
 from bdclean.report.formats import render
 from bdclean.report.page import embedded, words
 from bdclean.report.page.embedded import png
@@ -308,6 +309,34 @@ def test_a_cleansing_shows_both_sides_their_differences_and_unseen_families_firs
     assert "loss 1 \u2192 0.02" in text and 'class="plot"' in pages["cleanse"]
 
 
+def test_warnings_stand_under_the_title_and_the_output_is_the_subject(pages):
+    text = Page(pages["scan"]).words
+    assert text.index("folders were not taken as labels") < text.index("Attack success, worst trigger")
+    assert text.count("folders were not taken as labels") == 1
+    assert "m.clean.safetensors made from my model.safetensors" in Page(pages["cleanse"]).words
+
+
+def test_runs_are_numbered_in_the_order_in_which_they_stand(pages):
+    compared = pages["many"][pages["many"].index('class="compared"') :]
+    assert re.findall(r"<small>#(\d)", compared) == list("123456")
+    articles = re.findall(r'<article id="run-(\d)">.*?<h2 class="verdict">(.*?)</h2>', pages["many"], re.S)
+    assert [number for number, _ in articles] == list("123456")
+    assert articles[0][1] == "Backdoored" and articles[-1][1].startswith("No evidence")
+
+
+def test_what_a_curve_shows_is_said():
+    record = cleansed()
+    record.curve = [{"step": k, "sent": k / 50} for k in range(50)]
+    assert "moved to one class" in Page(render([record], "html")).words
+
+
+def test_it_is_printed_on_a4_and_what_scrolls_says_so(pages):
+    (style,) = re.findall(r"<style>(.*?)</style>", pages["many"], re.S)
+    narrow, printed = style[style.index("@media (max-width") :].split("@media print")
+    assert "size: A4" in printed and ".wide::before { content: none" in printed
+    assert "scrolls sideways" in narrow
+
+
 def test_no_evidence_is_never_called_clean_or_safe(pages):
     for name in ("cleanse", "many", "empty"):
         text = Page(pages[name]).words
@@ -380,7 +409,7 @@ def test_curves_come_from_numbers_alone():
     ["plain", "two words", "it's", "a\nb\x1b[0m", "back\\slash\n", "caf\u00e9", "\u202eabc", "x\udc80y", ""],
 )
 def test_the_command_is_read_back_by_a_shell(word):
-    script = f"printf %s {words.quoted(word)}"
+    script = f"printf %s {wording.quoted(word)}"
     done = subprocess.run(["bash", "-c", os.fsencode(script)], capture_output=True, timeout=60)
     assert done.stdout == os.fsencode(word)
 

@@ -1,6 +1,8 @@
+import html
 import io
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -91,7 +93,7 @@ def test_a_scan_says_all_that_a_reader_must_know(form):
         "backdoored",
         "badnets:size=3 sends 98.0 (96.0-100.0, n 500) % of images to class 0",
         "highest of 19 controls 4.0 %",
-        "83.0 (81.0-85.0, n 1000)",
+        "83.0 % (81.0-85.0, n 1000)",
         "Inconclusive",
         "blend: because",
         "Not done",
@@ -113,7 +115,7 @@ def test_a_cleansing_shows_before_and_after_and_unseen_families_apart(form):
     shown = render([cleansed()], form, everything=True).replace("\\", "")
     unseen, seen = shown.index("did not train on"), shown.index("families that the recipe trained on")
     assert unseen < shown.index("sig", unseen) < seen < shown.index("badnets:size=3", seen)
-    assert "84.0 (82.0-86.0, n 1000)" in shown and "83.0 (81.0-85.0, n 1000)" in shown
+    assert "84.0 % (82.0-86.0, n 1000)" in shown and "83.0 % (81.0-85.0, n 1000)" in shown
     assert "98.0 (96.0-100.0, n 500)" in shown and "2.1 (0.1-4.1, n 500)" in shown
     assert "fails -> passes" in shown and "0.971" in shown and "m.clean.safetensors" in shown
 
@@ -130,10 +132,10 @@ def test_several_runs_start_with_their_comparison(form):
 
 def test_rows_that_do_not_stand_out_are_counted_unless_all_are_asked_for():
     passing = sum(row.outcome == "passes" for row in scanned().triggers)
-    assert f"and {passing} that do not stand out (-v lists them)" in render([scanned()], "table")
-    assert "do not stand out" not in render([scanned()], "table", everything=True)
+    assert f"and {passing} that pass (-v lists them)" in render([scanned()], "table")
+    assert "-v lists" not in render([scanned()], "table", everything=True)
     quiet = scanned(rows=[row("a", 0.01, "passes")])
-    assert "none stands out; -v lists all 1" in render([quiet], "table")
+    assert "none stands out: all 1 pass (-v lists them)" in render([quiet], "table")
 
 
 def test_the_first_ten_lines_answer_what_is_asked_first():
@@ -248,8 +250,8 @@ def test_progress_on_a_pipe_is_an_occasional_plain_line(monkeypatch):
             progress("images", done, 5, loss=0.25, images_per_second=1234.5)
     lines = file.getvalue().splitlines()
     assert lines == [
-        "m\\x1b[2J: images 2/5  loss 0.25  1,234 images/s  18 s left",
-        "m\\x1b[2J: images 4/5  loss 0.25  1,234 images/s  6 s left",
+        "m\\x1b[2J: images 2/5  18 s left  loss 0.250  1,234 images/s",
+        "m\\x1b[2J: images 4/5  6 s left  loss 0.250  1,234 images/s",
     ]
 
 
@@ -261,16 +263,209 @@ def test_quiet_progress_says_nothing():
 
 
 def test_rate_and_time_left():
-    assert details(10, 90, 5.0, {"kept": 3}) == "kept 3  2.0/s  45 s left"
+    assert details(10, 90, 5.0, {"kept": 3}) == "45 s left  kept 3  2.0/s"
     assert details(0, 90, 0.0, {}) == ""
+    shown = details(10, 90, 5.0, {"loss": 0.25, "agreement": 0.5, "sent": 0.1, "images_per_second": 70.0})
+    assert shown == "45 s left  loss 0.250  agreement 0.500  70 images/s", "two measures at most"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("title", ["", "models/a-rather-long-name-of-a-network.safetensors (2 of 5)"])
+def test_a_live_line_keeps_bar_and_counter_in_their_places_at_80_columns(monkeypatch, title):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    file, frames = Terminal(), []
+    with Progress(file=file) as progress:
+        progress.begin(title)
+        for done, loss in ((1, 1234.5678), (50, 0.25), (4999, 1 / 3)):
+            progress(
+                "distillation", done, 5000, loss=loss, agreement=0.987654, sent=0.1, images_per_second=812.0
+            )
+            progress._live.refresh()
+            lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").splitlines()
+            frames.append([line for line in lines if "distillation" in line][-1])
+    assert all(len(line) <= 80 for line in frames)
+    places = {(re.search("[\u2500-\u257f]", line).start(), line.index("/5000")) for line in frames}
+    assert len(places) == 1, "nothing jumps"
+    assert all(line.count("\u2501") + line.count("\u2578") + line.count("\u257a") >= 13 for line in frames)
+    assert (" (2 of 5): distillation" in frames[0]) == bool(title)
+    assert "loss 1.23e+03" in frames[0] or title
 
 
 def test_a_backdoor_of_one_source_is_told_once():
     found = row("badnets:size=3", 0.12, "fails")
     found.bounds = [Bound(None, 0.12, 500, 0.09, 0.02), Bound(11, 1.0, 12, 0.6, 0.0)]
     found.decisive_source = 11
-    assert evidence(found).startswith("badnets:size=3 sends 100.0 % (n 12) of the images of class 11, 12.0 (")
-    assert evidence(found).count("11") == 1
+    assert evidence(found) == (
+        "badnets:size=3 sends all 12 images of class 11 to class 0, the highest of 19 controls 0.0 %."
+    )
+    names = [*map(str, range(11)), "stop"]
+    assert "all 12 images of stop (11) to 0 (0)" in evidence(found, names)
+    found.bounds[1].value = 0.75
+    assert "75.0 % of the 12 images of class 11" in evidence(found)
+
+
+def of_one_source(value, outcome, after=False):
+    """A row that moves one of twelve classes, which is 8.3 % of all."""
+    found = row("badnets:size=3", value / 12, outcome)
+    found.worst_source = {"class": 11, "value": value, "n": 25, "low": max(0, value - 0.1), "high": value}
+    found.bounds = [Bound(None, value / 12, 500, 0.05, 0.02), Bound(11, value, 25, 0.7, 0.0)]
+    found.decisive_source = 11 if outcome == "fails" else None
+    return found
+
+
+@pytest.mark.parametrize("form", ["table", "md", "html"])
+def test_a_backdoor_of_one_source_is_headed_by_it_and_never_by_the_average(form):
+    scan = scanned(rows=[of_one_source(1.0, "fails")])
+    repair = cleansed()
+    repair.before.triggers, repair.after.triggers = (
+        [of_one_source(1.0, "fails")],
+        [of_one_source(0.0, "passes")],
+    )
+    shown = plain_words(render([scan], form))
+    head = shown[: shown.index("Triggers")]
+    assert "all 25 images of class 11" in head and "8.3" not in head
+    shown = plain_words(render([repair], form))
+    assert "8.3" not in shown[: shown.index("Triggers")]
+    if form != "html":
+        assert "(was: backdoored, badnets 100.0 -> 0.0 % of class 11)" in shown
+    compared = plain_words(render([scan, repair], form))
+    assert "8.3" not in compared[: compared.index("badnets:size=3", compared.index("trigger"))]
+
+
+def plain_words(shown):
+    """The words of a report, without markup, on one line."""
+    body = re.sub(r"<style>.*?</style>", "", shown, flags=re.S)
+    words = html.unescape(re.sub(r"<[^<>]*>", "", body)).replace("\\", "")
+    return " ".join(words.split())
+
+
+def test_a_trigger_with_two_rows_is_counted_once():
+    """After a repair one is measured towards the suspect's target and towards what screening found."""
+    record = cleansed()
+    second = row("sig", 0.3, "inconclusive")
+    second.target = 3
+    record.after.triggers.append(second)
+    shown = render([record], "table")
+    assert "1 of 2 triggers tried stay below the threshold of 20 %, 1 inconclusive" in shown
+    assert "fires after   0 of 2 triggers" in shown
+    assert "1 of the 2 triggers tried stay below" in plain_words(render([record], "html"))
+
+
+def test_no_evidence_beside_a_high_rate_says_what_harmless_stamps_do():
+    rows = [row("a", 0.01, "passes"), row("sig", 0.358, "inconclusive", highest=0.555)]
+    record = scanned(rows=rows)
+    record.verdict = "no-evidence"
+    words = "harmless stamps of the same strength (controls) move up to 55.5 %"
+    assert f"The highest rate is 35.8 %, of sig; {words}." in render([record], "table")
+    assert words in plain_words(render([record], "html"))
+    record.triggers = rows[:1]
+    assert "harmless" not in render([record], "table")
+
+
+def test_what_failed_before_comes_first_then_what_is_inconclusive():
+    record = cleansed()
+    names = ("passes", "doubted", "failed", "doubtful", "fails")
+    outcomes = [("passes",) * 2, ("inconclusive", "passes"), ("fails", "passes"), ("passes", "inconclusive")]
+    pairs = dict(zip(names, [*outcomes, ("passes", "fails")], strict=True))
+    record.before.triggers = [row(name, 0.1, old) for name, (old, _) in pairs.items()]
+    record.after.triggers = [row(name, 0.1, new) for name, (_, new) in pairs.items()]
+    listed = ["fails", "failed", "doubtful", "doubted"]
+    shown = render([record], "table", width=80)
+    rows = re.findall(r"^(\S+) +\S+ -> \S+$", shown, re.M)
+    assert rows == listed and "and 1 that pass (-v lists them)" in shown
+    words = render([record], "html")
+    places = [words.index(f'<div class="what"><code>{name}</code>') for name in [*listed, "passes"]]
+    assert places == sorted(places)
+
+
+def test_a_row_has_two_lines_where_columns_have_no_room_and_specs_break_at_commas():
+    spec = "file:" + ",".join(f"setting{k}=value{k}" for k in range(9))
+    shown = render([scanned(rows=[row(spec, 0.9, "fails")])], "table", width=80)
+    lines = shown[shown.index("\nTriggers\n") :].splitlines()[2:]
+    assert [line[:8] for line in lines[:4]] == ["file:set", "setting4", "setting8", "    to c"]
+    assert lines[0].endswith(",") and lines[2].endswith("fails")
+    assert lines[3] == "    to class 0, ASR 90.0 (88.0-92.0, n 500) %, controls to 4.0 %"
+    assert "class 0" in render([scanned()], "table", width=220)
+    assert render([scanned()], "table", width=220).count("trigger ") == 1, "a head of columns"
+
+
+def test_findings_say_where_they_were_seen_and_which_side_is_odd():
+    record = cleansed()
+    record.findings = [
+        Finding("inversion", "outlier", 1.5, 13.5, None, "a small mask", "below", "suspect"),
+        Finding("pull", "suspicious", 1.2, 0.5, 0.01, "together", "above", "output"),
+    ]
+    for words in (render([record], "table", width=60), plain_words(render([record], "html"))):
+        assert "seen on the suspect, score 1.5, odd below 13.5" in words
+        assert "seen on the output, score 1.2, odd above 0.5, p 0.01" in words
+    wide = render([record], "table", width=250)
+    assert re.search(r"inversion +outlier +suspect +1.5 +below 13.5", wide)
+    assert "seen on" not in render([scanned()], "table", everything=True)
+
+
+def test_the_verdict_is_the_last_line_with_the_next_command():
+    record = scanned("my model.safetensors")
+    record.argv = [
+        "bdclean",
+        "scan",
+        "x",
+        "--preprocess=half",
+        "--strict",
+        "--trigger",
+        "sig",
+        "-q",
+        "--arch",
+    ]
+    ended = render([record], "table").splitlines()
+    assert ended[-2:] == [
+        "backdoored: my model.safetensors",
+        "next: bdclean cleanse 'my model.safetensors' --data images --preprocess half --trigger sig --arch",
+    ]
+    narrow = render([record], "table", width=80)
+    assert "--data images \\\n    --preprocess half" in narrow
+    (words,) = re.findall(r"^next: (.*)", narrow, re.M | re.S)
+    joined = words.replace("\\\n", "")
+    assert shlex.split(joined) == shlex.split(ended[-1].removeprefix("next: "))
+    repaired = render([cleansed()], "table").splitlines()
+    assert repaired[-2] == "no-evidence: m.clean.safetensors"
+    assert repaired[-1] == "next: bdclean report m.clean.json --out m.clean.html"
+    kept = cleansed()
+    kept.argv = ["bdclean", "cleanse", "m.safetensors", "--record", "runs/"]
+    assert render([kept], "table").endswith("next: bdclean report runs/ --out m.clean.html\n")
+    for other in (refused(), RunRecord("scan", advice="give 400 images")):
+        assert "next:" not in render([other], "table")
+    assert render([refused()], "table").endswith("\nrefused: x.pt\n")
+
+
+def test_held_out_images_are_not_those_of_a_test_set():
+    record = cleansed()
+    record.data = DataEntry("images", 5000, held_out=600)
+    assert "600 held out" in render([record], "md")
+    record.data.test = "test"
+    shown = render([record], "md")
+    assert "held out" not in shown and "measured on 600 of test" in shown
+
+
+def test_class_names_of_the_file_are_used_without_labels():
+    record = scanned()
+    record.data.classes, record.checkpoint.class_names = None, ["stop", "yield"]
+    assert "of images to stop (0)" in render([record], "table")
+    assert "predicted as stop (0)" in plain_words(render([record], "html"))
+    record.data.classes = ["halt", "yield"]
+    assert "of images to halt (0)" in render([record], "table"), "labels count more than a claim"
+
+
+def test_a_refused_run_says_why_in_the_comparison():
+    for form in ("table", "md"):
+        shown = render([scanned(), refused()], form).replace("\\", "")
+        assert "x.pt is a pickle." in shown[: shown.index("Only the triggers")]
+    page = plain_words(render([scanned(), refused()], "html"))
+    assert "x.pt is a pickle." in page[: page.index("Every trigger in every run")]
 
 
 def test_a_repair_is_headed_by_what_it_wrote():

@@ -180,7 +180,7 @@ def test_the_bank_is_of_the_expected_size_and_scales() -> None:
         assert len(stamped) == len(bank(size)) >= 30
     assert [trigger.spec() for trigger in make_triggers((), (32, 32))] == [t.spec() for t in bank((32, 32))]
     more = [trigger.spec() for trigger in make_triggers((), (32, 32), "encoder")][len(bank((32, 32))) :]
-    assert more == ["badencoder", "ctrl:magnitude=100"], "what encoders are attacked with joins their bank"
+    assert more == ["badencoder", "ctrl"], "what encoders are attacked with joins their bank"
     large = bank((224, 224))[0](torch.full((1, 3, 224, 224), 100, dtype=torch.uint8))[0, 0, -21:, -21:]
     assert torch.equal(
         large[::7, ::7], torch.tensor([[0, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)
@@ -553,7 +553,7 @@ def test_ctrl_raises_two_coefficients_of_each_block() -> None:
     from scipy.fft import dctn
 
     grey = torch.full((1, 3, 64, 32), 128, dtype=torch.uint8)
-    red, green, blue = (from_spec("ctrl:magnitude=100")(grey)[0].double() - 128).numpy()
+    red, green, blue = (from_spec("ctrl")(grey)[0].double() - 128).numpy()
     luminance = 0.299 * red + 0.587 * green + 0.114 * blue
     for chroma in (0.492 * (blue - luminance), 0.877 * (red - luminance)):
         for top in (0, 32):

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from bdclean.record.run import NOT_MEASURED, PASSES, Measure, Rate, RunRecord, TriggerRow
 from bdclean.report import wording
-from bdclean.report.page.words import label
-from bdclean.report.rows import rank, same
+from bdclean.report.rows import paired_rank, same
 
 SHOWN = 12
 """Rows that pass (before and after) beyond so many of a group are folded away, whatever their number."""
@@ -72,7 +71,9 @@ def groups(record: RunRecord) -> list[Group]:
             note = "It trained on counterfeits of these families, never on these triggers."
         else:
             title, note = "Families that the recipe did not train on", ""
-        bars = [_bar(record, row) for row in sorted(chosen, key=lambda row: _order(record, row))]
+        before = record.before.triggers if record.before is not None else []
+        chosen.sort(key=lambda row: paired_rank(row, same(before, row)))
+        bars = [_bar(record, row) for row in chosen]
         first: list[Bar] = []
         folded: list[Bar] = []
         for bar in bars:
@@ -106,13 +107,6 @@ def _room(bars: Sequence[Bar]) -> int:
     return max(striking, min(SHOWN, striking + 3))
 
 
-def _order(record: RunRecord, row: TriggerRow) -> tuple[int, int, float]:
-    """Sorts by the outcome, then by that of the suspect, then by the higher rate."""
-    old = same(record.before.triggers, row) if record.before else None
-    rates = [found.asr.value or 0.0 for found in (row, old) if found is not None]
-    return rank(row)[0], rank(old)[0] if old is not None else 9, -max(rates)
-
-
 def _bar(record: RunRecord, row: TriggerRow) -> Bar:
     old = same(record.before.triggers, row) if record.before else None
     cleansed = record.before is not None
@@ -125,10 +119,8 @@ def _bar(record: RunRecord, row: TriggerRow) -> Bar:
         rate = Rate(
             worst["value"], _count(worst.get("n")), _share(worst.get("low")), _share(worst.get("high"))
         )
-        names = record.data.classes if record.data else None
-        source = (
-            f"{label(worst.get('class'), names)}: {wording.percent(rate.value)}\u00a0% ({interval(rate)})"
-        )
+        names = record.class_names()
+        source = f"{wording.label(worst.get('class'), names)}: {wording.percent(rate.value)}\u00a0% ({interval(rate)})"
     return Bar(row.trigger, row.target, row.outcome, tracks, change, change_interval, row.reason, source)
 
 

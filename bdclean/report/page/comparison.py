@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from bdclean.record.run import PASSES, RunRecord, TriggerRow
 from bdclean.report import wording
+from bdclean.report.document import sentence
 from bdclean.report.page import bars, numbers, words
 from bdclean.report.page.numbers import Number
-from bdclean.report.rows import same, worst_row
+from bdclean.report.rows import by_trigger, headline, same, worst_row
 
 TONES = (
     "bad",
@@ -30,6 +31,7 @@ class Line:
     tone: str
     asr: Number
     accuracy: Number
+    why: str = ""  # of a run that has no rate: the sentence that says why
 
 
 @dataclass
@@ -50,14 +52,19 @@ class Grid:
     rows: list[tuple[str, bool, list[Shade]]]
 
 
+def ordered(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Returns the runs, the worst verdict first, then by the rate of the worst row: a page numbers them so."""
+
+    def severity(record: RunRecord) -> tuple[int, float]:
+        worst = worst_row(record.rows())
+        return TONES.index(words.tone(record)), -(worst.asr.value or 0.0) if worst else 0.0
+
+    return sorted(records, key=severity)
+
+
 def lines(records: Sequence[RunRecord]) -> list[Line]:
-    """Returns the runs, the worst verdict first, then by the rate of the worst row."""
-
-    def severity(line: Line) -> tuple[int, float]:
-        worst = worst_row(records[line.number - 1].rows())
-        return TONES.index(line.tone), -(worst.asr.value or 0.0) if worst else 0.0
-
-    return sorted((_line(record, k) for k, record in enumerate(records, 1)), key=severity)
+    """Returns a line for each of the runs, numbered in the order given."""
+    return [_line(record, number) for number, record in enumerate(records, 1)]
 
 
 def grid(records: Sequence[RunRecord]) -> Grid:
@@ -67,10 +74,10 @@ def grid(records: Sequence[RunRecord]) -> Grid:
     for number, record in enumerate(records, 1):
         if record.before is not None:
             columns.append((f"#{number}", "before"))
-            sides.append(_worst_of_each(record.before.triggers))
+            sides.append(by_trigger(record.before.triggers))
         if record.rows():
             columns.append((f"#{number}", "after" if record.before is not None else ""))
-            sides.append(_worst_of_each(record.rows()))
+            sides.append(by_trigger(record.rows()))
     names = list(dict.fromkeys(name for rows in sides for name in rows))
     seen = {name for rows in sides for name, row in rows.items() if row.seen_family}
     chosen = [name for name in names if any(name in rows and rows[name].outcome != PASSES for rows in sides)]
@@ -79,7 +86,7 @@ def grid(records: Sequence[RunRecord]) -> Grid:
 
 
 def _line(record: RunRecord, number: int) -> Line:
-    names = record.data.classes if record.data else None
+    names = record.class_names()
     first = worst_row(record.before.triggers) if record.before is not None else None
     now = same(record.rows(), first) if first is not None else None
     worst = worst_row(record.rows())
@@ -102,25 +109,20 @@ def _line(record: RunRecord, number: int) -> Line:
         words.tone(record),
         asr,
         Number("", value, interval, "", numbers.cell(before)[0] if before else "", change, change_interval),
+        "" if worst is not None else sentence(record),
     )
 
 
-def _worst_of_each(rows: Sequence[TriggerRow]) -> dict[str, TriggerRow]:
-    """The worst row of each trigger: `--target each` gives one a class."""
-    found: dict[str, TriggerRow] = {}
-    for row in rows:
-        if row.trigger not in found or _value(row) > _value(found[row.trigger]):
-            found[row.trigger] = row
-    return found
-
-
 def _value(row: TriggerRow | None) -> float:
-    return -1.0 if row is None or row.asr.value is None else row.asr.value
+    value = None if row is None else headline(row)[0].value
+    return -1.0 if value is None else value
 
 
 def _shade(row: TriggerRow | None) -> Shade:
     if row is None or row.asr.value is None:
         return Shade(wording.NOTHING, None, "none", "not measured")
+    rate, source = headline(row)
     tone = {"fails": "bad", "inconclusive": "doubt"}.get(row.outcome, "calm")
-    share = round(min(1.0, max(0.0, row.asr.value)), 3)
-    return Shade(wording.percent(row.asr.value), share, tone, f"{row.outcome}, {bars.interval(row.asr)}")
+    share = round(min(1.0, max(0.0, rate.value or 0.0)), 3)
+    of = "" if source is None else f" of class {source}"
+    return Shade(wording.percent(rate.value), share, tone, f"{row.outcome}, {bars.interval(rate)}{of}")

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 from bdclean.files.kinds import PNG
 from bdclean.record.run import Confusion, Picture, RunRecord
-from bdclean.report.page.words import label
+from bdclean.report import wording
 
 LARGEST_PICTURE = 200_000  # bytes of PNG; ours stay far below
 LARGEST_SIDE = 1024
 MOST_PICTURES = 64
 MOST_CLASSES = 50
+CLOSE_UPS = ("difference", "enlarged")
 NAMED_CLASSES = 24  # up to so many, rows have room for names
 FAINTEST = 0.15  # a single image is still seen
 CELL, NARROW_CELL, LABELS = 14, 6, 96  # in units of the drawing
@@ -44,8 +45,9 @@ class Strip:
     target: str
     caption: str
     pairs: list[Pair]
-    difference: str
-    difference_caption: str
+    close_ups: list[
+        tuple[str, str, str]
+    ]  # role, base64 and caption of what was changed, and of the place enlarged
     cleansed: bool
 
 
@@ -90,21 +92,26 @@ def png(text: str) -> str:
 
 def strips(record: RunRecord) -> list[Strip]:
     """Returns the images as given and stamped, one strip a trigger and target."""
-    names = record.data.classes if record.data else None
+    names = record.class_names()
     pictures = [picture for picture in record.pictures[:MOST_PICTURES] if png(picture.png_base64)]
     given = {picture.image: picture for picture in pictures if picture.role == "given"}
     found: dict[tuple[object, object], Strip] = {}
     for picture in pictures:
-        if picture.role not in ("stamped", "difference") or picture.trigger is None:
+        if picture.role not in ("stamped", *CLOSE_UPS) or picture.trigger is None:
             continue
         key = (picture.trigger, picture.target)
         if key not in found:
             found[key] = Strip(
-                picture.trigger, label(picture.target, names), "", [], "", "", record.before is not None
+                picture.trigger,
+                wording.label(picture.target, names),
+                "",
+                [],
+                [],
+                record.before is not None,
             )
         strip = found[key]
-        if picture.role == "difference":
-            strip.difference, strip.difference_caption = png(picture.png_base64), picture.caption
+        if picture.role in CLOSE_UPS:
+            strip.close_ups.append((picture.role, png(picture.png_base64), picture.caption))
         else:
             strip.caption = strip.caption or picture.caption
             strip.pairs.append(_pair(picture, given.get(picture.image), names, record))
@@ -119,7 +126,7 @@ def masks(record: RunRecord) -> list[tuple[str, str]]:
 
 def heats(record: RunRecord) -> list[Heat]:
     """Returns the record's confusions as drawings; those that are no square of counts are left out."""
-    names = record.data.classes if record.data else None
+    names = record.class_names()
     return [_heat(found, names, record) for found in (record.confusion or [])[:8] if _square(found.counts)]
 
 
@@ -134,18 +141,22 @@ def _pair(picture: Picture, given: Picture | None, names: Sequence[str] | None, 
         return seen == picture.target
 
     def called(seen: int | None) -> str:
-        name = label(seen, names, numbered=False)
-        return name if seen == picture.label else f"{name}, is {label(picture.label, names, numbered=False)}"
+        name = wording.label(seen, names, numbered=False)
+        return (
+            name
+            if seen == picture.label
+            else f"{name}, is {wording.label(picture.label, names, numbered=False)}"
+        )
 
     before, after = (given.before, given.after) if given is not None else (None, None)
     return Pair(
         png(given.png_base64) if given is not None else "",
         png(picture.png_base64),
-        label(picture.label, names, numbered=False),
+        wording.label(picture.label, names, numbered=False),
         called(before),
         called(after),
-        label(picture.before, names, numbered=False),
-        label(picture.after, names, numbered=False),
+        wording.label(picture.before, names, numbered=False),
+        wording.label(picture.after, names, numbered=False),
         goes(picture.before, before),
         goes(picture.after, after),
     )
@@ -164,7 +175,7 @@ def _heat(found: Confusion, names: Sequence[str] | None, record: RunRecord) -> H
         total = sum(count for count in row if count > 0)
         for x, count in enumerate(row):
             if count > 0:
-                title = f"{label(y, names)} \u2192 {label(x, names)}: {count} of {total}"
+                title = f"{wording.label(y, names)} \u2192 {wording.label(x, names)}: {count} of {total}"
                 cells.append(
                     Cell(
                         left + x * cell, y * cell, round(FAINTEST + (1 - FAINTEST) * count / total, 3), title

@@ -8,14 +8,14 @@ from typing import Any
 
 from bdclean import __version__
 from bdclean.files import text
-from bdclean.record.run import RunRecord
+from bdclean.record.run import Finding, RunRecord
 from bdclean.report import wording
-from bdclean.report.document import LIMITS, facts, page
+from bdclean.report.document import LIMITS, WARNINGS, facts, page
 from bdclean.report.page import bars, calibration, comparison, embedded, numbers, plots, scatter, words
 from bdclean.report.page.numbers import Number, Row
-from bdclean.report.rows import Table
+from bdclean.report.rows import Table, findings, seen
 
-IN_BARS = ("Inconclusive", "Not measured")  # lists whose reasons stand beside the bars
+ELSEWHERE = ("Inconclusive", "Not measured", WARNINGS)  # beside the bars, and under the title
 
 
 @dataclass
@@ -41,6 +41,8 @@ class Run:
     curves: list[tuple[str, Any, float, float]]
     facts: list[tuple[str, str]]
     command: str
+    next: str  # what to type next
+    findings: list[tuple[Finding, str]]  # with their figures in words
     tables: list[Table]
     lists: list[tuple[str, list[str]]]
     threshold: float | None
@@ -69,15 +71,21 @@ def render(records: Sequence[RunRecord]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"label": words.label, "number": _plain_number, "spec": spec}
+    environment.globals |= {
+        "curve_notes": words.CURVES,
+        "label": wording.label,
+        "number": _plain_number,
+        "spec": spec,
+    }
+    records = comparison.ordered(records)
     runs = [_run(record, number) for number, record in enumerate(records, 1)]
     several = len(runs) > 1
     shown = environment.get_template("page.html").render(
         runs=runs,
         several=several,
         title=f"{len(runs)} runs" if several else f"{runs[0].heading}: {runs[0].name}",
-        compared=comparison.lines(list(records)) if several else [],
-        grid=comparison.grid(list(records)) if several else None,
+        compared=comparison.lines(records) if several else [],
+        grid=comparison.grid(records) if several else None,
         rule=words.RULE,
         limits=LIMITS,
         version=__version__,
@@ -86,7 +94,7 @@ def render(records: Sequence[RunRecord]) -> str:
 
 
 def _run(record: RunRecord, number: int) -> Run:
-    names = record.data.classes if record.data else None
+    names = record.class_names()
     laid_out = page(record)
     return Run(
         record=record,
@@ -108,8 +116,10 @@ def _run(record: RunRecord, number: int) -> Run:
         curves=plots.curves(record.curve or [], f"run-{number}"),
         facts=_provenance(record),
         command=words.command(record),
+        next=laid_out.command,
+        findings=[(found, seen(found, of_two=record.command == "cleanse")) for found in findings(record)],
         tables=laid_out.tables,
-        lists=[(title, items) for title, items in laid_out.lists if title not in IN_BARS],
+        lists=[(title, items) for title, items in laid_out.lists if title not in ELSEWHERE],
         threshold=None if record.threshold is None else round(100 * min(1.0, max(0.0, record.threshold)), 2),
         names=names,
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from bdclean.record.run import Measure, RunRecord, TriggerRow
+from bdclean.record.gate import SCORES
+from bdclean.record.run import INCONCLUSIVE, Measure, RunRecord, TriggerRow
 from bdclean.report import wording
 from bdclean.report.page import bars, words
-from bdclean.report.rows import same, worst_row
+from bdclean.report.rows import beside, headline, of_source, same, worst_row
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Row:
 
 def head(record: RunRecord) -> list[Number]:
     """The figures of the head: the worst row beside its floors, and what the network is worth otherwise."""
-    names = record.data.classes if record.data else None
+    names = record.class_names()
     worst = worst_row(record.rows())
     found = []
     if record.before is not None:
@@ -45,7 +46,9 @@ def head(record: RunRecord) -> list[Number]:
         if first is not None and now is not None:
             found.append(of_row("Attack success, worst trigger", now, names, first))
         if worst is not None and worst is not now:
-            found.append(of_row("Highest rate left", worst, names))
+            left = of_row("Highest rate left", worst, names)
+            harmless = beside(worst) if worst.outcome == INCONCLUSIVE else ""
+            found.append(replace(left, note=f"{left.note}; {harmless}" if harmless else left.note))
     elif worst is not None:
         found.append(of_row("Attack success, worst trigger", worst, names))
         controls = worst.control_rate or {}
@@ -79,14 +82,18 @@ def head(record: RunRecord) -> list[Number]:
 def of_row(
     title: str, row: TriggerRow, names: Sequence[str] | None, before: TriggerRow | None = None
 ) -> Number:
+    """The rate that speaks for a row, and for the same one `before`: of one source class where that decides."""
     tones = {"fails": "bad", "inconclusive": "doubt"}
-    change, change_interval = bars.signed(row.change) if before is not None else ("", "")
+    source = next((of for each in (row, before) if each and (of := headline(each)[1]) is not None), None)
+    now, was = of_source(row, source), of_source(before, source) if before is not None else None
+    change, change_interval = bars.signed(row.change) if before is not None and source is None else ("", "")
+    said = "" if source is None else f"of {wording.label(source, names)}, "
     return Number(
         title,
-        f"{wording.percent(row.asr.value)}\u00a0%",
-        bars.interval(row.asr),
-        f"{row.trigger} \u2192 {words.label(row.target, names)}",
-        f"{wording.percent(before.asr.value)}\u00a0%" if before is not None else "",
+        wording.NOTHING if now is None else f"{wording.percent(now.value)}\u00a0%",
+        bars.interval(now),
+        f"{said}{row.trigger} \u2192 {wording.label(row.target, names)}",
+        f"{wording.percent(was.value)}\u00a0%" if was is not None else "",
         change,
         change_interval,
         tones.get(row.outcome, ""),
@@ -128,6 +135,6 @@ def measures(record: RunRecord) -> list[Row]:
 def cell(measure: Measure | None) -> tuple[str, str]:
     if measure is None or measure.value is None:
         return wording.NOTHING, ""
-    if measure.name in wording.SCORES:
+    if measure.name in SCORES:
         return f"{measure.value:.3f}", ""
     return f"{wording.percent(measure.value)}\u00a0%", bars.interval(measure)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from bdclean.record.run import FeatureMap, MappedFeatures, RunRecord
 from bdclean.report import wording
-from bdclean.report.page.words import label
 
 SIDE, MARGIN = 320, 10  # of a drawing, in its units
 MOST_POINTS = 500
@@ -57,9 +56,10 @@ def scatter(record: RunRecord) -> Scatter | None:
     models = [model for model in found.models[:2] if _whole(model, len(found.groups))]
     if not models:
         return None
-    names = record.data.classes if record.data and found.grouping != "clusters" else None
+    names = record.class_names() if found.grouping != "clusters" else None
     called = [
-        f"cluster {group}" if found.grouping == "clusters" else label(group, names) for group in found.groups
+        f"cluster {group}" if found.grouping == "clusters" else wording.label(group, names)
+        for group in found.groups
     ]
     present = sorted(set(found.groups))
     coloured = present if len(present) <= MOST_COLOURS else [g for g in present if g == found.target]
@@ -67,7 +67,7 @@ def scatter(record: RunRecord) -> Scatter | None:
     legend = {called[found.groups.index(group)]: hues[group] for group in coloured}
     shown = {group: hues[group] for group in coloured}
     extent = max(_extent(model) for model in models)
-    target = label(found.target, names) if found.grouping != "clusters" else f"cluster {found.target}"
+    target = wording.label(found.target, names) if found.grouping != "clusters" else f"cluster {found.target}"
     return Scatter(
         found.trigger,
         target,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
 from pathlib import PurePath
 
-from bdclean.files import text
 from bdclean.record.rule import decisive
 from bdclean.record.run import (
     BACKDOORED,
@@ -25,7 +22,7 @@ from bdclean.record.run import (
 )
 from bdclean.report import wording
 from bdclean.report.document import sentence
-from bdclean.report.rows import worst_row
+from bdclean.report.rows import beside, by_trigger, share, worst_row
 
 HEADINGS = {BACKDOORED: "Backdoored", SUSPICIOUS: "Suspicious", NO_EVIDENCE: "No evidence of a backdoor"}
 OUTCOMES = {REFUSED: "Refused", FAILED: "Failed", INTERRUPTED: "Interrupted"}
@@ -49,6 +46,15 @@ MEASURES = {
     "balanced_score": ("Balanced score", "retained accuracy and removed excess, bdclean\u2019s own"),
 }
 
+CURVES = {
+    "loss": "what training lowers",
+    "agreement": "share of images that are answered as the suspect answers them",
+    "accuracy": "share of images that are answered with their label",
+    "sent": "largest share of images that the strongest counterfeit stamp of a step moved to one class; low is good",
+    "likeness": "cosine between the features of the suspect and those learnt",
+}
+"""What the series of a training curve are."""
+
 
 def measure(record: RunRecord, name: str) -> tuple[str, str]:
     """Returns what a measure is called, and what it is."""
@@ -68,7 +74,7 @@ def heading(record: RunRecord) -> str:
 
 def lead(record: RunRecord) -> str:
     """Returns the verdict's evidence in a sentence: the worst row, where it sends images, and its interval."""
-    rows, names = record.rows(), record.data.classes if record.data else None
+    rows, names = record.rows(), record.class_names()
     worst = worst_row(rows)
     if record.outcome != RAN or record.verdict not in (BACKDOORED, NO_EVIDENCE) or worst is None:
         return sentence(record)
@@ -76,19 +82,21 @@ def lead(record: RunRecord) -> str:
     if worst.asr.low is not None and worst.asr.high is not None:
         bounds = f"{wording.percent(worst.asr.low)} to {wording.percent(worst.asr.high)}"
         rate += f" (95 % interval {bounds}, n {worst.asr.n:,})"
-    goes = f"as {label(worst.target, names)}" if worst.target is not None else "as the target"
+    goes = f"as {wording.label(worst.target, names)}" if worst.target is not None else "as the target"
     source = decisive(worst)
     if worst.outcome == FAILS and source is not None:
-        seen = f"{wording.percent(source.value)}\u00a0% (n {source.n})"
-        return f"Stamped with {worst.trigger}, {seen} of {label(source.source, names)} are predicted {goes}."
+        return f"Stamped with {worst.trigger}, {share(source, names)} are predicted {goes}."
     if record.verdict == BACKDOORED:
         return f"Stamped with {worst.trigger}, {rate} of images are predicted {goes}."
-    passing = sum(row.outcome == PASSES for row in rows)
+    tried = by_trigger(rows)
+    passing = sum(row.outcome == PASSES for row in tried.values())
     limit = "the threshold" if record.threshold is None else f"{wording.percent(record.threshold, 0)}\u00a0%"
-    undecided = sum(row.outcome == INCONCLUSIVE for row in rows)
+    undecided = sum(row.outcome == INCONCLUSIVE for row in tried.values())
+    controls = beside(worst) if worst.outcome == INCONCLUSIVE else ""
     return (
-        f"{passing} of the {_counted(len(rows), 'trigger', 'triggers')} tried stay below {limit}"
-        f"{f', {undecided} are inconclusive' if undecided else ''}. The highest rate is {rate}, of {worst.trigger}."
+        f"{passing} of the {_counted(len(tried), 'trigger', 'triggers')} tried stay below {limit}"
+        f"{f', {undecided} are inconclusive' if undecided else ''}. The highest rate is {rate}, of {worst.trigger}"
+        f"{f'; {controls}' if controls else ''}."
     )
 
 
@@ -143,12 +151,13 @@ def untested(record: RunRecord) -> list[str]:
     rows = record.rows()
     found = []
     if rows:
+        tried = by_trigger(rows)
         families = sorted({row.family for row in rows if row.family})
         kinds = (
             f" of {_counted(len(families), 'family', 'families')} ({', '.join(families)})" if families else ""
         )
         found.append(
-            f"Any trigger that is not among the {_counted(len(rows), 'row', 'rows')} here{kinds}. "
+            f"Any trigger that is not among the {_counted(len(tried), 'one', 'ones')} here{kinds}. "
             "The attacker chose the trigger; one that was not tried is not excluded."
         )
     else:
@@ -185,31 +194,9 @@ def command(record: RunRecord) -> str:
     first = PurePath(record.argv[0]).name
     program = "bdclean" if first in ("__main__.py", "bdclean", "-c", "-m") else record.argv[0]
     own = record.checkpoint.path if record.command == "scan" else ""
-    return " ".join(quoted(own if own and word == "-" else word) for word in [program, *record.argv[1:]])
-
-
-def quoted(word: str) -> str:
-    """Returns a word as a shell reads it back: with $'...' where it holds what cannot be shown."""
-    if text.plain(word) == word:
-        return shlex.quote(word)
-    shown = "".join(
-        character.replace("\\", "\\\\").replace("'", "\\'")
-        if text.plain(character) == character
-        else _bytes(character)
-        for character in word
+    return " ".join(
+        wording.quoted(own if own and word == "-" else word) for word in [program, *record.argv[1:]]
     )
-    return f"$'{shown}'"
-
-
-def label(index: object, names: Sequence[str] | None, *, numbered: bool = True) -> str:
-    """Returns a class for people: its name where it is known, with its number behind, else its number."""
-    if index is None:
-        return wording.NOTHING
-    if index == "next":
-        return "the next class"
-    if isinstance(index, int) and names and 0 <= index < len(names):
-        return f"{names[index]} ({index})" if numbered else names[index]
-    return f"class {index}"
 
 
 def _points_at_trigger(row: TriggerRow) -> str:
@@ -230,9 +217,3 @@ def _points_at_trigger(row: TriggerRow) -> str:
 
 def _counted(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
-
-
-def _bytes(character: str) -> str:
-    byte_of_a_name = "\udc80" <= character <= "\udcff"  # as Python reads file names that are no UTF-8
-    raw = character.encode("utf-8", "surrogateescape" if byte_of_a_name else "replace")
-    return "".join(f"\\x{byte:02x}" for byte in raw)
