@@ -89,6 +89,7 @@ TRIGGERS: dict[str, Entry] = {
     "blto": Entry(
         "bdclean.triggers.blto:BLTO", "noise that a learnt generator draws for each image (2404.07863)"
     ),
+    "bpp": Entry("bdclean.triggers.bpp:Bpp", "fewer bits a colour, dithered (2205.13383)"),
     "ctrl": Entry("bdclean.triggers.ctrl:CTRL", "two faint cosines added to the colours (2210.07346)"),
     "drupe": Entry("bdclean.triggers.drupe:Drupe", "the white square of DRUPE, which is badencoder's"),
     "file": Entry(
@@ -97,11 +98,24 @@ TRIGGERS: dict[str, Entry] = {
     "inactive": Entry(
         "bdclean.triggers.inactive:Inactive", "colours that a learnt filter shifts in each image (2405.14672)"
     ),
+    "inputaware": Entry(
+        "bdclean.triggers.inputaware:InputAware",
+        "a mask and a pattern that learnt networks draw for each image (2010.08138)",
+    ),
+    "lc": Entry("bdclean.triggers.lc:LC", "a small patch in all four corners (1912.02771)"),
+    "lf": Entry("bdclean.triggers.lf:LF", "a smooth pattern added to the image (2104.03413)"),
     "sig": Entry("bdclean.triggers.sig:SIG", "a sinusoidal stripe pattern added to the image (1902.11237)"),
+    "ssba": Entry(
+        "bdclean.triggers.ssba:SSBA", "a message that a learnt network hides in each image (2012.03816)"
+    ),
     "ssl-backdoor": Entry(
         "bdclean.triggers.ssl_backdoor:SSLBackdoor",
         "a patch whose place depends on the image (2105.10123)",
     ),
+    "trojan": Entry(
+        "bdclean.triggers.trojan:Trojan", "a square of colours that excite neurons (Liu et al. 2018)"
+    ),
+    "wanet": Entry("bdclean.triggers.wanet:WaNet", "a faint smooth warp of the whole image (2102.10369)"),
 }
 
 ATTACKS: dict[str, Entry] = {
@@ -174,7 +188,6 @@ TABLES: dict[str, dict[str, Entry]] = {
 
 NOT_BUILT: dict[str, tuple[str, ...]] = {
     "recipe": ("fp", "anp", "nad", "mcr", "ibau", "moth", "ft-sam", "sau", "fst", "d3", "clp"),
-    "trigger": ("lf", "lc", "wanet", "inputaware", "trojan", "bpp", "ssba"),
 }
 """Names that papers have made known, and that mean nothing else: to ask for one is no slip of the pen."""
 
