@@ -64,7 +64,7 @@ class WaNet:
         return field
 
     def field(self, height: int, width: int) -> Tensor:
-        """Shifts to the right and down, in units of `strength`; [h w 2]. Raises Refused where `grid` has another size."""
+        """Shifts to the right and down [h w 2], in units of `strength`; Refused where `grid` has another size."""
         if not self.grid:
             return _drawn(self.seed, self.k, height, width)
         if self.given.shape[:2] != (height, width):
