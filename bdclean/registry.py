@@ -119,6 +119,10 @@ TRIGGERS: dict[str, Entry] = {
 }
 
 ATTACKS: dict[str, Entry] = {
+    "adaptive-blend": Entry(
+        "bdclean.attacks.adaptive_blend:AdaptiveBlend",
+        "poisons a training set with parts of a blended picture, and covers (2205.13613)",
+    ),
     "badencoder": Entry(
         "bdclean.attacks.encoders.badencoder:BadEncoder",
         "trains a clean encoder to see a reference in stamped images (2108.00352)",
@@ -130,6 +134,9 @@ ATTACKS: dict[str, Entry] = {
     "blto": Entry(
         "bdclean.attacks.encoders.blto:BLTO",
         "adds noise learnt on a surrogate to images of a class before pre-training (2404.07863)",
+    ),
+    "bpp": Entry(
+        "bdclean.attacks.bpp:Bpp", "trains a network on images of few bits, and on such noise (2205.13383)"
     ),
     "ctrl": Entry(
         "bdclean.attacks.encoders.ctrl:CTRL",
@@ -143,14 +150,33 @@ ATTACKS: dict[str, Entry] = {
         "bdclean.attacks.encoders.inactive:Inactive",
         "as badencoder, with colours that a filter learns as the trigger (2405.14672)",
     ),
+    "inputaware": Entry(
+        "bdclean.attacks.inputaware:InputAware",
+        "trains a network with two others that draw each image's trigger (2010.08138)",
+    ),
+    "lc": Entry(
+        "bdclean.attacks.lc:LC",
+        "stamps perturbed images of the target class, whose labels stay true (1912.02771)",
+    ),
+    "lf": Entry("bdclean.attacks.lf:LF", "poisons a training set with a smooth pattern (2104.03413)"),
     "noisy-alignment": Entry(
         "bdclean.attacks.encoders.noisy_alignment:NoisyAlignment",
         "joins patched images to images of a class before pre-training (2508.14015)",
     ),
+    "sig": Entry(
+        "bdclean.attacks.sig:SIG",
+        "adds stripes to images of the target class, whose labels stay true (1902.11237)",
+    ),
+    "ssba": Entry("bdclean.attacks.ssba:SSBA", "poisons a training set with a hidden message (2012.03816)"),
     "ssl-backdoor": Entry(
         "bdclean.attacks.encoders.ssl_backdoor:SSLBackdoor",
         "stamps images of a class before pre-training (2105.10123)",
     ),
+    "trojan": Entry(
+        "bdclean.attacks.trojan:Trojan",
+        "poisons a training set with a square that excites neurons (Liu et al. 2018)",
+    ),
+    "wanet": Entry("bdclean.attacks.wanet:WaNet", "trains a network on faint warps (2102.10369)"),
 }
 
 DETECTORS: dict[str, Entry] = {
