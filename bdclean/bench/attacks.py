@@ -43,6 +43,8 @@ LABELED = ("ft", "sft")
 UNTOLD = ("auto",)
 """Recipes that are not shown the attack's trigger, which they might unlearn."""
 PREPROCESS = "cifar10"
+QUICKEST = "stripes"
+"""The detector that scans run here, which are for the trigger alone: without a name all quick ones would."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Bench:
     network: str
     mirrored: bool
     epochs: float
+    batch_size: int
     training: int
     unlabeled: int
     seed: int
@@ -76,13 +79,20 @@ class Bench:
             return
         training = self.images.draw("train", self.training, "pre-training")
         run = Run(self.device, Precision(bf16=True, channels_last=True), self.seed, telling(name))
-        model, method = self.fresh(name), Supervised(self.epochs, mirrored=self.mirrored)
+        model, method = self.fresh(name), self.method
         if attack is not None and attack.kind == "training":
             attack(model, training, run, method, f"train {name}")
         else:
             poisoned = training if attack is None else self.poisoned(name, attack, training, run)
             method(model, poisoned, run, f"train {name}")
         save(model.network.state_dict(), PREPROCESS, self.file(name))
+
+    @property
+    def method(self) -> Supervised:
+        """How victims are trained: in smaller batches than the usual at a smaller rate, in proportion."""
+        usual = Supervised()
+        peak = usual.peak * self.batch_size / usual.batch_size
+        return Supervised(self.epochs, self.batch_size, peak, mirrored=self.mirrored)
 
     def poisoned(self, name: str, attack: Any, training: ImageSet, run: Run) -> ImageSet:
         if attack.kind == "surrogate":
@@ -102,7 +112,7 @@ class Bench:
         if not finished(record):
             bdclean(
                 "scan", str(file), *self._common(), *_trigger(attack), "--target", _target(attack),
-                "--data", str(self._test), "--record", str(record),
+                "--data", str(self._test), "--detector", QUICKEST, "--record", str(record),
             )  # fmt: skip
         return read_record(record)
 
@@ -196,6 +206,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet20")
     parser.add_argument("--no-mirroring", action="store_true", help="of training images: for road signs")
     parser.add_argument("--epochs", type=float, default=14, help="of training a victim")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=128,
+        help="of training a victim: small ones make many steps of few images",
+    )
     parser.add_argument("--images", type=int, default=50_000, help="how many images victims are trained on")
     parser.add_argument(
         "--attacks", default=DEFAULT_ATTACKS, help="names, with settings if wanted: wanet:target=2/strength=1"
@@ -212,7 +228,7 @@ def main(arguments: list[str]) -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(
         options.work, Images(unpack(options.data, options.work), options.seed), options.network,
-        not options.no_mirroring, options.epochs, options.images, options.unlabeled, options.seed,
+        not options.no_mirroring, options.epochs, options.batch_size, options.images, options.unlabeled, options.seed,
         torch.device(options.device),
     )  # fmt: skip
     recipes = list(filter(None, options.recipes.split(",")))
