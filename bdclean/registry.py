@@ -89,6 +89,7 @@ TRIGGERS: dict[str, Entry] = {
     "blto": Entry(
         "bdclean.triggers.blto:BLTO", "noise that a learnt generator draws for each image (2404.07863)"
     ),
+    "bpp": Entry("bdclean.triggers.bpp:Bpp", "fewer bits a colour, dithered (2205.13383)"),
     "ctrl": Entry("bdclean.triggers.ctrl:CTRL", "two faint cosines added to the colours (2210.07346)"),
     "drupe": Entry("bdclean.triggers.drupe:Drupe", "the white square of DRUPE, which is badencoder's"),
     "file": Entry(
@@ -97,14 +98,31 @@ TRIGGERS: dict[str, Entry] = {
     "inactive": Entry(
         "bdclean.triggers.inactive:Inactive", "colours that a learnt filter shifts in each image (2405.14672)"
     ),
+    "inputaware": Entry(
+        "bdclean.triggers.inputaware:InputAware",
+        "a mask and a pattern that learnt networks draw for each image (2010.08138)",
+    ),
+    "lc": Entry("bdclean.triggers.lc:LC", "a small patch in all four corners (1912.02771)"),
+    "lf": Entry("bdclean.triggers.lf:LF", "a smooth pattern added to the image (2104.03413)"),
     "sig": Entry("bdclean.triggers.sig:SIG", "a sinusoidal stripe pattern added to the image (1902.11237)"),
+    "ssba": Entry(
+        "bdclean.triggers.ssba:SSBA", "a message that a learnt network hides in each image (2012.03816)"
+    ),
     "ssl-backdoor": Entry(
         "bdclean.triggers.ssl_backdoor:SSLBackdoor",
         "a patch whose place depends on the image (2105.10123)",
     ),
+    "trojan": Entry(
+        "bdclean.triggers.trojan:Trojan", "a square of colours that excite neurons (Liu et al. 2018)"
+    ),
+    "wanet": Entry("bdclean.triggers.wanet:WaNet", "a faint smooth warp of the whole image (2102.10369)"),
 }
 
 ATTACKS: dict[str, Entry] = {
+    "adaptive-blend": Entry(
+        "bdclean.attacks.adaptive_blend:AdaptiveBlend",
+        "poisons a training set with parts of a blended picture, and covers (2205.13613)",
+    ),
     "badencoder": Entry(
         "bdclean.attacks.encoders.badencoder:BadEncoder",
         "trains a clean encoder to see a reference in stamped images (2108.00352)",
@@ -116,6 +134,9 @@ ATTACKS: dict[str, Entry] = {
     "blto": Entry(
         "bdclean.attacks.encoders.blto:BLTO",
         "adds noise learnt on a surrogate to images of a class before pre-training (2404.07863)",
+    ),
+    "bpp": Entry(
+        "bdclean.attacks.bpp:Bpp", "trains a network on images of few bits, and on such noise (2205.13383)"
     ),
     "ctrl": Entry(
         "bdclean.attacks.encoders.ctrl:CTRL",
@@ -129,14 +150,33 @@ ATTACKS: dict[str, Entry] = {
         "bdclean.attacks.encoders.inactive:Inactive",
         "as badencoder, with colours that a filter learns as the trigger (2405.14672)",
     ),
+    "inputaware": Entry(
+        "bdclean.attacks.inputaware:InputAware",
+        "trains a network with two others that draw each image's trigger (2010.08138)",
+    ),
+    "lc": Entry(
+        "bdclean.attacks.lc:LC",
+        "stamps perturbed images of the target class, whose labels stay true (1912.02771)",
+    ),
+    "lf": Entry("bdclean.attacks.lf:LF", "poisons a training set with a smooth pattern (2104.03413)"),
     "noisy-alignment": Entry(
         "bdclean.attacks.encoders.noisy_alignment:NoisyAlignment",
         "joins patched images to images of a class before pre-training (2508.14015)",
     ),
+    "sig": Entry(
+        "bdclean.attacks.sig:SIG",
+        "adds stripes to images of the target class, whose labels stay true (1902.11237)",
+    ),
+    "ssba": Entry("bdclean.attacks.ssba:SSBA", "poisons a training set with a hidden message (2012.03816)"),
     "ssl-backdoor": Entry(
         "bdclean.attacks.encoders.ssl_backdoor:SSLBackdoor",
         "stamps images of a class before pre-training (2105.10123)",
     ),
+    "trojan": Entry(
+        "bdclean.attacks.trojan:Trojan",
+        "poisons a training set with a square that excites neurons (Liu et al. 2018)",
+    ),
+    "wanet": Entry("bdclean.attacks.wanet:WaNet", "trains a network on faint warps (2102.10369)"),
 }
 
 DETECTORS: dict[str, Entry] = {
@@ -174,7 +214,6 @@ TABLES: dict[str, dict[str, Entry]] = {
 
 NOT_BUILT: dict[str, tuple[str, ...]] = {
     "recipe": ("fp", "anp", "nad", "mcr", "ibau", "moth", "ft-sam", "sau", "fst", "d3", "clp"),
-    "trigger": ("lf", "lc", "wanet", "inputaware", "trojan", "bpp", "ssba"),
 }
 """Names that papers have made known, and that mean nothing else: to ask for one is no slip of the pen."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from bdclean.bench import (
+    attacks,
     calibrate,
     cifar10,
     encoders,
@@ -19,6 +20,7 @@ from bdclean.bench.abuse import faults, fuzz
 from bdclean.bench.speed import speed
 
 DRIVERS = {
+    "attacks": attacks.main,
     "calibrate": calibrate.main,
     "cifar10": cifar10.main,
     "encoders": encoders.main,

@@ -35,11 +35,13 @@ from bdclean.record.run import RAN, Measure, Rate, RunRecord, TriggerRow
 from bdclean.training.run import Precision, Run, seed_for
 from bdclean.training.supervised import Supervised
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "resnet20": partial(ResidualNetwork, (3, 3, 3), (16, 32, 64), 16, 10),
-    "resnet18": partial(ResidualNetwork, (2, 2, 2, 2), (64, 128, 256, 512), 64, 10),
-    "wideresnet16": partial(PreActNetwork, (2, 2, 2), (16, 32, 64), 16, 10),
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet8": partial(ResidualNetwork, (1, 1, 1), (8, 16, 32), 8),
+    "resnet20": partial(ResidualNetwork, (3, 3, 3), (16, 32, 64), 16),
+    "resnet18": partial(ResidualNetwork, (2, 2, 2, 2), (64, 128, 256, 512), 64),
+    "wideresnet16": partial(PreActNetwork, (2, 2, 2), (16, 32, 64), 16),
 }
+"""By the number of classes."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def main(arguments: list[str]) -> int:
     work = options.work
     work.mkdir(parents=True, exist_ok=True)
     data = unpack(options.data, work)
-    build = NETWORKS[options.network]
+    build = partial(NETWORKS[options.network], 10)
     training = None
     wanted = [victim for victim in VICTIMS if victim.name in options.victims.split(",")]
     for victim in wanted:

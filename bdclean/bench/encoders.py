@@ -178,12 +178,6 @@ class Bench:
         )
         write(encoder, found.projector.state_dict(), self.file(name))
 
-    def placed(self, name: str, attack: Any) -> Any:
-        """`attack`, whose trigger, if it is one that is learnt, is kept in a file beside the encoder."""
-        if not hasattr(attack, "path"):
-            return attack
-        return replace(attack, path=str(self.file(name).with_suffix(".trigger.safetensors")))
-
     def make(self, name: str, attack: Any | None) -> None:
         """The encoder called `name`, unless it is there: clean without `attack`."""
         if self.file(name).exists():
@@ -214,7 +208,7 @@ class Bench:
                 "scan", str(file), *self._common(attack), "--data", str(self._test), "--target", str(attack.target),
                 *(("--reference", str(self.file("clean"))) if encoder else ()), "--record", str(record),
             )  # fmt: skip
-        return _read(record)
+        return read_record(record)
 
     def cleansed(self, name: str, attack: Any, recipe: str) -> tuple[Path, RunRecord]:
         """What `recipe`, NAME[:KEY=VALUE[/KEY=VALUE...]], wrote, and the record of that run."""
@@ -230,7 +224,7 @@ class Bench:
                 *(part for pair in filter(None, settings.split("/")) for part in ("--set", pair)),
                 "--out", str(out), "--resume",
             )  # fmt: skip
-        return out, _read(out.with_suffix(".json"))
+        return out, read_record(out.with_suffix(".json"))
 
     def lines(self, name: str, attack: Any, recipes: Sequence[str]) -> Iterator[str]:
         """Rows of the table: an encoder as it is, then cleansed by each recipe."""
@@ -254,7 +248,8 @@ class Bench:
         )  # fmt: skip
 
 
-def _read(record: Path) -> RunRecord:
+def read_record(record: Path) -> RunRecord:
+    """What the command wrote; raises Refused where it wrote nothing."""
     if not record.exists():
         raise Refused(f"the command wrote no {record}: what it said is above.")
     return RunRecord.from_json(json.loads(record.read_text()))
@@ -276,13 +271,13 @@ def line(
     row = record.triggers[0]
     heads = [rate.value or 0.0 for probe, rate in row.probes.items() if probe.startswith("mlp/")]
     middle = statistics.median(heads) if heads else None
-    shares = [_accuracy(record), row.asr.value, middle]
+    shares = [accuracy_of(record), row.asr.value, middle]
     shares += [
         of.value if of is not None else None
         for of in (row.probes.get("knn"), row.reference_rate, row.base_rate)
     ]
-    cells = [*(_number(share and 100 * share, 1) for share in shares), *scores(before, record)]
-    return f"| {name} | {recipe} | {' | '.join(cells)} | {_number(seconds, 0)} | {row.asr.n} |"
+    cells = [*(number(share and 100 * share, 1) for share in shares), *scores(before, record)]
+    return f"| {name} | {recipe} | {' | '.join(cells)} | {number(seconds, 0)} | {row.asr.n} |"
 
 
 def scores(before: RunRecord | None, after: RunRecord) -> tuple[str, str]:
@@ -290,7 +285,7 @@ def scores(before: RunRecord | None, after: RunRecord) -> tuple[str, str]:
     if before is None or not before.triggers:
         return "", ""
     old, new = before.triggers[0], after.triggers[0]
-    accuracies = (_accuracy(before) or 0.0, _accuracy(after) or 0.0)
+    accuracies = (accuracy_of(before) or 0.0, accuracy_of(after) or 0.0)
     excess = [
         (row.asr.value or 0.0) - (row.base_rate.value or 0.0 if row.base_rate else 0.0) for row in (old, new)
     ]
@@ -301,13 +296,22 @@ def scores(before: RunRecord | None, after: RunRecord) -> tuple[str, str]:
     return f"{der:.2f}", f"{balanced:.2f}"
 
 
-def _accuracy(record: RunRecord) -> float | None:
+def accuracy_of(record: RunRecord) -> float | None:
+    """Clean accuracy as a share."""
     found = record.measure("clean_accuracy")
     return found.value if found is not None else None
 
 
-def _number(of: float | None, digits: int) -> str:
+def number(of: float | None, digits: int) -> str:
+    """A table's cell, empty where there is no value."""
     return "" if of is None else f"{of:.{digits}f}"
+
+
+def placed(attack: Any, file: Path) -> Any:
+    """`attack`, whose trigger, if it is one that is learnt, is kept beside the attacked network's `file`."""
+    if not hasattr(attack, "path"):
+        return attack
+    return replace(attack, path=str(file.with_suffix(".trigger.safetensors")))
 
 
 def attacks_of(text: str) -> dict[str, Any]:
@@ -353,7 +357,7 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     recipes = list(filter(None, options.recipes.split(",")))
     bench.make("clean", None)
-    cells = [(name, bench.placed(name, attack)) for name, attack in attacks.items()]
+    cells = [(name, placed(attack, bench.file(name))) for name, attack in attacks.items()]
     if options.clean:
         cells += [("clean", attack) for _, attack in cells[:1]]
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]

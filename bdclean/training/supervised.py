@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +17,10 @@ from bdclean.networks.classifier import Classifier
 from bdclean.training.loop import Batch, State, fit
 from bdclean.training.run import Run
 from bdclean.training.students import choose_augmentation, one_cycle
+
+Poison = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+"""What an attack makes of an augmented batch: of uint8 images [n c h w], labels [n] and a seeded generator it makes
+images, uint8 or float in [0, 1], and labels."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,12 @@ class Supervised:
     mirrored: bool = True
 
     def __call__(
-        self, model: Classifier, training: ImageSet, run: Run, stage: str = "train"
+        self,
+        model: Classifier,
+        training: ImageSet,
+        run: Run,
+        stage: str = "train",
+        poison: Poison | None = None,
     ) -> list[dict[str, float]]:
         """Train `model` in place, leave it in evaluation mode, and return the curve."""
         if training.labels is None:
@@ -42,17 +52,20 @@ class Supervised:
         model.to(run.device).train()
         if run.precision.channels_last:
             model.to(memory_format=torch.channels_last)
-        steps = math.ceil(self.epochs * len(training) / self.batch_size)
+        steps = self.steps(len(training))
 
         def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
             images = crop(batch.images, batch.generator, self.padding)
             if self.mirrored:
                 images = mirror(images, batch.generator)
+            labels = batch.labels
+            assert labels is not None
+            if poison is not None:
+                images, labels = poison(images, labels, batch.generator)
             with run.precision.autocast(run.device):
                 logits = model(run.precision.layout(images)).float()
-            assert batch.labels is not None
-            right = (logits.argmax(1) == batch.labels).float().mean()
-            return F.cross_entropy(logits, batch.labels), {"accuracy": right.item()}
+            right = (logits.argmax(1) == labels).float().mean()
+            return F.cross_entropy(logits, labels), {"accuracy": right.item()}
 
         optimiser = torch.optim.SGD(
             model.parameters(), self.peak, momentum=0.9, weight_decay=self.weight_decay, nesterov=True
@@ -62,6 +75,10 @@ class Supervised:
         curve = fit(step, state, run)
         model.eval()
         return curve
+
+    def steps(self, images: int) -> int:
+        """How many batches training on so many images takes."""
+        return math.ceil(self.epochs * images / self.batch_size)
 
 
 def fine_tune(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +29,8 @@ MAX_BYTES = 2**20
 
 BATCH = 256
 """Images that are stamped at a time."""
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Generator(nn.Module):
@@ -63,14 +66,18 @@ def fresh(bound: float, seed: int) -> Generator:
         return Generator(bound)
 
 
-def write(generator: Generator, path: str) -> None:
+def write(generator: nn.Module, path: str) -> None:
     """Write a generator as safetensors."""
     tensors = {name: t.detach().float().cpu().contiguous() for name, t in generator.state_dict().items()}
     writing.replace(Path(path), lambda stream: stream.write(save(tensors)))
 
 
-def read(path: str) -> Generator:
-    """The generator of a file that `write` wrote, in double precision; raises Refused where it holds another thing."""
+def read(path: str, generator: Network) -> Network:
+    """`generator` with the tensors of a file that `write` wrote, in double precision and evaluation mode.
+
+    It is one of the kind that the file is to hold, with any weights, and has a buffer `bound`, which lies over 0 and up
+    to 255; raises Refused where the file holds another thing.
+    """
     try:
         if os.path.getsize(path) > MAX_BYTES:
             raise Refused(f"trigger {path} has more than the {MAX_BYTES:,} bytes that a generator may have.")
@@ -79,7 +86,6 @@ def read(path: str) -> Generator:
         raise Refused(f"trigger {path} cannot be read: {error.strerror or 'damaged'}.") from None
     except SafetensorError:
         raise Refused(f"trigger {path} is not a valid safetensors file.") from None
-    generator = Generator(0.0)
     for name, tensor in generator.state_dict().items():
         found = list(tensors[name].shape) if name in tensors else "missing"
         if found != list(tensor.shape):
@@ -97,7 +103,7 @@ def read(path: str) -> Generator:
     return generator.double().eval().requires_grad_(False)
 
 
-def stamp(images: Tensor, generator: Generator) -> Tensor:
+def stamp(images: Tensor, generator: nn.Module) -> Tensor:
     """New uint8 images as `generator` changes them; of grey ones it makes what is grey of its coloured ones.
 
     In double precision: in single, convolutions of batches of other sizes differ in a last bit, and now and then a
@@ -105,10 +111,10 @@ def stamp(images: Tensor, generator: Generator) -> Tensor:
     """
     check_pixels(images)
     generator = generator.to(images.device)
-    return _over(images, generator)
+    return over(images, generator)
 
 
-def controls(generator: Generator, count: int, source: torch.Generator) -> Sequence[Stamp]:
+def controls(generator: nn.Module, count: int, source: torch.Generator) -> Sequence[Stamp]:
     """Stamps that change each image as much as `generator` does, and in the same spectrum, to other shapes and colours.
 
     What the generator adds to an image gets other Fourier phases, the same for all images, and turned colours; on grey
@@ -117,7 +123,7 @@ def controls(generator: Generator, count: int, source: torch.Generator) -> Seque
     return [partial(_other, generator=generator, seed=draw_seed(source)) for _ in range(count)]
 
 
-def _other(images: Tensor, generator: Generator, seed: int) -> Tensor:
+def _other(images: Tensor, generator: nn.Module, seed: int) -> Tensor:
     check_pixels(images)
     generator = generator.to(images.device)
     turn = _turn(torch.Generator().manual_seed(seed)).to(images.device)
@@ -128,7 +134,7 @@ def _other(images: Tensor, generator: Generator, seed: int) -> Tensor:
         shapes = surrogate(generator(pixels) - pixels, torch.Generator().manual_seed(seed))
         return pixels + torch.einsum("ck,nkhw->nchw", turn, shapes.double())
 
-    return _over(images, changed)
+    return over(images, changed)
 
 
 def _turn(generator: torch.Generator) -> Tensor:
@@ -144,7 +150,7 @@ def _turn(generator: torch.Generator) -> Tensor:
             return turn
 
 
-def _over(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+def over(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """uint8 images of what `change` makes of their pixels as RGB, both in [0, 1]; at most BATCH at a time."""
     channels = images.shape[1]
     with torch.inference_mode():
@@ -163,7 +169,7 @@ class DrawnByNetwork:
 
     @cached_property
     def generator(self) -> Generator:
-        return read(self.path)
+        return read(self.path, Generator(0.0))
 
     def __call__(self, images: Tensor) -> Tensor:
         return stamp(images, self.generator)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import stat
 import warnings
 import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ MAX_BYTES = 64 * 2**20  # far more than any trigger
 MAX_VALUES = 3 * 2048 * 2048
 MAX_SIDE = 4096
 KEYS = ("mask", "pattern", "delta")
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,19 @@ class Content:
 
 def read_content(path: str, key: str = "none") -> Content:
     """What a trigger file holds; raises Refused. `key` makes black or white of a picture transparent."""
+    if Path(path).suffix.lower() not in (".npz", ".safetensors"):
+        return _careful(path, lambda: _picture(path, key))
+    return _content(path, read_arrays(path, KEYS))
+
+
+def read_arrays(path: str, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those arrays of an .npz or .safetensors file that are called one of `keys`; raises Refused."""
+    read = _npz if Path(path).suffix.lower() == ".npz" else _safetensors
+    return _careful(path, lambda: read(path, keys))
+
+
+def _careful(path: str, read: Callable[[], Read]) -> Read:
+    """What `read` reads of the file at `path`, which is looked at first; Refused, whatever it raises."""
     try:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):
@@ -76,17 +93,13 @@ def read_content(path: str, key: str = "none") -> Content:
             raise Refused(
                 f"trigger {path} has {status.st_size:,} bytes, more than the {MAX_BYTES:,} allowed."
             )
-        suffix = Path(path).suffix.lower()
-        if suffix not in (".npz", ".safetensors"):
-            return _picture(path, key)
-        arrays = _npz(path) if suffix == ".npz" else _safetensors(path)
+        return read()
     except Refused:
         raise
     except OSError as error:
         raise Refused(f"trigger {path} cannot be read: {error.strerror or 'damaged'}.") from None
     except Exception as error:  # hostile bytes make Pillow, zipfile and numpy raise almost anything
         raise Refused(f"trigger {path} cannot be read: damaged ({type(error).__name__}).") from None
-    return _content(path, arrays)
 
 
 def _picture(path: str, key: str) -> Content:
@@ -111,12 +124,12 @@ def _picture(path: str, key: str) -> Content:
     return Content(mask, pattern)
 
 
-def _npz(path: str) -> dict[str, np.ndarray]:
+def _npz(path: str, keys: Sequence[str]) -> dict[str, np.ndarray]:
     arrays = {}
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             name = member.filename.removesuffix(".npy")
-            if name not in KEYS:
+            if name not in keys:
                 continue
             with archive.open(member) as stream:
                 version = npy.read_magic(stream)
@@ -133,12 +146,12 @@ def _npz(path: str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _safetensors(path: str) -> dict[str, np.ndarray]:
+def _safetensors(path: str, keys: Sequence[str]) -> dict[str, np.ndarray]:
     arrays = {}
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            for name in KEYS:
+            for name in keys:
                 if name in names:
                     _checked(path, name, file.get_slice(name).get_shape())
                     tensor = file.get_tensor(name)

@@ -123,7 +123,7 @@ def test_a_trigger_that_is_learnt_lies_beside_its_encoder(pictures, tmp_path):
     bench = encoders.Bench(tmp_path, images, "simclr", "resnet18", 1, 48, 24, 0, torch.device("cpu"))
     bench.make("clean", None)
     for name in ("blto:target=1/batch_size=16/epochs=1", "inactive:target=1/batch_size=16/epochs=1"):
-        attack = bench.placed(name, encoders.attacks_of(name)[name])
+        attack = encoders.placed(encoders.attacks_of(name)[name], bench.file(name))
         bench.make(name, attack)
         stamped = attack.trigger(bench.images.test.images)
         assert stamped.shape == bench.images.test.images.shape

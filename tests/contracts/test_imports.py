@@ -50,7 +50,7 @@ def test_usage_is_checked_before_torch_is_imported():
     code = f"import sys; from bdclean.cli.main import run; assert run(sys.argv[1:]) == 2; {HEAVY}"
     done = python(code, "scan", "m.safetensors", "--data", ".", "--trigger", "badnetz")
     assert done.returncode == 0, done.stderr
-    assert "did you mean badnets?" in done.stderr
+    assert "did you mean badnets" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ from bdclean.triggers.bank import bank, make_triggers
 from bdclean.triggers.blend import Blend
 from bdclean.triggers.content import picture, surrogate
 from bdclean.triggers.file import File
+from bdclean.triggers.inputaware import MaskAndPattern
 from bdclean.triggers.sig import SIG
+from bdclean.triggers.ssba import Steganographer
 
 PHOTOS = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 GREYS = torch.stack(
@@ -46,11 +48,25 @@ def example(name: str, folder: Path):
     """A trigger of that name: with its defaults, and where it needs settings with these."""
     if name in ("blto", "inactive"):
         return from_spec(f"{name}:path={save_generator(folder / 'g.safetensors')}")
+    if name in ("ssba", "inputaware"):
+        return from_spec(f"{name}:generator={save_network(name, folder / 'g.safetensors')}")
     if name != "file":
         return from_spec(name)
     noise = torch.randint(0, 256, (9, 9, 4), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).save(folder / "mark.png")
     return from_spec(f"file:{folder / 'mark.png'},size=9,position=bottom-right")
+
+
+def save_network(name: str, path: Path) -> str:
+    """A file of random weights of what draws the triggers of ssba or inputaware, strong enough to change an image."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Steganographer(30.0) if name == "ssba" else MaskAndPattern(32, 32)
+    with torch.no_grad():
+        last = network.change if isinstance(network, Steganographer) else network.pattern_network.drawn
+        last.weight.mul_(20)
+    generators.write(network, str(path))
+    return str(path)
 
 
 def save_generator(path: Path, bound: float = 30.0) -> str:
@@ -107,7 +123,9 @@ def test_controls_have_the_mask_and_strength_but_other_content(trigger, channels
     again = trigger.controls(19, torch.Generator().manual_seed(0), channels)
     assert len(controls) == 19
     grey = torch.full((1, channels, 32, 32), 128, dtype=torch.uint8)
-    own = trigger(grey).float() - 128
+    if trigger.family == "warp":  # moves what is there, and nothing is there to be moved
+        grey = images[:1]
+    own = trigger(grey).float() - grey.float()
     seen, first = set(), trigger(grey).numpy().tobytes()
     for control, same in zip(controls, again, strict=True):
         stamped = control(images)
@@ -119,7 +137,9 @@ def test_controls_have_the_mask_and_strength_but_other_content(trigger, channels
             # a grey pixel may have the trigger's level by chance
             assert len(set(changed(images, stamped)) - own_pixels) <= (channels == 1)
         else:
-            strength = (control(grey).float() - 128).square().mean().sqrt() / own.square().mean().sqrt()
+            strength = (
+                control(grey).float() - grey.float()
+            ).square().mean().sqrt() / own.square().mean().sqrt()
             assert 0.5 < strength < 2
     assert first not in seen, "a control is the trigger itself"
     # a single grey pixel has only so many levels
@@ -245,6 +265,14 @@ def test_four_corners_colours_and_alpha() -> None:
         "sig:delta=0",
         "sig:frequency=-1",
         "sig:angle=1000",
+        "wanet:k=1",
+        "wanet:strength=0",
+        "lf:strength=0",
+        "lf:waves=0",
+        "bpp:bits=8",
+        "trojan:alpha=0",
+        "trojan:size=-1",
+        "lc:size=0",
     ],
 )
 def test_settings_out_of_range_are_wrong_usage(spec: str) -> None:

@@ -11,8 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bdclean.attacks.encoders.pretraining_set import poison_target_class
-from bdclean.attacks.poisoning import check
+from bdclean.attacks.poisoning import check, poison_target_class
 from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused, UsageError
 from bdclean.networks.classifier import Classifier

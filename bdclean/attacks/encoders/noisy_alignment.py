@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bdclean.attacks.encoders.pretraining_set import poison_target_class
-from bdclean.attacks.poisoning import check
+from bdclean.attacks.poisoning import check, poison_target_class
 from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused
 from bdclean.triggers.ssl_backdoor import SSLBackdoor as Patch

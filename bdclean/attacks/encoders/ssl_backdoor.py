@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bdclean.attacks.encoders.pretraining_set import poison_target_class
-from bdclean.attacks.poisoning import check
+from bdclean.attacks.poisoning import check, poison_target_class
 from bdclean.data.imageset import ImageSet
 from bdclean.triggers.ssl_backdoor import SSLBackdoor as Patch
 

@@ -176,7 +176,7 @@ def read_spec(content: bytes, folder: Path) -> None:
     """Reads a trigger's SPEC and makes the trigger; its own spec gives the same trigger again."""
     name, settings = registry.parse_spec(_text(content))
     registry.find(registry.TRIGGERS, name)
-    if name == "blend" and "source" in settings:
+    if {"source", "grid", "generator"} & settings.keys():
         return  # it would open any path
     made = registry.configure(registry.load(registry.TRIGGERS, name), settings)
     again = registry.configure(registry.load(registry.TRIGGERS, name), registry.parse_spec(made.spec())[1])
