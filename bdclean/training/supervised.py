@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bdclean.data.augment import crop, mirror
 from bdclean.data.imageset import ImageSet
 from bdclean.networks.classifier import Classifier
-from bdclean.training.loop import Batch, State, fit
+from bdclean.training.loop import Batch, Measures, State, fit
 from bdclean.training.run import Run
-from bdclean.training.students import choose_augmentation, one_cycle
+from bdclean.training.students import Augmentation, Curve, choose_augmentation, one_cycle
 
 
 @dataclass(frozen=True)
@@ -33,35 +33,44 @@ class Supervised:
     padding: int = 4
     mirrored: bool = True
 
-    def __call__(
-        self, model: Classifier, training: ImageSet, run: Run, stage: str = "train"
-    ) -> list[dict[str, float]]:
+    def __call__(self, model: Classifier, training: ImageSet, run: Run, stage: str = "train") -> Curve:
         """Train `model` in place, leave it in evaluation mode, and return the curve."""
         if training.labels is None:
             raise ValueError("training a classifier needs labels")
-        model.to(run.device).train()
-        if run.precision.channels_last:
-            model.to(memory_format=torch.channels_last)
         steps = math.ceil(self.epochs * len(training) / self.batch_size)
+        return train_classifier(
+            model, training, Augmentation(self.padding, self.mirrored), steps,
+            partial(one_cycle, steps=steps, peak=self.peak), run, stage, batch_size=self.batch_size,
+            weight_decay=self.weight_decay, nesterov=True,
+        )  # fmt: skip
 
-        def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-            images = crop(batch.images, batch.generator, self.padding)
-            if self.mirrored:
-                images = mirror(images, batch.generator)
-            with run.precision.autocast(run.device):
-                logits = model(run.precision.layout(images)).float()
-            assert batch.labels is not None
-            right = (logits.argmax(1) == batch.labels).float().mean()
-            return F.cross_entropy(logits, batch.labels), {"accuracy": right.item()}
 
-        optimiser = torch.optim.SGD(
-            model.parameters(), self.peak, momentum=0.9, weight_decay=self.weight_decay, nesterov=True
-        )
-        rate = partial(one_cycle, steps=steps, peak=self.peak)
-        state = State(stage, model, optimiser, training.images, training.labels, self.batch_size, steps, rate)
-        curve = fit(step, state, run)
-        model.eval()
-        return curve
+def train_classifier(
+    model: Classifier, labeled: ImageSet, augment: Augmentation, steps: int, rate: Callable[[int], float], run: Run,
+    stage: str, *, batch_size: int, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = False,
+    most: float = math.inf,
+) -> Curve:  # fmt: skip
+    """Trains all of `model` in place by SGD with cross-entropy, leaves it in evaluation mode, returns the curve.
+
+    `rate` maps a step to a learning rate; `most` is that of `State`.
+    """
+    model.to(run.device).requires_grad_(True).train()
+    if run.precision.channels_last:
+        model.to(memory_format=torch.channels_last)
+
+    def step(batch: Batch) -> tuple[Tensor, Measures]:
+        assert batch.labels is not None
+        logits = run.forward(model, augment(batch.images, batch.generator)).float()
+        right = (logits.argmax(1) == batch.labels).float().mean()
+        return F.cross_entropy(logits, batch.labels), {"accuracy": right}
+
+    optimiser = torch.optim.SGD(
+        model.parameters(), rate(0), momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+    )
+    state = State(stage, model, optimiser, labeled.images, labeled.labels, batch_size, steps, rate, most=most)
+    curve = fit(step, state, run)
+    model.eval()
+    return curve
 
 
 def fine_tune(
@@ -72,7 +81,7 @@ def fine_tune(
     epochs: float = 20,
     batch_size: int = 128,
     rate: float = 0.01,
-) -> list[dict[str, float]]:
+) -> Curve:
     """Fine-tunes all of `model` in place, with the augmentation that it does not mind, and returns the curve.
 
     Rate, momentum and decay are those of BCU's plain fine-tuning (2211.12044), which BackdoorBench shares. Departures:

@@ -70,7 +70,7 @@ def test_help_answers_at_once():
             "the trigger wanet is not built yet: there are badencoder, badnets",
         ),
         ("scan m --data . --trigger wanet", "the trigger wanet is not built yet"),
-        ("cleanse m --data . --recipe anp", "the recipe anp is not built yet"),
+        ("cleanse m --data . --recipe ibau", "the recipe ibau is not built yet"),
         ("scan m --data . --format sarif", "--format sarif is not built yet"),
         ("scan m --data . --seed 9223372036854775808", "--seed 9223372036854775808 is too large"),
         ("scan m --data . --trigger badnets:3", "write KEY=VALUE"),
