@@ -38,6 +38,10 @@ FAMILIES = ("patch", "blend", "wave", "low", "noise", "warp", "tone", "quantise"
 """Families of corruptions, and of the triggers that they counterfeit. Here, since listing them needs no torch."""
 
 RECIPES: dict[str, Entry] = {
+    "anp": Entry(
+        "bdclean.recipes.anp:ANP",
+        "adversarial neuron pruning: channels of batch norm that perturbation brings out, labels (2110.14430)",
+    ),
     "auto": Entry(
         "bdclean.recipes.auto:Auto",
         "bdclean's own choice for what is given",
@@ -49,10 +53,18 @@ RECIPES: dict[str, Entry] = {
         "blind unlearning: layer-wise re-initialisation and distillation on unlabeled images (2211.12044)",
         encoder="bdclean.recipes.bcu_encoder:BCUEncoder",
     ),
+    "clp": Entry(
+        "bdclean.recipes.clp:CLP",
+        "channel Lipschitz pruning: channels that amplify most are switched off, without data (2208.03111)",
+    ),
     "distill": Entry(
         "",
         "distillation of an encoder: teacher, student and loss by choice, unlabeled images (2403.03846)",
         encoder="bdclean.recipes.distill:Distill",
+    ),
+    "fp": Entry(
+        "bdclean.recipes.fp:FP",
+        "fine-pruning: the channels that clean images use least go, then fine-tuning, labels (1805.12185)",
     ),
     "ft": Entry("bdclean.recipes.ft:FT", "plain fine-tuning on labeled images (2212.09067)", new_head=True),
     "inoculate": Entry(
@@ -61,10 +73,23 @@ RECIPES: dict[str, Entry] = {
         FAMILIES,
         "bdclean.recipes.inoculate_encoder:InoculateEncoder",
     ),
+    "mcr": Entry(
+        "bdclean.recipes.mcr:MCR",
+        "mode connectivity repair: a point on a curve from the suspect to a fine-tuned copy, labels (2005.00060)",
+    ),
     "mimic": Entry(
         "",
         "an encoder's clone with new weights, attention weighted by mutual information (2406.03508)",
         encoder="bdclean.recipes.mimic:Mimic",
+    ),
+    "moth": Entry(
+        "bdclean.recipes.moth:Moth",
+        "class distance hardening: masks between classes are made and unlearned, labels (Tao et al. 2022)",
+        ("patch",),
+    ),
+    "nad": Entry(
+        "bdclean.recipes.nad:NAD",
+        "neural attention distillation from a fine-tuned copy, labels (2101.05930)",
     ),
     "pretrain": Entry(
         "",
@@ -213,7 +238,7 @@ TABLES: dict[str, dict[str, Entry]] = {
 
 
 NOT_BUILT: dict[str, tuple[str, ...]] = {
-    "recipe": ("fp", "anp", "nad", "mcr", "ibau", "moth", "ft-sam", "sau", "fst", "d3", "clp"),
+    "recipe": ("ibau", "ft-sam", "sau", "fst", "d3"),
 }
 """Names that papers have made known, and that mean nothing else: to ask for one is no slip of the pen."""
 

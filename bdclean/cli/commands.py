@@ -212,6 +212,12 @@ def cleanse(
             "--head", metavar="NAME", help="keep, or new: for the classes of the labeled images (ft, sft)."
         ),
     ] = "keep",
+    pseudo_labels: Annotated[
+        bool,
+        typer.Option(
+            "--pseudo-labels", help="For a recipe that needs labels: the suspect's answers on --data."
+        ),
+    ] = False,
     trigger: Triggers = None,
     out: Annotated[
         Path | None,
@@ -317,6 +323,7 @@ def cleanse(
                 recipe=recipe,
                 settings=chosen,
                 new_head=head == "new",
+                pseudo_labels=pseudo_labels,
                 triggers=triggers,
                 out=output,
                 force=force,

@@ -20,7 +20,7 @@ class ImageSet:
 
     `labels_source` says how labels were found: 'names', 'integers', 'count' (folder count equals the head's:
     to be dropped unless the network agrees), 'forced', the name of an order that the network's
-    answers spoke for, or None. `classes` may name classes without any image.
+    answers spoke for, 'suspect' (they are its answers), or None. `classes` may name classes without any image.
     `on_disk`: the images lie in a scratch file that the system pages in and out, and so do selections of them.
     """
 

@@ -6,26 +6,27 @@ import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
+from bdclean.training.loop import burst, halvings
 from bdclean.training.run import Run
 from bdclean.training.students import choose_augmentation, frozen, void
+from bdclean.training.supervised import train_classifier
 
 Start = Literal["suspect", "void"]
 """What is trained: the suspect, or for comparison a network of its architecture with weights drawn anew."""
 
 
 def require_labels(labeled: ImageSet | None, name: str) -> ImageSet:
+    """`labeled`, which has labels; raises Refused for the recipe called `name` where it has none."""
     if labeled is None or labeled.labels is None:
-        raise Refused(f"{name} needs labels: put images in one folder per class, or use --recipe bcu.")
+        raise Refused(
+            f"{name} needs labels: put images in one folder per class, let the suspect's answers serve with "
+            "--pseudo-labels, or use --recipe bcu."
+        )
     return labeled
 
 
@@ -49,34 +50,13 @@ def fine_tune(
     teacher = frozen(suspect, run)
     augment = choose_augmentation(teacher, labeled.images, run)
     student = copy.deepcopy(teacher) if start == "suspect" else frozen(void(suspect, arch, run), run)
-    student.requires_grad_(True).train()
-
-    def step(batch: Batch) -> tuple[Tensor, Measures]:
-        with run.precision.autocast(run.device):
-            logits = student(run.precision.layout(augment(batch.images, batch.generator))).float()
-        assert batch.labels is not None
-        right = (logits.argmax(1) == batch.labels).float().mean()
-        return F.cross_entropy(logits, batch.labels), {"accuracy": right}
-
-    optimiser = torch.optim.SGD(student.parameters(), rate(0), momentum=momentum, weight_decay=weight_decay)
-    curve = fit(
-        step,
-        State(
-            name,
-            student,
-            optimiser,
-            labeled.images,
-            labeled.labels,
-            batch_size,
-            steps,
-            rate,
-            most=burst(arch.classes),
-        ),
-        run,
-    )
+    curve = train_classifier(
+        student, labeled, augment, steps, rate, run, name, batch_size=batch_size, momentum=momentum,
+        weight_decay=weight_decay, most=burst(arch.classes),
+    )  # fmt: skip
     stages = [
         f"{'fine-tuned' if start == 'suspect' else 'trained from scratch'} for {steps} updates on {len(labeled)} "
         f"labeled images, {augment.describe()}",
         *halvings(curve),
     ]
-    return Cleansed(student.eval(), arch, curve, settings, stages)
+    return Cleansed(student, arch, curve, settings, stages)

@@ -32,14 +32,13 @@ from bdclean.training.students import (
     recentre,
     set_batch_statistics,
     triangular,
+    uncorrupted,
 )
 
 DRAWN = "drawn"
 """The kind of adversary beside those of `adversaries`: the most harmful of several random counterfeits."""
 HUNTED = 0.25
 """How many images more, as a share of the batch, are seen under an inverted trigger, where there is one."""
-STATISTICS_PIXELS = 1 << 20
-"""Batch norm's final statistics are means over parts of 256 images, or of so many pixels but 64 images or more."""
 USUAL = 0.2
 """Up to about this share of images an adversary sends to one class of a network without a backdoor, too."""
 
@@ -281,10 +280,4 @@ class _Lesson:
         return loss, measures
 
     def _uncorrupted(self, passes: int = 2) -> Iterator[Tensor]:
-        generator, images = self.run.generator("statistics"), self.images
-        size = min(256, max(64, STATISTICS_PIXELS // images[0, 0].numel()))
-        for _ in range(passes):
-            # Shuffled, and parts of one size: each counts alike, whatever the order of the files.
-            order = torch.randperm(len(images), generator=generator, device=self.run.device).cpu()
-            for part in order.tensor_split(math.ceil(len(images) / size)):
-                yield self.run.precision.layout(self.augment(images[part].to(self.run.device), generator))
+        return uncorrupted(self.images, self.augment, self.run, passes)

@@ -231,6 +231,7 @@ class DataEntry:
     labeled_path: str | None = None
     labels_source: str | None = None
     classes: list[str] | None = None
+    pseudo_labels: bool = False  # the suspect's answers were the recipe's labels
     unreadable: list[dict[str, Any]] = field(default_factory=list)  # path, reason
 
 

@@ -325,6 +325,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
                         data.path,
                         f"{data.images:,}",
                         "labeled" if data.labeled else "unlabeled",
+                        "trained on with the suspect's answers as labels" if data.pseudo_labels else None,
                         None
                         if data.held_out is None or data.test is not None
                         else f"{data.held_out:,} held out",

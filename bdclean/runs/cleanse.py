@@ -64,6 +64,7 @@ def cleanse(
     recipe: str = "auto",
     settings: dict[str, str] | None = None,
     new_head: bool = False,
+    pseudo_labels: bool = False,
     triggers: tuple[str, ...] = (),
     out: Path | None = None,
     force: bool = False,
@@ -74,8 +75,12 @@ def cleanse(
     """Write a cleansed copy of `model` to `out`, measured before and after; raises BdcleanError carrying the record.
 
     `new_head`: the copy is a classifier of the classes of the labeled images, `--data` where `--labeled` gives none;
-    the suspect is measured as an encoder, by probes for these classes on its frozen features.
+    the suspect is measured as an encoder, by probes for these classes on its frozen features. `pseudo_labels`: a recipe
+    that needs labels gets the suspect's answers on `--data` in their place, whether there are others or not.
     """
+    if pseudo_labels and (new_head or inputs.labeled is not None):
+        other = "--head new: they are of its old head" if new_head else "--labeled: give one of them"
+        raise UsageError(f"--pseudo-labels, the suspect's own answers, cannot be with {other}.")
     if new_head and inputs.labeled is None:
         inputs = replace(inputs, data=None, labeled=inputs.data)
     repair = _Repair(model, inputs, gate.parse(fail_on).threshold, bool(triggers), tell)
@@ -83,6 +88,8 @@ def cleanse(
         checkpoint, place = repair.open_checkpoint(out, new_head, force)
         chosen = registry.load_recipe(recipe, checkpoint.arch.kind, new_head)
         method: Recipe = registry.configure(chosen, settings or {})
+        if pseudo_labels and not method.needs_labels:
+            raise UsageError(f"{recipe} needs no labels: leave --pseudo-labels out.")
         usual = checkpoint.arch.input[1:]
         checkpoint = repair.at_own_size(checkpoint)
         made = make_triggers(triggers, input_size(checkpoint, inputs), checkpoint.arch.kind)
@@ -94,11 +101,13 @@ def cleanse(
         if classes:
             probed, trained = suspect.without_head(), suspect.with_new_head(classes, inputs.seed, inputs.arch)
         before, images = repair.open_trial(probed, images, method.needs_labels)
+        if pseudo_labels:
+            images = repair.label_by_suspect(images, before)
         if method.needs_labels and images.labeled is None:
             raise Refused(
                 f"{recipe} needs labels and {inputs.data} has none: give --labeled, with images in one "
                 "folder per class or a CSV as --classes (--head new where they are of other classes than the "
-                "network's), or use --recipe bcu."
+                "network's), let the suspect's answers serve with --pseudo-labels, or use --recipe bcu."
             )
         classifier, run = repair.open_run(recipe, method, trained, images, place, resume)
         found = repair.measure_before(before, made)
@@ -216,6 +225,15 @@ class _Repair:
             data = replace(data, labels_source=unlabeled.labels_source)
         self._note([*doubts, *more], data=data)
         return before, Images(unlabeled, labeled, images.held_out)
+
+    def label_by_suspect(self, images: Images, before: Trial) -> Images:
+        """`images` with the suspect's answers for labels of those to train on."""
+        self._note(data=replace(self.record.data or DataEntry(), pseudo_labels=True))
+        plain = images.unlabeled.unlabeled()
+        answers = before.predict(
+            plain.images
+        ).clone()  # no tensor of inference mode, which training cannot use
+        return Images(plain, replace(plain, labels=answers, labels_source="suspect"), images.held_out)
 
     def _measure(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.utils import prune
 from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused
 from bdclean.networks.classifier import Classifier
-from bdclean.training.pruning import accuracy, prune_while_accurate
+from bdclean.training.pruning import accuracy, in_running_order, prune_while_accurate
 from bdclean.training.run import Run
 from bdclean.training.supervised import fine_tune
 
@@ -50,45 +51,51 @@ class FinePruning:
         `layers` name modules of `model.network` in the order in which they run. Pruned channels are zeros in the
         weights and stay so. Raises Refused where no layer is a convolution or a linear one.
         """
-        part = last_part(model, layers, labeled.images[:2].to(run.device))
-        order = activity(model, part, labeled.images, run).argsort(stable=True)
-        tensors = {name: t for name, t in part.named_parameters(recurse=False) if name in ("weight", "bias")}
-        before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        with pruned(model, layers, labeled, run, self.share, self.tolerance):
+            return fine_tune(model, labeled, run, stage, self.epochs, self.batch_size, self.rate)
 
-        def silence(count: int) -> None:
-            for name, tensor in tensors.items():
-                with torch.no_grad():
-                    tensor.copy_(before[name])
-                    tensor[order[:count]] = 0
 
-        if self.share is None:
-            counts = sorted({len(order) * k // STEPS for k in range(STEPS)})
-            count = prune_while_accurate(
-                counts, silence, lambda: accuracy(model, labeled, run), self.tolerance
-            )
-        else:
-            silence(count := round(self.share * len(order)))
-        kept = torch.ones_like(order, dtype=torch.bool)
-        kept[order[:count]] = False
+@contextmanager
+def pruned(
+    model: Classifier,
+    layers: Sequence[str],
+    labeled: ImageSet,
+    run: Run,
+    share: float | None,
+    tolerance: float,
+) -> Iterator[int]:
+    """Within it, the least active channels of the last of `layers` are zeros, however `model` is trained; how many.
+
+    They stay zeros afterwards. For `share`, `tolerance`, `layers` and what is raised see `FinePruning`.
+    """
+    part = last_part(model, layers, labeled.images[:2].to(run.device))
+    order = activity(model, part, labeled.images, run).argsort(stable=True)
+    tensors = {name: t for name, t in part.named_parameters(recurse=False) if name in ("weight", "bias")}
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    def silence(count: int) -> None:
         for name, tensor in tensors.items():
-            prune.custom_from_mask(part, name, kept.view(-1, *[1] * (tensor.ndim - 1)).expand_as(tensor))
-        curve = fine_tune(model, labeled, run, stage, self.epochs, self.batch_size, self.rate)
-        for name in tensors:
-            prune.remove(part, name)
-        return curve
+            with torch.no_grad():
+                tensor.copy_(before[name])
+                tensor[order[:count]] = 0
+
+    if share is None:
+        counts = sorted({len(order) * k // STEPS for k in range(STEPS)})
+        count = prune_while_accurate(counts, silence, lambda: accuracy(model, labeled, run), tolerance)
+    else:
+        silence(count := round(share * len(order)))
+    kept = torch.ones_like(order, dtype=torch.bool)
+    kept[order[:count]] = False
+    for name, tensor in tensors.items():
+        prune.custom_from_mask(part, name, kept.view(-1, *[1] * (tensor.ndim - 1)).expand_as(tensor))
+    yield count
+    for name in tensors:
+        prune.remove(part, name)
 
 
 def last_part(model: Classifier, layers: Sequence[str], images: Tensor) -> nn.Module:
     """The batch norm that runs right after the last convolution or linear layer of `layers`, or else that layer."""
-    ran: list[nn.Module] = []
-    leaves = [module for module in model.network.modules() if not list(module.children())]
-    handles = [module.register_forward_hook(lambda module, *_: ran.append(module)) for module in leaves]
-    try:
-        with torch.no_grad():
-            model.eval()(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    ran = in_running_order(model, images)
     modules = [model.network.get_submodule(name) for name in layers]
     able = [module for module in modules if isinstance(module, (nn.Conv2d, nn.Linear)) and module in ran]
     if not able:

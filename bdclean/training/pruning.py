@@ -50,6 +50,20 @@ def prune_while_accurate(
     return chosen
 
 
+def in_running_order(model: Classifier, images: Tensor) -> list[nn.Module]:
+    """The modules without children of `model.network` in the order in which they run, in evaluation mode."""
+    ran: list[nn.Module] = []
+    leaves = [module for module in model.network.modules() if not list(module.children())]
+    handles = [module.register_forward_hook(lambda module, *_: ran.append(module)) for module in leaves]
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ran
+
+
 def pruned_channels(before: nn.Module, after: nn.Module) -> int:
     """How many channels of a network's layers and norms have zeros for a weight `after` and had not `before`."""
     known = dict(before.named_parameters())

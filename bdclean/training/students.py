@@ -33,6 +33,11 @@ def one_cycle(step: int, steps: int, peak: float) -> float:
     return peak * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2 + 1e-5
 
 
+def cosine(step: int, steps: int, peak: float) -> float:
+    """A learning rate that falls along a cosine from `peak` at the first step to 0 after `steps`."""
+    return peak * (1 + math.cos(math.pi * step / steps)) / 2
+
+
 def frozen(suspect: Classifier, run: Run) -> Classifier:
     """A copy of `suspect` as a teacher: on the run's device, in evaluation mode, without gradients."""
     teacher = copy.deepcopy(suspect).to(run.device).eval().requires_grad_(False)
@@ -109,6 +114,21 @@ def choose_augmentation(suspect: nn.Module, images: Tensor, run: Run) -> Augment
     shifted = (answers(crop(images, generator, padding)) == plain).float().mean()
     mirrored = (answers(images.flip(3)) == plain).float().mean()
     return Augmentation(padding, bool(mirrored >= shifted - MIRROR_TOLERANCE))
+
+
+STATISTICS_PIXELS = 1 << 20
+"""Batch norm's final statistics are means over parts of 256 images, or of so many pixels but 64 images or more."""
+
+
+def uncorrupted(images: Tensor, augment: Augmentation, run: Run, passes: int = 2) -> Iterator[Tensor]:
+    """Augmented `images` (uint8 [n c h w]) in parts, `passes` times, for `set_batch_statistics` and `recentre`."""
+    generator = run.generator("statistics")
+    size = min(256, max(64, STATISTICS_PIXELS // images[0, 0].numel()))
+    for _ in range(passes):
+        # Shuffled, and parts of one size: each counts alike, whatever the order of the files.
+        order = torch.randperm(len(images), generator=generator, device=run.device).cpu()
+        for part in order.tensor_split(math.ceil(len(images) / size)):
+            yield run.precision.layout(augment(images[part].to(run.device), generator))
 
 
 def set_batch_statistics(model: nn.Module, batches: Callable[[], Iterator[Tensor]]) -> None:

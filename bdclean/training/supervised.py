@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bdclean.data.augment import crop, mirror
 from bdclean.data.imageset import ImageSet
 from bdclean.networks.classifier import Classifier
-from bdclean.training.loop import Batch, State, fit
+from bdclean.training.loop import Batch, Measures, State, fit
 from bdclean.training.run import Run
-from bdclean.training.students import choose_augmentation, one_cycle
+from bdclean.training.students import Augmentation, Curve, choose_augmentation, one_cycle
 
 Poison = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 """What an attack makes of an augmented batch: of uint8 images [n c h w], labels [n] and a seeded generator it makes
@@ -45,40 +44,51 @@ class Supervised:
         run: Run,
         stage: str = "train",
         poison: Poison | None = None,
-    ) -> list[dict[str, float]]:
+    ) -> Curve:
         """Train `model` in place, leave it in evaluation mode, and return the curve."""
         if training.labels is None:
             raise ValueError("training a classifier needs labels")
-        model.to(run.device).train()
-        if run.precision.channels_last:
-            model.to(memory_format=torch.channels_last)
         steps = self.steps(len(training))
-
-        def step(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-            images = crop(batch.images, batch.generator, self.padding)
-            if self.mirrored:
-                images = mirror(images, batch.generator)
-            labels = batch.labels
-            assert labels is not None
-            if poison is not None:
-                images, labels = poison(images, labels, batch.generator)
-            with run.precision.autocast(run.device):
-                logits = model(run.precision.layout(images)).float()
-            right = (logits.argmax(1) == labels).float().mean()
-            return F.cross_entropy(logits, labels), {"accuracy": right.item()}
-
-        optimiser = torch.optim.SGD(
-            model.parameters(), self.peak, momentum=0.9, weight_decay=self.weight_decay, nesterov=True
-        )
-        rate = partial(one_cycle, steps=steps, peak=self.peak)
-        state = State(stage, model, optimiser, training.images, training.labels, self.batch_size, steps, rate)
-        curve = fit(step, state, run)
-        model.eval()
-        return curve
+        return train_classifier(
+            model, training, Augmentation(self.padding, self.mirrored), steps,
+            partial(one_cycle, steps=steps, peak=self.peak), run, stage, batch_size=self.batch_size,
+            weight_decay=self.weight_decay, nesterov=True, poison=poison,
+        )  # fmt: skip
 
     def steps(self, images: int) -> int:
         """How many batches training on so many images takes."""
         return math.ceil(self.epochs * images / self.batch_size)
+
+
+def train_classifier(
+    model: Classifier, labeled: ImageSet, augment: Augmentation, steps: int, rate: Callable[[int], float], run: Run,
+    stage: str, *, batch_size: int, momentum: float = 0.9, weight_decay: float = 5e-4, nesterov: bool = False,
+    most: float = math.inf, poison: Poison | None = None,
+) -> Curve:  # fmt: skip
+    """Trains all of `model` in place by SGD with cross-entropy, leaves it in evaluation mode, returns the curve.
+
+    `rate` maps a step to a learning rate; `most` is that of `State`.
+    """
+    model.to(run.device).requires_grad_(True).train()
+    if run.precision.channels_last:
+        model.to(memory_format=torch.channels_last)
+
+    def step(batch: Batch) -> tuple[Tensor, Measures]:
+        images, labels = augment(batch.images, batch.generator), batch.labels
+        assert labels is not None
+        if poison is not None:
+            images, labels = poison(images, labels, batch.generator)
+        logits = run.forward(model, images).float()
+        right = (logits.argmax(1) == labels).float().mean()
+        return F.cross_entropy(logits, labels), {"accuracy": right}
+
+    optimiser = torch.optim.SGD(
+        model.parameters(), rate(0), momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+    )
+    state = State(stage, model, optimiser, labeled.images, labeled.labels, batch_size, steps, rate, most=most)
+    curve = fit(step, state, run)
+    model.eval()
+    return curve
 
 
 def fine_tune(
@@ -89,7 +99,7 @@ def fine_tune(
     epochs: float = 20,
     batch_size: int = 128,
     rate: float = 0.01,
-) -> list[dict[str, float]]:
+) -> Curve:
     """Fine-tunes all of `model` in place, with the augmentation that it does not mind, and returns the curve.
 
     Rate, momentum and decay are those of BCU's plain fine-tuning (2211.12044), which BackdoorBench shares. Departures:

@@ -66,7 +66,7 @@ def test_help_answers_at_once():
         ("scan m --data . --format htm", "no --format 'htm'"),
         ("scan m --data . --fail-on asr", "--fail-on 'asr'"),
         ("scan m --data . --trigger wanett", "no trigger is called 'wanett'"),
-        ("cleanse m --data . --recipe anp", "the recipe anp is not built yet"),
+        ("cleanse m --data . --recipe ibau", "the recipe ibau is not built yet"),
         ("scan m --data . --format sarif", "--format sarif is not built yet"),
         ("scan m --data . --seed 9223372036854775808", "--seed 9223372036854775808 is too large"),
         ("scan m --data . --trigger badnets:3", "write KEY=VALUE"),
