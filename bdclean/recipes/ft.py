@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import ClassVar
 
 from bdclean.data.imageset import ImageSet
@@ -13,6 +14,7 @@ from bdclean.networks.classifier import Classifier
 from bdclean.recipes.finetuning import Start, fine_tune, require_labels
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training.run import Run
+from bdclean.training.students import cosine
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,7 @@ class FT:
     ) -> Cleansed:
         images = require_labels(labeled, self.name)
         steps = math.ceil(self.epochs * len(images) / self.batch_size)
-
-        def rate(step: int) -> float:
-            return self.rate * (1 + math.cos(math.pi * step / steps)) / 2
-
+        rate = partial(cosine, steps=steps, peak=self.rate)
         optimise = (self.batch_size, self.momentum, self.weight_decay)
         return fine_tune(
             self.name, suspect, arch, images, steps, rate, optimise, self.start, asdict(self), run

@@ -33,6 +33,11 @@ def one_cycle(step: int, steps: int, peak: float) -> float:
     return peak * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2 + 1e-5
 
 
+def cosine(step: int, steps: int, peak: float) -> float:
+    """A learning rate that falls from `peak` to 0 along half a cosine."""
+    return peak * (1 + math.cos(math.pi * step / steps)) / 2
+
+
 def frozen(suspect: Classifier, run: Run) -> Classifier:
     """A copy of `suspect` as a teacher: on the run's device, in evaluation mode, without gradients."""
     teacher = copy.deepcopy(suspect).to(run.device).eval().requires_grad_(False)
