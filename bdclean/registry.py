@@ -57,6 +57,10 @@ RECIPES: dict[str, Entry] = {
         "bdclean.recipes.clp:CLP",
         "channel Lipschitz pruning: channels that amplify most are switched off, without data (2208.03111)",
     ),
+    "d3": Entry(
+        "bdclean.recipes.d3:D3",
+        "fine-tuning with a new head as far from the old one as can be, labeled images (2411.09585)",
+    ),
     "distill": Entry(
         "",
         "distillation of an encoder: teacher, student and loss by choice, unlabeled images (2403.03846)",
@@ -67,6 +71,18 @@ RECIPES: dict[str, Entry] = {
         "fine-pruning: the channels that clean images use least go, then fine-tuning, labels (1805.12185)",
     ),
     "ft": Entry("bdclean.recipes.ft:FT", "plain fine-tuning on labeled images (2212.09067)", new_head=True),
+    "fst": Entry(
+        "bdclean.recipes.fst:FST",
+        "feature shift tuning: a new head is held off the old one, labeled images (2310.01875)",
+    ),
+    "ft-sam": Entry(
+        "bdclean.recipes.ft_sam:FTSAM",
+        "fine-tuning with sharpness-aware minimisation, labeled images (2304.11823)",
+    ),
+    "ibau": Entry(
+        "bdclean.recipes.ibau:IBAU",
+        "unlearns universal perturbations by implicit hypergradients, labeled images (2110.03735)",
+    ),
     "inoculate": Entry(
         "bdclean.recipes.inoculate:Inoculate",
         "distillation under random counterfeit triggers, adversaries and inverted triggers, unlabeled images",
@@ -95,6 +111,10 @@ RECIPES: dict[str, Entry] = {
         "",
         "an encoder's pre-training, continued or from scratch, on the given images (SimCLR, MoCo v2, BYOL)",
         encoder="bdclean.recipes.pretrain:Pretrain",
+    ),
+    "sau": Entry(
+        "bdclean.recipes.sau:SAU",
+        "unlearns adversarial examples that fool suspect and student alike, labeled images (2307.10562)",
     ),
     "sft": Entry(
         "bdclean.recipes.sft:SFT",
@@ -237,18 +257,10 @@ TABLES: dict[str, dict[str, Entry]] = {
 }
 
 
-NOT_BUILT: dict[str, tuple[str, ...]] = {
-    "recipe": ("ibau", "ft-sam", "sau", "fst", "d3"),
-}
-"""Names that papers have made known, and that mean nothing else: to ask for one is no slip of the pen."""
-
-
 def find(table: Mapping[str, Entry], name: str) -> Entry:
-    """Returns the entry called `name`; raises UsageError naming the closest ones, or saying that it is not built."""
+    """Returns the entry called `name`; raises UsageError naming the closest ones."""
     if name not in table:
         noun = next((noun for noun, known in TABLES.items() if known is table), "entry")
-        if name in NOT_BUILT.get(noun, ()):
-            raise UsageError(f"the {noun} {name} is not built yet: there are {', '.join(sorted(table))}.")
         raise UsageError(f"no {noun} is called {name!r}: {closest(name, table)}")
     return table[name]
 

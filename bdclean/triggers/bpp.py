@@ -53,7 +53,7 @@ class Bpp:
         return [partial(self._other, seed=draw_seed(generator)) for _ in range(count)]
 
     def spec(self) -> str:
-        return spec_of(self, shown=("bits",))
+        return spec_of(self)
 
     def _other(self, images: Tensor, seed: int) -> Tensor:
         lost = self(images).float() - images.float()

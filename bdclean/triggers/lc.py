@@ -48,4 +48,4 @@ class LC:
         return self.patches.controls(count, generator, channels)
 
     def spec(self) -> str:
-        return spec_of(self, shown=("size",))
+        return spec_of(self)

@@ -56,7 +56,7 @@ class LF:
         return [replace(self, seed=seed + 1 if seed == self.seed else seed) for seed in seeds]
 
     def spec(self) -> str:
-        return spec_of(self, shown=("strength",))
+        return spec_of(self)
 
 
 @lru_cache(maxsize=64)

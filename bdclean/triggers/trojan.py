@@ -81,7 +81,7 @@ class Trojan:
         return [replace(self, seed=seed + 1 if seed == self.seed else seed) for seed in seeds]
 
     def spec(self) -> str:
-        return spec_of(self, shown=("source",))
+        return spec_of(self)
 
 
 def side(height: int, width: int) -> int:

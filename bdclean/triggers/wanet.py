@@ -89,7 +89,7 @@ class WaNet:
         return [replace(self, seed=seed + 1 if seed == self.seed else seed) for seed in seeds]
 
     def spec(self) -> str:
-        return spec_of(self, shown=("k", "strength"))
+        return spec_of(self)
 
 
 def warp(images: Tensor, field: Tensor, strength: float) -> Tensor:

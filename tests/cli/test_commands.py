@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 import bdclean
-from bdclean import registry
 from bdclean.cli import arguments
 from bdclean.cli.main import run
 from bdclean.errors import Refused, UsageError
@@ -66,7 +65,6 @@ def test_help_answers_at_once():
         ("scan m --data . --format htm", "no --format 'htm'"),
         ("scan m --data . --fail-on asr", "--fail-on 'asr'"),
         ("scan m --data . --trigger wanett", "no trigger is called 'wanett'"),
-        ("cleanse m --data . --recipe ibau", "the recipe ibau is not built yet"),
         ("scan m --data . --format sarif", "--format sarif is not built yet"),
         ("scan m --data . --seed 9223372036854775808", "--seed 9223372036854775808 is too large"),
         ("scan m --data . --trigger badnets:3", "write KEY=VALUE"),
@@ -98,11 +96,6 @@ def test_wrong_usage_exits_2_with_one_sentence(line, words, capsys):
     assert words in captured.err and "Traceback" not in captured.err
     command = line.split()[0] if words not in ("", "No such command") else ""
     assert not words or captured.err.endswith(f" Try 'bdclean {command} --help'.\n".replace("  ", " "))
-
-
-def test_names_that_are_not_built_are_none_that_are():
-    for noun, names in registry.NOT_BUILT.items():
-        assert not set(names) & set(registry.TABLES[noun])
 
 
 def test_ls_alone_lists_what_there_is_to_list(capsys):

@@ -135,7 +135,9 @@ def test_what_triggers_share_their_controls_do_to_an_image_is_asked_once():
 
 
 def test_survivors_that_pass_have_controls_where_few_triggers_are_tried():
-    network = Network(to(3), levels=range(200, 212), share=0.44)  # near the threshold: it survives, and passes
+    network = Network(
+        to(3), levels=range(200, 212), share=0.44
+    )  # near the threshold: it survives, and passes
     for count, bare in ((rows.FEW_ROWS, False), (rows.FEW_ROWS + 1, True)):
         found = assess(bench(network, n=4000), [Patch(200 + k) for k in range(count)])
         assert {(row.outcome, row.target_source) for row in found} == {(PASSES, "screening")}

@@ -42,6 +42,11 @@ QUICK = {
     "moth": {"epochs": "0.1", "batch_size": "8", "fit_steps": "2"},
     "nad": {"epochs": "0.2", "batch_size": "8", "teacher_epochs": "0.1"},
     "sft": {"epochs": "0.2", "first_epochs": "0.1", "batch_size": "8"},
+    "d3": {"epochs": "0.2", "batch_size": "8"},
+    "fst": {"epochs": "0.2", "batch_size": "8"},
+    "ft-sam": {"epochs": "0.2", "batch_size": "8"},
+    "ibau": {"rounds": "1", "batch_size": "32"},
+    "sau": {"epochs": "0.2", "batch_size": "8", "adversary_steps": "2"},
     "inoculate": {
         "epochs": "0.2",
         "least_steps": "1",
@@ -316,6 +321,25 @@ def test_an_encoder_recipe_that_was_stopped_ends_in_the_same_weights(case, suspe
     assert told[0][0] == where and (where, 1) not in told  # nothing is done twice
 
 
+@pytest.mark.parametrize("name", ["d3", "fst", "ft-sam", "ibau", "sau"])
+def test_a_recipe_that_was_stopped_ends_in_the_same_weights(name, suspect, arch, images, tmp_path):
+    whole = made(name)(suspect, arch, images, images, Run(CPU, Precision(), 0))
+
+    def stop(stage, done, total, **measures):
+        if done == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    state, told = tmp_path / "s.safetensors", []
+    with pytest.raises(Interrupted):
+        made(name)(suspect, arch, images, images, Run(CPU, Precision(), 0, stop, Saved(state, {})))
+    saved = Saved(state, {})
+    saved.open()
+    run = Run(CPU, Precision(), 0, lambda stage, done, total, **m: told.append(done), saved)
+    resumed = made(name)(suspect, arch, images, images, run)
+    assert same(tensors(resumed.model), tensors(whole.model))
+    assert resumed.stages == whole.stages and resumed.curve == whole.curve and 1 not in told
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [(name, "classifier") for name, entry in registry.RECIPES.items() if entry.path]
@@ -384,6 +408,9 @@ def test_from_scratch_nothing_of_the_suspect_is_left(name, suspect, arch, images
         ("fp", "pruned=1"), ("fp", "tolerance=2"), ("mcr", "t=1.5"), ("mcr", "end_rate=0"), ("moth", "fit_steps=0"),
         ("moth", "share=2"), ("nad", "later_rate=0"), ("nad", "weights="), ("nad", "weights=1/-1"),
         ("bcu", "head_ratio=1.1"), ("bcu", "epochs=0"), ("bcu", "batch_size=1"), ("ft", "rate=0"),
+        ("d3", "bound=-1"), ("d3", "clean_weight=0"), ("fst", "alpha=-1"), ("fst", "epochs=0"),
+        ("ft-sam", "rho=-1"), ("ft-sam", "smoothing=0.9"), ("ibau", "rounds=0"), ("ibau", "portion=0"),
+        ("ibau", "radius=0"), ("sau", "budget=2"), ("sau", "adversary_steps=0"), ("sau", "clean_weight=-1"),
         ("sft", "first_epochs=200"), ("sft", "up=0"), ("inoculate", "adversary_share=2"),
         ("inoculate", "temperature=0"), ("inoculate", "floor=1"), ("inoculate", "inversion_steps=-1"),
         ("inoculate", "leave_out=fog"), ("inoculate", "evident_weight=-1"),
