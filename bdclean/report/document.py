@@ -222,7 +222,8 @@ def _still(record: RunRecord, said: str) -> str:
     if worst is None or now is None or now.outcome == FAILS:
         return said
     base = f", {wording.rate(now.base_rate)} % without it" if now.base_rate is not None else ""
-    return f"{said}; {now.trigger} sends {wording.rate(now.asr)} % of images to {towards(now)}{base}"
+    told = ", which the recipe trained on," if now.trained_on else ""
+    return f"{said}; {now.trigger}{told} sends {wording.rate(now.asr)} % of images to {towards(now)}{base}"
 
 
 # --- parts of a page ----------------------------------------------------------------------------------------

@@ -36,30 +36,47 @@ class Table:
 
 
 def worst_row(rows: Iterable[TriggerRow]) -> TriggerRow | None:
-    """Returns the row that matters most: by its outcome, unseen families first, then by its rate."""
+    """Returns the row that matters most: by its outcome, what a recipe knew least of first, then by its rate."""
     measured = [row for row in rows if row.outcome != NOT_MEASURED and row.asr.value is not None]
     if not measured:
         return None
     return max(
         measured,
-        key=lambda r: (-ORDER.get(r.outcome, 4), not r.seen_family, r.asr.value or 0.0, worst_source_rate(r)),
+        key=lambda r: (-ORDER.get(r.outcome, 4), -knowledge(r), r.asr.value or 0.0, worst_source_rate(r)),
     )
+
+
+UNSEEN, SEEN, UNLEARNED = range(3)
+"""How much a recipe knew of a row's trigger: nothing, its family, or the trigger itself."""
+
+
+def knowledge(row: TriggerRow) -> int:
+    """Returns what a recipe knew of the trigger of `row`: UNSEEN, SEEN or UNLEARNED."""
+    return UNLEARNED if row.trained_on else SEEN if row.seen_family else UNSEEN
+
+
+TITLES = (
+    "Triggers of families that the recipe did not train on",
+    "Triggers of families that the recipe trained on",
+    "Triggers that the recipe was told, and trained on",
+)
+
+
+def apart(record: RunRecord) -> list[tuple[str, list[TriggerRow]]]:
+    """Returns the rows that the verdict hangs on under titles, by how much a recipe knew of them, the least first."""
+    rows = record.rows()
+    if not (record.recipe and record.recipe.families) and not any(map(knowledge, rows)):
+        return [("Triggers", rows)]
+    return [(title, [row for row in rows if knowledge(row) == known]) for known, title in enumerate(TITLES)]
 
 
 def tables(record: RunRecord) -> list[Table]:
     """Returns the tables of one run; those without rows are for the caller to leave out."""
     found = [_measures(record)]
     if record.before is not None and record.after is not None:
-        found += _pairs(record.before, record.after, record.recipe.families if record.recipe else [])
+        found += [_pairs(title, record.before, rows) for title, rows in apart(record)]
     else:
-        rows = record.rows()
-        seen = [row for row in rows if row.seen_family]
-        unseen = [row for row in rows if not row.seen_family]
-        title = "Triggers of families that the recipe did not train on" if seen else "Triggers"
-        found += [
-            _triggers(title, unseen),
-            _triggers("Triggers of families that the recipe trained on", seen),
-        ]
+        found += [_triggers(title, rows) for title, rows in apart(record)]
     found.append(_probes(record.rows(), "Other probes"))
     if record.output is not None and record.output.new_head is not None and record.before is not None:
         found.append(_probes(record.before.triggers, "Other probes on the suspect"))
@@ -134,42 +151,37 @@ def _probes(rows: Sequence[TriggerRow], title: str) -> Table:
     return _without_empty(Table(title, columns, cells, note, whole_calm=True))
 
 
-def _pairs(before: Side, after: Side, families: Sequence[str]) -> list[Table]:
-    tables = []
-    for seen in (False, True):
-        trained = "trained on" if seen else "did not train on"
-        rows, calm = [], []
-        for row in sorted((r for r in after.triggers if r.seen_family == seen), key=rank):
-            old = same(before.triggers, row)
-            calm.append(row.outcome == PASSES and (old is None or old.outcome == PASSES))
-            rows.append(
-                [
-                    row.trigger,
-                    _target(row),
-                    wording.rate(old.asr if old else None),
-                    wording.rate(row.asr),
-                    wording.rate(row.change),
-                    wording.rate(row.base_rate),
-                    _controls(row),
-                    wording.rate(old.robust_accuracy if old else None),
-                    wording.rate(row.robust_accuracy),
-                    f"{old.outcome if old else NOT_MEASURED} -> {row.outcome}",
-                ]
-            )
-        columns = [
-            "trigger",
-            "target",
-            "ASR % before",
-            "ASR % after",
-            "change",
-            "base % after",
-            "controls % after",
-        ]
-        columns += ["robust % before", "robust % after", "outcome"]
-        title = f"Triggers of families that the recipe {trained}" if families else "Triggers"
-        details = ("change", "base % after", "controls % after", "robust % before", "robust % after")
-        tables.append(_without_empty(Table(title, columns, rows, details=details, calm=calm)))
-    return tables
+def _pairs(title: str, before: Side, after: Sequence[TriggerRow]) -> Table:
+    rows, calm = [], []
+    for row in sorted(after, key=rank):
+        old = same(before.triggers, row)
+        calm.append(row.outcome == PASSES and (old is None or old.outcome == PASSES))
+        rows.append(
+            [
+                row.trigger,
+                _target(row),
+                wording.rate(old.asr if old else None),
+                wording.rate(row.asr),
+                wording.rate(row.change),
+                wording.rate(row.base_rate),
+                _controls(row),
+                wording.rate(old.robust_accuracy if old else None),
+                wording.rate(row.robust_accuracy),
+                f"{old.outcome if old else NOT_MEASURED} -> {row.outcome}",
+            ]
+        )
+    columns = [
+        "trigger",
+        "target",
+        "ASR % before",
+        "ASR % after",
+        "change",
+        "base % after",
+        "controls % after",
+    ]
+    columns += ["robust % before", "robust % after", "outcome"]
+    details = ("change", "base % after", "controls % after", "robust % before", "robust % after")
+    return _without_empty(Table(title, columns, rows, details=details, calm=calm))
 
 
 def matrix(records: Sequence[RunRecord]) -> Table:
@@ -183,18 +195,19 @@ def matrix(records: Sequence[RunRecord]) -> Table:
             sides.append((f"#{number}{after}", {row.trigger: row for row in record.rows()}))
     names = list(dict.fromkeys(name for _, rows in sides for name in rows))
     chosen = [n for n in names if any(n in rows and rows[n].outcome != PASSES for _, rows in sides)]
-    seen = {row.trigger for _, rows in sides for row in rows.values() if row.seen_family}
-    chosen.sort(key=lambda name: name in seen)
+    known = {name: max(knowledge(rows[name]) for _, rows in sides if name in rows) for name in chosen}
+    chosen.sort(key=known.__getitem__)
     cells = [
         [
             name,
-            "seen" if name in seen else "",
+            ("", "seen", "unlearned")[known[name]],
             *(wording.rate(rows[name].asr if name in rows else None) for _, rows in sides),
         ]
         for name in chosen
     ]
     note = (
-        "ASR in percent. Triggers that pass in every run are left out. Seen: a recipe trained on this family."
+        "ASR in percent. Triggers that pass in every run are left out. Seen: a recipe trained on this family; "
+        "unlearned: on this very trigger."
     )
     return _without_empty(Table("Triggers", ["trigger", "family", *(name for name, _ in sides)], cells, note))
 

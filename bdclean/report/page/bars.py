@@ -8,10 +8,16 @@ from dataclasses import dataclass, field
 from bdclean.record.run import NOT_MEASURED, PASSES, Measure, Rate, RunRecord, TriggerRow
 from bdclean.report import wording
 from bdclean.report.page.words import label
-from bdclean.report.rows import rank, same
+from bdclean.report.rows import apart, knowledge, rank, same
 
 SHOWN = 12
 """Rows that pass (before and after) beyond so many of a group are folded away, whatever their number."""
+NOTES = (
+    "",
+    "It trained on counterfeits of these families, never on these triggers.",
+    "They fired on the suspect in this run, and the recipe trained on them: that they are gone says nothing of others.",
+)
+"""On the rows of each `knowledge`."""
 
 
 @dataclass
@@ -57,21 +63,12 @@ class Group:
 
 
 def groups(record: RunRecord) -> list[Group]:
-    """Returns the rows of the model that the verdict is about; rows of families that a recipe saw come apart."""
-    rows = record.rows()
-    families = record.recipe.families if record.recipe else []
+    """Returns the rows of the model that the verdict is about; those that a recipe knew more of come apart."""
     found = []
-    for seen in (False, True):
-        chosen = [row for row in rows if row.seen_family == seen]
+    for title, chosen in apart(record):
         if not chosen:
             continue
-        if not families and not any(row.seen_family for row in rows):
-            title, note = "Triggers", ""
-        elif seen:
-            title = "Families that the recipe trained on"
-            note = "It trained on counterfeits of these families, never on these triggers."
-        else:
-            title, note = "Families that the recipe did not train on", ""
+        note = NOTES[knowledge(chosen[0])]
         bars = [_bar(record, row) for row in sorted(chosen, key=lambda row: _order(record, row))]
         first: list[Bar] = []
         folded: list[Bar] = []
