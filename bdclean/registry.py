@@ -46,7 +46,7 @@ RECIPES: dict[str, Entry] = {
         "bdclean.recipes.auto:Auto",
         "bdclean's own choice for what is given",
         FAMILIES,
-        "bdclean.recipes.auto:Auto",
+        "bdclean.recipes.auto:AutoEncoder",
     ),
     "bcu": Entry(
         "bdclean.recipes.bcu:BCU",

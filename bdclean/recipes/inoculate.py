@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,18 @@ from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training import adversaries
 from bdclean.training.inversion import Detected, Outlier
+from bdclean.training.known import Known, stamped
 from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
 from bdclean.training.losses import distillation_kl, divergence
 from bdclean.training.pursuit import Pursuit
-from bdclean.training.run import Run
+from bdclean.training.run import Run, seed_for
+from bdclean.training.stamped import Stamp, look_stamped
 from bdclean.training.students import (
     Augmentation,
+    Curve,
     choose_augmentation,
     frozen,
+    keep_trained,
     recentre,
     set_batch_statistics,
     triangular,
@@ -38,7 +42,15 @@ from bdclean.training.students import (
 DRAWN = "drawn"
 """The kind of adversary beside those of `adversaries`: the most harmful of several random counterfeits."""
 HUNTED = 0.25
-"""How many images more, as a share of the batch, are seen under an inverted trigger, where there is one."""
+"""How many images more, as a share of the batch, are seen under an inverted trigger, where there is one, and under a
+known one; INSIST times as many, at INSIST times the weight, where the training goes on since one still fires."""
+INSIST = 2.0
+LOOKS = 3
+"""So often the inversion looks at a network, at most: at the suspect, and at the student each time it was trained."""
+AGAIN = 0.5
+"""Of the updates of the first training, where the student is trained again."""
+STATISTICS_PIXELS = 1 << 20
+"""Batch norm's final statistics are means over parts of 256 images, or of so many pixels but 64 images or more."""
 USUAL = 0.2
 """Up to about this share of images an adversary sends to one class of a network without a backdoor, too."""
 
@@ -51,11 +63,12 @@ class Inoculate:
     corruptions are random counterfeits of triggers, the most harmful of many such draws, small adversaries found on the
     student, and inverted triggers: where a class of the suspect is reached by an unusually small mask, or by unusually
     little that is added to the picture, or where stripes send most images to it, that change itself, refitted on the
-    student at each use.
+    student at each use. Before it ends it looks at the student in the same way; where a class stands out, it goes on
+    from there, twice at most. Given images that carry an inverted trigger are set aside.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
     Known limits: what it was measured with is in README. Stripes that are not along an axis, and warps, are met by
-    random draws alone. Of more than 100 classes only the 100 are inverted that random counterfeits draw images to.
+    random draws alone. Stamped images among the given ones are found only where their trigger was inverted. Of more than 100 classes only the 100 are inverted that random counterfeits draw images to.
     Triggers that only a generator makes, clean networks with few images, and more than 43 classes are untried.
 
     Kin: NNoculation (Veldanda et al. 2020), SAU (Wei et al. 2023), Neural Cleanse (Wang et al. 2019), and SFT's
@@ -119,27 +132,69 @@ class Inoculate:
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
     ) -> Cleansed:
-        images, families = unlabeled.images, self._trained_on()
+        return self.against((), suspect, arch, unlabeled, run)
+
+    def against(
+        self, known: Sequence[Known], suspect: Classifier, arch: Arch, unlabeled: ImageSet, run: Run
+    ) -> Cleansed:
+        """The same, and the stamps of `known` triggers, which `auto` may be told, are learnt to be ignored as well."""
         teacher = frozen(suspect, run)
-        augment = choose_augmentation(teacher, images, run)
-        detected = self._detected(teacher, arch, images, run)
-        found = [outlier for each in detected for outlier in each.outliers]
+        detected = self._detected(teacher, arch, unlabeled.images, run)
+        inverted, found = _findings(detected), _outliers(detected)
+        images = _unstamped(teacher, [*known, *found], unlabeled.images, run)
+        pupil = _Pupil(
+            copy.deepcopy(teacher), teacher, images, choose_augmentation(teacher, images, run), known
+        )
         steps = max(self.least_steps, math.ceil(self.epochs * len(images) / self.batch_size))
-        lesson = _Lesson(self, teacher, images, augment, found, max(1, round(0.6 * steps)), run)
-        lesson.begin()
-        curve = fit(lesson, self._state(lesson, arch, steps), run)
-        lesson.end(steps)
-        inverted = [finding for each in detected for finding in each.findings]
         stages = [
             f"detectors: {len(inverted)} findings, {len(found)} outliers" if inverted else "no inversion",
-            f"distilled for {steps} updates, {augment.describe()}",
-            *halvings(curve),
-            f"adversaries: {', '.join(lesson.adversaries())}",
+            f"distilled for {steps} updates, {pupil.augment.describe()}",
         ]
+        lesson = _Lesson(self, pupil, found, steps, run)
+        curve = self._taught(lesson, arch, run)
+        stages += [*halvings(curve), f"adversaries: {', '.join(lesson.adversaries())}"]
+        for look in range(2, LOOKS + 1 if inverted else 2):
+            within = run.under(f"look-{look}")
+            found = _outliers(self._detected(frozen(pupil.student, run), arch, images, within))
+            stages.append(f"look {look} of at most {LOOKS}, at the student: {_listed(found)}")
+            if not found:
+                break
+            again = self._taught(_Lesson(self, pupil, found, math.ceil(AGAIN * steps), within), arch, within)
+            stages += [f"distilled for {again[-1]['step']:.0f} updates more", *halvings(again)]
+            curve = _joined(curve, again)
         return Cleansed(
-            lesson.student.eval(), arch, curve, asdict(self), stages, findings=inverted,
+            pupil.student.eval(), arch, curve, asdict(self), stages, len(unlabeled) - len(images), inverted,
             pictures={caption: made for each in detected for caption, made in each.pictures.items()},
-            families=families,
+            families=self._trained_on(), trained_on=tuple(trigger.spec() for trigger in known),
+        )  # fmt: skip
+
+    def insist(
+        self, known: Sequence[Known], begun: Cleansed, suspect: Classifier, unlabeled: ImageSet, run: Run
+    ) -> Cleansed:
+        """`begun`, trained on under `known` triggers that still fire on it: more images, and a larger weight."""
+        specs = [trigger.spec() for trigger in known]
+        # other triggers are another part of the run: a resume state of theirs is not taken up
+        within = run.under(f"insist-{seed_for(*specs):x}")
+        teacher = frozen(suspect, run)
+        found = _outliers(self._detected(teacher, begun.arch, unlabeled.images, run))
+        images = _unstamped(teacher, [*known, *found], unlabeled.images, within)
+        student, augment = (
+            copy.deepcopy(begun.model).to(run.device),
+            choose_augmentation(teacher, images, run),
+        )
+        pupil = _Pupil(student, teacher, images, augment, known, INSIST)
+        steps = math.ceil(AGAIN * max(self.least_steps, self.epochs * len(images) / self.batch_size))
+        curve = self._taught(_Lesson(self, pupil, found, steps, within), begun.arch, within)
+        told = dict.fromkeys([*begun.trained_on, *specs])
+        return replace(
+            begun, model=student.eval(), curve=_joined(begun.curve, curve), trained_on=tuple(told),
+            set_aside=max(begun.set_aside, len(unlabeled) - len(images)),
+            stages=[
+                *begun.stages,
+                f"{_counted(len(known))} still fired: distilled for {steps} updates more, with {INSIST:g} times as many "
+                f"images under them, at {INSIST:g} times the weight",
+                *halvings(curve),
+            ],
         )  # fmt: skip
 
     def _trained_on(self) -> tuple[str, ...]:
@@ -156,13 +211,24 @@ class Inoculate:
             looking.append(registry.load(registry.DETECTORS, "stripes")())
         return [detector(teacher, arch, images, run) for detector in looking]
 
-    def _state(self, lesson: _Lesson, arch: Arch, steps: int) -> State:
+    def _taught(self, lesson: _Lesson, arch: Arch, run: Run) -> Curve:
+        """Trains the student of `lesson`."""
+
+        def taught() -> Curve:
+            lesson.begin()
+            curve = fit(lesson, self._state(lesson, arch), run)
+            lesson.end()
+            return curve
+
+        return keep_trained(lesson.student, "student", taught, run)
+
+    def _state(self, lesson: _Lesson, arch: Arch) -> State:
         optimiser = torch.optim.SGD(
             lesson.student.parameters(), self.floor, momentum=self.momentum, weight_decay=self.weight_decay
         )
         return State(
-            "inoculate", lesson.student, optimiser, lesson.images, None, self.batch_size, steps,
-            self._schedule(steps, lesson.settling),
+            "inoculate", lesson.student, optimiser, lesson.images, None, self.batch_size, lesson.steps,
+            self._schedule(lesson.steps, lesson.settling),
             extra=lesson.pursuit.tensors if lesson.pursuit is not None else {},
             most=self.temperature**2 * burst(arch.classes),
         )  # fmt: skip
@@ -179,6 +245,47 @@ class Inoculate:
         return rate
 
 
+def _unstamped(teacher: Classifier, stamps: Sequence[Stamp], images: Tensor, run: Run) -> Tensor:
+    """`images` without those that look stamped with one of `stamps`."""
+    aside = run.keep("stamped", lambda: look_stamped(teacher, stamps, images, run)).cpu().bool()
+    return images[~aside] if aside.any() else images
+
+
+def _findings(detected: Sequence[Detected]) -> list[dict[str, Any]]:
+    return [finding for each in detected for finding in each.findings]
+
+
+def _outliers(detected: Sequence[Detected]) -> list[Outlier]:
+    return [outlier for each in detected for outlier in each.outliers]
+
+
+def _counted(triggers: int) -> str:
+    return "1 trigger" if triggers == 1 else f"{triggers} triggers"
+
+
+def _listed(found: Sequence[Outlier]) -> str:
+    """Which classes stand out, in words."""
+    each = (f"{outlier.form.said.format(outlier.size)} for class {outlier.target}" for outlier in found)
+    return ", ".join(each) or "nothing stands out"
+
+
+def _joined(curve: Curve, more: Curve) -> Curve:
+    """A curve that goes on with another one's steps."""
+    return [*curve, *({**row, "step": row["step"] + curve[-1]["step"]} for row in more)]
+
+
+@dataclass(frozen=True)
+class _Pupil:
+    """Who learns from whom, and on what: images uint8 [n c h w]; under `known` triggers, `insisted` times as much."""
+
+    student: Classifier
+    teacher: Classifier
+    images: Tensor
+    augment: Augmentation
+    known: Sequence[Known] = ()
+    insisted: float = 1.0
+
+
 class _Lesson:
     """The step of `inoculate`: the student sees a batch clean and corrupted, and learns the answers on the clean one.
 
@@ -186,12 +293,12 @@ class _Lesson:
     """
 
     def __init__(
-        self, recipe: Inoculate, teacher: Classifier, images: Tensor, augment: Augmentation, found: Sequence[Outlier],
-        settling: int, run: Run,
-    ) -> None:  # fmt: skip
-        self.recipe, self.teacher, self.images, self.augment, self.run = recipe, teacher, images, augment, run
-        self.settling = settling
-        self.student = copy.deepcopy(teacher).requires_grad_(True)
+        self, recipe: Inoculate, pupil: _Pupil, found: Sequence[Outlier], steps: int, run: Run
+    ) -> None:
+        self.recipe, self.pupil, self.run = recipe, pupil, run
+        self.teacher, self.images, self.augment = pupil.teacher, pupil.images, pupil.augment
+        self.steps, self.settling = steps, max(1, round(0.6 * steps))
+        self.student = pupil.student.requires_grad_(True)
         self.norms = [m for m in self.student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.forward = partial(run.forward, self.student)
         self.pursuit = Pursuit(found, run.device) if found else None
@@ -204,39 +311,47 @@ class _Lesson:
         """Give batch norm the statistics of the images at hand; the student stays the same function."""
         recentre(self.student, partial(self._uncorrupted, 1))
 
-    def end(self, steps: int) -> None:
+    def end(self) -> None:
         """Give batch norm the statistics of uncorrupted images, unless it has been keeping them."""
-        if not self.recipe.settle or self.settling >= steps:
+        if not self.recipe.settle or self.settling >= self.steps:
             set_batch_statistics(self.student, self._uncorrupted)
 
     def adversaries(self) -> list[str]:
-        return [DRAWN, *self.pushed, *(["inverted"] if self.pursuit is not None else [])]
+        found = ["inverted"] if self.pursuit is not None else []
+        return [DRAWN, *self.pushed, *found, *(["known"] if self.pupil.known else [])]
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Measures]:
         if self.recipe.settle and batch.step == self.settling:
             set_batch_statistics(self.student, self._uncorrupted)
-        pixels = self.augment(batch.images, batch.generator).float() / 255
+        views = self.augment(batch.images, batch.generator)
+        pixels = views.float() / 255
         with torch.no_grad():
             answers = self.run.forward(self.teacher, pixels)
         self.student.eval()
         corrupted = self._corrupted(batch, pixels, answers)
+        if self.pupil.known:
+            told = self._counts(len(views))[2]
+            corrupted.append(
+                stamped(self.pupil.known, views[:told], batch.step, batch.generator).float() / 255
+            )
         settled = self.recipe.settle and batch.step >= self.settling
         for norm in self.norms:
             norm.train(not settled)
         return self._loss(self.forward(torch.cat([pixels, *corrupted])), answers)
 
-    def _counts(self, n: int) -> tuple[int, int]:
-        """How many of n images meet an adversary, and how many of them an inverted trigger, too.
+    def _counts(self, n: int) -> tuple[int, int, int]:
+        """How many of n images meet an adversary, and how many of them an inverted trigger and a known one, too.
 
-        Batches are shuffled: the first images meet the one, the last the other.
+        Batches are shuffled: the last images meet an inverted trigger, the first ones what else there is.
         """
         hunted = max(1, round(HUNTED * n)) if self.pursuit is not None else 0
-        return round(self.recipe.adversary_share * n), hunted
+        told = max(1, round(self.pupil.insisted * HUNTED * n)) if self.pupil.known else 0
+        return round(self.recipe.adversary_share * n), hunted, told
 
     def _corrupted(self, batch: Batch, pixels: Tensor, answers: Tensor) -> list[Tensor]:
         """All of `pixels` under an adversary or a random corruption; then the last ones under an inverted trigger."""
         n, found = len(pixels), []
-        foes, hunted = self._counts(n)
+        foes, hunted, _ = self._counts(n)
         if foes:
             found.append(self._attacked(batch, pixels[:foes], answers[:foes].softmax(1)))
         if foes < n:
@@ -256,18 +371,20 @@ class _Lesson:
         return adversaries.attack(kind, self.forward, pixels, probabilities, generator, steps)
 
     def _loss(self, logits: Tensor, answers: Tensor) -> tuple[Tensor, Measures]:
-        """`logits` of the clean images, of the corrupted ones, and of those under an inverted trigger."""
+        """`logits` of the clean images, of the corrupted ones, and of those under an inverted and a known trigger."""
         n, recipe = len(answers), self.recipe
-        foes, hunted = self._counts(n)
+        foes, hunted, told = self._counts(n)
         clean, corrupted = logits[:n], logits[n:].float()
-        aims = torch.cat([answers, answers[n - hunted :]]).float()
+        aims = torch.cat([answers, answers[n - hunted :], answers[:told]]).float()
         loss = recipe.temperature**2 * distillation_kl(clean, answers, recipe.temperature)
         gone = corrupted.detach().softmax(1) - aims.softmax(1)
-        weights = torch.full((n + hunted,), recipe.corrupted_weight, device=logits.device)
+        weights = torch.full((len(aims),), recipe.corrupted_weight, device=logits.device)
         measures: dict[str, Tensor | float] = {}
         if hunted:
-            share = (gone[n:].mean(0).max() / USUAL).clamp(0, 1)
-            weights[n:] += (recipe.inverted_weight - recipe.corrupted_weight) * share
+            under = slice(n, n + hunted)
+            share = (gone[under].mean(0).max() / USUAL).clamp(0, 1)
+            weights[under] += (recipe.inverted_weight - recipe.corrupted_weight) * share
+        weights[n + hunted :] = self.pupil.insisted * recipe.inverted_weight
         if foes:
             sent = gone[:foes].mean(0).max()
             share = ((sent - USUAL) / (1 - USUAL)).clamp_min(0)

@@ -133,7 +133,7 @@ def uncrowded(teacher: Classifier, images: Tensor, run: Run) -> Tensor:
         near[first], near[second] = crowding(features[first], features[second])
         return near >= CROWDED
 
-    kept = run.keep("uncrowded", made).cpu()
+    kept = run.keep("uncrowded", made).cpu().bool()
     return kept if float(kept.double().mean()) >= 1 - MOST else everything
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from bdclean.data.imageset import ImageSet
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
+from bdclean.training.known import Known
 from bdclean.training.run import Run
 
 
@@ -29,6 +31,8 @@ class Cleansed:
     """Fields of `record.Finding`, for what the recipe saw of a backdoor on its way."""
     families: tuple[str, ...] = ()
     """Corruption families that it was trained on: rows of their triggers are marked `seen_family`."""
+    trained_on: tuple[str, ...] = ()
+    """SPECs of triggers that it was told and trained on: their rows are marked `trained_on`."""
     pictures: dict[str, Tensor] = field(default_factory=dict)
     """Caption -> float [c h w] in [0, 1]: what the recipe made on its way, such as inverted masks; never an image."""
 
@@ -45,3 +49,18 @@ class Recipe(Protocol):
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
     ) -> Cleansed: ...
+
+
+@runtime_checkable
+class Informed(Recipe, Protocol):
+    """What only `auto` is: a recipe that may be told the triggers that fired on the suspect in this very run."""
+
+    def unlearn(
+        self, known: Sequence[Known], suspect: Classifier, arch: Arch, unlabeled: ImageSet, run: Run
+    ) -> Cleansed:
+        """As a recipe is called, with the triggers that are `known` to fire on the suspect, which may be none."""
+
+    def insist(
+        self, known: Sequence[Known], begun: Cleansed, suspect: Classifier, unlabeled: ImageSet, run: Run
+    ) -> Cleansed:
+        """Goes on from what `unlearn` left, where `known` triggers fire on it, with stronger settings."""

@@ -54,6 +54,16 @@ def _wilson_low(value: float, n: int) -> float:
     return (value + Z * Z / (2 * n) - spread) / (1 + Z * Z / n)
 
 
+def fired(row: TriggerRow, threshold: float) -> bool:
+    """Whether a row fails, or would with more images: it reaches the threshold and is far above its controls.
+
+    A rate that its controls reach as well is no sign of a backdoor: blended pictures move networks without one, too.
+    """
+    if row.outcome == INCONCLUSIVE:
+        return any(b.control is not None and stands_out(b, threshold) for b in row.bounds)
+    return row.outcome == FAILS
+
+
 def fails_at(row: TriggerRow, threshold: float, own: float | None) -> bool:
     """Whether a row fails by `threshold`, where `own` is that of its run, which its outcome is by."""
     if row.outcome == FAILS or threshold == own:

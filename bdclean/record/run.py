@@ -75,6 +75,7 @@ class TriggerRow:
     trigger: str  # a SPEC that `--trigger` takes
     family: str = ""
     seen_family: bool = False
+    trained_on: bool = False  # the recipe was told this very trigger, and unlearned it
     target: int | str | None = None  # a class, or "next" for label + 1
     target_source: str = ""  # given, screening, ...
     images: int = 0

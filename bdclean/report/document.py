@@ -264,13 +264,14 @@ def _still(record: RunRecord, said: str) -> str:
     base, names = "", record.class_names()
     if now.base_rate is not None:
         base = f", {wording.rate(now.base_rate)} % without it"
+    told = ", which the recipe trained on," if now.trained_on else ""
     source = headline(worst)[1]
     left = of_source(now, source)
     if source is None or left is None:
         moved = f"{wording.rate(now.asr)} % of images"
     else:
         moved, base = f"{wording.rate(left)} % of the images of {wording.label(source, names)}", ""
-    return f"{said}; {now.trigger} sends {moved} to {wording.label(now.target, names)}{base}"
+    return f"{said}; {now.trigger}{told} sends {moved} to {wording.label(now.target, names)}{base}"
 
 
 # --- parts of a page ----------------------------------------------------------------------------------------

@@ -40,31 +40,47 @@ class Table:
 
 
 def worst_row(rows: Iterable[TriggerRow]) -> TriggerRow | None:
-    """Returns the row that matters most: by its outcome, unseen families first, then by its rate."""
+    """Returns the row that matters most: by its outcome, what a recipe knew least of first, then by its rate."""
     measured = [row for row in rows if row.outcome != NOT_MEASURED and row.asr.value is not None]
     if not measured:
         return None
     return max(
         measured,
-        key=lambda r: (-ORDER.get(r.outcome, 4), not r.seen_family, r.asr.value or 0.0, worst_source_rate(r)),
+        key=lambda r: (-ORDER.get(r.outcome, 4), -knowledge(r), r.asr.value or 0.0, worst_source_rate(r)),
     )
+
+
+UNSEEN, SEEN, UNLEARNED = range(3)
+"""How much a recipe knew of a row's trigger: nothing, its family, or the trigger itself."""
+
+
+def knowledge(row: TriggerRow) -> int:
+    """Returns what a recipe knew of the trigger of `row`: UNSEEN, SEEN or UNLEARNED."""
+    return UNLEARNED if row.trained_on else SEEN if row.seen_family else UNSEEN
+
+
+TITLES = (
+    "Triggers of families that the recipe did not train on",
+    "Triggers of families that the recipe trained on",
+    "Triggers that the recipe was told, and trained on",
+)
+
+
+def apart(record: RunRecord) -> list[tuple[str, list[TriggerRow]]]:
+    """Returns the rows that the verdict hangs on under titles, by how much a recipe knew of them, the least first."""
+    rows = record.rows()
+    if not (record.recipe and record.recipe.families) and not any(map(knowledge, rows)):
+        return [("Triggers", rows)]
+    return [(title, [row for row in rows if knowledge(row) == known]) for known, title in enumerate(TITLES)]
 
 
 def tables(record: RunRecord) -> list[Table]:
     """Returns the tables of one run; those without rows are for the caller to leave out."""
     found, names = [_measures(record)], record.class_names()
     if record.before is not None and record.after is not None:
-        families = record.recipe.families if record.recipe else []
-        found += _pairs(record.before, record.after, families, names)
+        found += [_pairs(title, record.before, rows, names) for title, rows in apart(record)]
     else:
-        rows = record.rows()
-        seen = [row for row in rows if row.seen_family]
-        unseen = [row for row in rows if not row.seen_family]
-        title = "Triggers of families that the recipe did not train on" if seen else "Triggers"
-        found += [
-            _triggers(title, unseen, names),
-            _triggers("Triggers of families that the recipe trained on", seen, names),
-        ]
+        found += [_triggers(title, rows, names) for title, rows in apart(record)]
     found.append(_probes(record.rows(), "Other probes", names))
     if record.output is not None and record.output.new_head is not None and record.before is not None:
         found.append(_probes(record.before.triggers, "Other probes on the suspect", names))
@@ -182,45 +198,38 @@ def _probes(rows: Sequence[TriggerRow], title: str, names: Sequence[str] | None)
     return without_empty(Table(title, columns, cells, note, whole_calm=True))
 
 
-def _pairs(before: Side, after: Side, families: Sequence[str], names: Sequence[str] | None) -> list[Table]:
-    tables = []
-    for seen in (False, True):
-        trained = "trained on" if seen else "did not train on"
-        rows, brief, calm = [], [], []
-        paired = [(row, same(before.triggers, row)) for row in after.triggers if row.seen_family == seen]
-        for row, old in sorted(paired, key=lambda pair: paired_rank(*pair)):
-            calm.append(row.outcome == PASSES and (old is None or old.outcome == PASSES))
-            was = "" if old is None else f"{wording.percent(old.asr.value)} -> "
-            brief.append(
-                f"to {wording.label(row.target, names)}, {_brief(row, f'{was}{wording.rate(row.asr)}')}"
-            )
-            rows.append(
-                [
-                    row.trigger,
-                    wording.label(row.target, names),
-                    wording.rate(old.asr if old else None),
-                    wording.rate(row.asr),
-                    wording.rate(row.change),
-                    wording.rate(row.base_rate),
-                    _controls(row),
-                    wording.rate(old.robust_accuracy if old else None),
-                    wording.rate(row.robust_accuracy),
-                    f"{old.outcome if old else NOT_MEASURED} -> {row.outcome}",
-                ]
-            )
-        columns = [
-            "trigger",
-            "target",
-            "ASR % before",
-            "ASR % after",
-            "change",
-            "base % after",
-            "controls % after",
-        ]
-        columns += ["robust % before", "robust % after", "outcome"]
-        title = f"Triggers of families that the recipe {trained}" if families else "Triggers"
-        tables.append(without_empty(Table(title, columns, rows, "", "trigger", "outcome", brief, calm)))
-    return tables
+def _pairs(title: str, before: Side, after: Sequence[TriggerRow], names: Sequence[str] | None) -> Table:
+    rows, brief, calm = [], [], []
+    paired = [(row, same(before.triggers, row)) for row in after]
+    for row, old in sorted(paired, key=lambda pair: paired_rank(*pair)):
+        calm.append(row.outcome == PASSES and (old is None or old.outcome == PASSES))
+        was = "" if old is None else f"{wording.percent(old.asr.value)} -> "
+        brief.append(f"to {wording.label(row.target, names)}, {_brief(row, f'{was}{wording.rate(row.asr)}')}")
+        rows.append(
+            [
+                row.trigger,
+                wording.label(row.target, names),
+                wording.rate(old.asr if old else None),
+                wording.rate(row.asr),
+                wording.rate(row.change),
+                wording.rate(row.base_rate),
+                _controls(row),
+                wording.rate(old.robust_accuracy if old else None),
+                wording.rate(row.robust_accuracy),
+                f"{old.outcome if old else NOT_MEASURED} -> {row.outcome}",
+            ]
+        )
+    columns = [
+        "trigger",
+        "target",
+        "ASR % before",
+        "ASR % after",
+        "change",
+        "base % after",
+        "controls % after",
+    ]
+    columns += ["robust % before", "robust % after", "outcome"]
+    return without_empty(Table(title, columns, rows, "", "trigger", "outcome", brief, calm))
 
 
 def matrix(records: Sequence[RunRecord]) -> Table:
@@ -234,18 +243,19 @@ def matrix(records: Sequence[RunRecord]) -> Table:
             sides.append((f"#{number}{after}", by_trigger(record.rows())))
     names = list(dict.fromkeys(name for _, rows in sides for name in rows))
     chosen = [n for n in names if any(n in rows and rows[n].outcome != PASSES for _, rows in sides)]
-    seen = {row.trigger for _, rows in sides for row in rows.values() if row.seen_family}
-    chosen.sort(key=lambda name: name in seen)
+    known = {name: max(knowledge(rows[name]) for _, rows in sides if name in rows) for name in chosen}
+    chosen.sort(key=known.__getitem__)
     cells = [
         [
             name,
-            "seen" if name in seen else "",
+            ("", "seen", "unlearned")[known[name]],
             *(wording.rate(headline(rows[name])[0] if name in rows else None) for _, rows in sides),
         ]
         for name in chosen
     ]
     note = (
-        "ASR in percent. Triggers that pass in every run are left out. Seen: a recipe trained on this family."
+        "ASR in percent. Triggers that pass in every run are left out. Seen: a recipe trained on this family; "
+        "unlearned: on this very trigger."
     )
     brief = [
         ", ".join(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from bdclean import __version__, registry
 from bdclean.errors import Refused, UsageError, attach
@@ -23,10 +21,12 @@ from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.checkpoint.new_head import with_new_head
 from bdclean.networks.classifier import Classifier
 from bdclean.progress import Tell
-from bdclean.recipes.recipe import Cleansed, Recipe
+from bdclean.recipes.recipe import Cleansed, Informed, Recipe
 from bdclean.record import gate
+from bdclean.record.rule import fired
 from bdclean.record.run import (
     BACKDOORED,
+    FAILS,
     NOT_ASSESSED,
     SUSPICIOUS,
     CheckpointEntry,
@@ -42,6 +42,7 @@ from bdclean.runs.folders import check_folder, copy_descriptions, discard, weigh
 from bdclean.runs.images import at_own_size, keep_plausible_labels, new_classes, understand_labeled
 from bdclean.runs.options import Inputs
 from bdclean.runs.places import default_output, is_folder, resume_state
+from bdclean.runs.resuming import hold_known, open_run
 from bdclean.runs.split import Images, open_images
 from bdclean.runs.suspect import (
     Suspect,
@@ -51,8 +52,7 @@ from bdclean.runs.suspect import (
     resolve_device,
 )
 from bdclean.runs.trials import after_writing, open_trial
-from bdclean.training.resume import Saved
-from bdclean.training.run import Precision, Run, probe_precision
+from bdclean.training.run import Run
 from bdclean.triggers.bank import make_triggers
 from bdclean.triggers.stamping import Trigger
 
@@ -111,10 +111,17 @@ def cleanse(
             )
         classifier, run = repair.open_run(recipe, method, trained, images, place, resume)
         found = repair.measure_before(before, made)
-        cleansed = repair.run(recipe, method, classifier, trained, images, run)
+        known = repair.fired(found, made) if isinstance(method, Informed) else []
+        hold_known(run, known)
+        cleansed = repair.run(recipe, method, classifier, trained, images, known, run)
         repair.write(cleansed, recipe, trained, before, usual, place, force)
         after = repair.open_written(place, trained, before)
-        rows = repair.measure_after(after, made, found, cleansed.families)
+        rows = repair.measure_after(after, made, found, cleansed)
+        if isinstance(method, Informed) and (still := _failing(rows[1], made)):
+            cleansed = repair.insist(recipe, method, trained, images, still, cleansed, run)
+            repair.write(cleansed, recipe, trained, before, usual, place, force)
+            after = repair.open_written(place, trained, before)
+            rows = repair.measure_after(after, made, found, cleansed)
         return repair.conclude(before, after, made, *rows, cleansed)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, repair.record)
@@ -259,6 +266,11 @@ class _Repair:
         self._note(before=Side(told, clean_measures(before, known), known))
         return measured
 
+    def fired(self, found: Sequence[Measured], made: Sequence[Trigger]) -> list[Trigger]:
+        """Those of `made` that fire on the suspect."""
+        rates = {each.row.trigger for each in found if fired(each.row, self.threshold)}
+        return [trigger for trigger in made if trigger.spec() in rates]
+
     def open_run(
         self, recipe: str, method: Recipe, suspect: Suspect, images: Images, place: Path, resume: bool
     ) -> tuple[Classifier, Run]:
@@ -275,10 +287,26 @@ class _Repair:
         classifier: Classifier,
         suspect: Suspect,
         images: Images,
+        known: Sequence[Trigger],
         run: Run,
     ) -> Cleansed:
-        """What the recipe makes of the suspect."""
-        cleansed = method(classifier, suspect.arch, images.unlabeled, images.labeled, run)
+        """What the recipe makes of the suspect; an informed one is told the triggers that are `known`."""
+        if isinstance(method, Informed):
+            cleansed = method.unlearn(known, classifier, suspect.arch, images.unlabeled, run)
+        else:
+            cleansed = method(classifier, suspect.arch, images.unlabeled, images.labeled, run)
+        return self._made(recipe, method, cleansed)
+
+    def insist(
+        self, recipe: str, method: Informed, suspect: Suspect, images: Images, still: Sequence[Trigger],
+        begun: Cleansed, run: Run,
+    ) -> Cleansed:  # fmt: skip
+        """What the recipe makes of the network that was written, on which triggers are `still` firing."""
+        classifier = suspect.classifier(suspect.choices[0])
+        return self._made(recipe, method, method.insist(still, begun, classifier, images.unlabeled, run))
+
+    def _made(self, recipe: str, method: Recipe, cleansed: Cleansed) -> Cleansed:
+        """`cleansed`, with what it says of itself in the record."""
         self._note(
             curve=cleansed.curve,
             findings=[Finding(**found, seen_on="suspect") for found in cleansed.findings],
@@ -328,7 +356,7 @@ class _Repair:
             ) from None
 
     def measure_after(
-        self, after: Trial, made: Sequence[Trigger], found: Sequence[Measured], families: Sequence[str]
+        self, after: Trial, made: Sequence[Trigger], found: Sequence[Measured], cleansed: Cleansed
     ) -> tuple[list[TriggerRow], list[TriggerRow]]:
         """The rows of the suspect and those of the output, towards the same targets."""
         fixed: dict[str, Target] = {
@@ -337,7 +365,7 @@ class _Repair:
             if each.row.target is not None and each.row.target_source != SCREENED_OUT
         }
         pairs = [each.row for each in found], pair(found, self._measure("after", after, made, fixed))
-        old, new = ([replace(row, seen_family=row.family in families) for row in side] for side in pairs)
+        old, new = ([_marked(row, cleansed) for row in side] for side in pairs)
         return old, new
 
     def conclude(
@@ -376,33 +404,14 @@ class _Repair:
         return self.record
 
 
-def open_run(
-    classifier: Classifier, suspect: Suspect, images: Images, recipe: str, method: Recipe, out: Path, resume: bool,
-    inputs: Inputs, tell: Tell,
-) -> Run:  # fmt: skip
-    """The run with its resume state: what is there is opened with `resume`, else the state starts anew."""
-    settings: dict[str, Any] = asdict(method)  # type: ignore[call-overload]
-    arguments = {
-        "source_sha256": suspect.checkpoint.sha256,
-        "recipe": recipe,
-        "settings": {key: repr(value) for key, value in settings.items()},
-        "data": images.unlabeled.digest,
-        "labeled": images.labeled.digest if images.labeled is not None else None,
-        "seed": inputs.seed,
-        "precision": inputs.precision,
-        "device": str(suspect.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "bdclean": __version__,
-        "preprocess": classifier.preprocess.spec(),
-        "architecture": suspect.arch.name,
-        "new_head": suspect.new_head.classes if suspect.new_head is not None else None,
-    }
-    saved = Saved(resume_state(out), arguments)
-    if resume and saved.open():
-        precision = Precision.parse(str(saved.notes.get("precision")))
-    else:
-        # timing decides, so what was decided belongs to the state: a resumed run must not decide anew
-        precision = probe_precision(classifier, images.unlabeled.images, suspect.device, inputs.precision)
-        saved.notes["precision"] = precision.name
-    return Run(suspect.device, precision, inputs.seed, tell, saved)
+def _marked(row: TriggerRow, cleansed: Cleansed) -> TriggerRow:
+    """`row` with what the recipe knew of its trigger."""
+    return replace(
+        row, seen_family=row.family in cleansed.families, trained_on=row.trigger in cleansed.trained_on
+    )
+
+
+def _failing(rows: Sequence[TriggerRow], made: Sequence[Trigger]) -> list[Trigger]:
+    """Those of `made` with a row that fails."""
+    failing = {row.trigger for row in rows if row.outcome == FAILS}
+    return [trigger for trigger in made if trigger.spec() in failing]

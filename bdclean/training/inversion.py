@@ -285,6 +285,11 @@ class Outlier:
     size: float
     limit: float
 
+    def __call__(self, images: Tensor) -> Tensor:
+        """`images` uint8 [n c h w] under it, on the CPU."""
+        pixels = images.to(self.parameters.device).float() / 255
+        return (255 * self.form.stamp(self.parameters[None], pixels)[0]).round().to(torch.uint8).cpu()
+
 
 @dataclass
 class Detected:

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -99,6 +99,7 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
     Raises Refused where that does not help or the memory is too small, and Interrupted after SIGINT, SIGTERM or SIGHUP
     with the state saved.
     """
+    state = replace(state, stage=run.within + state.stage)
     course = _Course(state, run)
     if run.device.type == "cpu":
         keep_freed_memory()

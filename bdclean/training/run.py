@@ -7,7 +7,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,10 +58,17 @@ class Run:
     seed: int
     tell: Tell = quiet
     saved: Saved | None = None
+    within: str = ""
+    """Stands before the names of stages, generators and kept tensors, so that a part can be done again."""
+
+    def under(self, name: str) -> Run:
+        """The same run for a part of it that does again, under another `name`, what was done before."""
+        return replace(self, within=f"{self.within}{name}-")
 
     def generator(self, *parts: object) -> torch.Generator:
         """A generator on the run's device, seeded with the run's seed and `parts`."""
-        return torch.Generator(self.device).manual_seed(seed_for(self.seed, *parts))
+        within = (self.within,) if self.within else ()
+        return torch.Generator(self.device).manual_seed(seed_for(self.seed, *within, *parts))
 
     def forward(self, model: nn.Module, pixels: Tensor) -> Tensor:
         """Logits of `model` on float `pixels` [n c h w], in the run's precision and memory layout."""
@@ -72,6 +79,7 @@ class Run:
         """The tensor of that name from the resume state, else `make()`, kept in the resume state from now on."""
         if self.saved is None:
             return make()
+        name = self.within + name
         if name not in self.saved.kept:
             self.saved.kept[name] = make().detach()
         return self.saved.kept[name].to(self.device)

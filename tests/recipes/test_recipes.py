@@ -22,13 +22,18 @@ from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.families.token_transformer import Form, TokenTransformer
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.stages import describe
+from bdclean.recipes import auto, inoculate
 from bdclean.recipes.bcu import by_depth, reinitialise
+from bdclean.recipes.inoculate import Inoculate
+from bdclean.recipes.recipe import Informed
 from bdclean.training import adversaries
 from bdclean.training.encoder_lesson import EncoderLesson, Terms
 from bdclean.training.map_losses import attention, scaled_attention
 from bdclean.training.resume import Saved
 from bdclean.training.run import Precision, Run
 from bdclean.training.students import set_batch_statistics
+from bdclean.triggers.badnets import BadNets
+from bdclean.triggers.sig import SIG
 
 CPU = torch.device("cpu")
 QUICK = {
@@ -447,8 +452,24 @@ def test_families_that_are_left_out_are_not_trained_on(suspect, arch, images, mo
     kept = ("blend", "tone", "quantise", "blur")
     assert cleansed.families == kept and drawn == set(kept)
     assert cleansed.stages[0] == "no inversion" and cleansed.stages[-1] == "adversaries: drawn"
+    assert not cleansed.trained_on
     assert not cleansed.findings
     assert set(adversaries.FAMILY.values()) <= set(corruptions.OF_FAMILY)
+
+
+def stopped_and_resumed(recipe, place, suspect, arch, images, folder):
+    """What `recipe` makes when it is interrupted at `place`, a stage and a step, and resumed."""
+
+    def stop(stage, done, total, **measures):
+        if (stage, done) == place:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    state, arguments = folder / "s.safetensors", {"recipe": "inoculate"}
+    with pytest.raises(Interrupted, match=f"step {place[1]} of"):
+        recipe(suspect, arch, images, None, Run(CPU, Precision(), 0, stop, Saved(state, arguments)))
+    saved = Saved(state, arguments)
+    saved.open()
+    return recipe(suspect, arch, images, None, Run(CPU, Precision(), 0, saved=saved))
 
 
 def test_inverted_triggers_are_worked_against_and_resumed(suspect, arch, images, monkeypatch, tmp_path):
@@ -459,19 +480,15 @@ def test_inverted_triggers_are_worked_against_and_resumed(suspect, arch, images,
     recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), settings)
     whole = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
     assert [f["verdict"] for f in whole.findings] == ["outlier"] * 3 + ["no-outlier"]
-    assert whole.stages[-1].endswith("warp, inverted") and len(whole.pictures) == 3
-
-    def stop(stage, done, total, **measures):
-        if (stage, done) == ("inoculate", 5):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    state, arguments = tmp_path / "s.safetensors", {"recipe": "inoculate"}
-    with pytest.raises(Interrupted, match="step 5 of 8"):
-        recipe(suspect, arch, images, None, Run(CPU, Precision(), 0, stop, Saved(state, arguments)))
-    saved = Saved(state, arguments)
-    saved.open()
-    resumed = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0, saved=saved))
-    assert same(tensors(resumed.model), tensors(whole.model))
+    assert whole.stages[2].endswith("warp, inverted") and len(whole.pictures) == 3
+    # the student is looked at in the same way, and trained again where a class stands out, up to a limit
+    looks = [stage.partition(":")[0] for stage in whole.stages if stage.startswith("look")]
+    assert looks == ["look 2 of at most 3, at the student", "look 3 of at most 3, at the student"]
+    assert whole.stages[-1] == "distilled for 4 updates more" and whole.curve[-1]["step"] == 8 + 4 + 4
+    resumed = stopped_and_resumed(recipe, ("inoculate", 5), suspect, arch, images, tmp_path)
+    assert same(tensors(resumed.model), tensors(whole.model)) and resumed.stages == whole.stages
+    resumed = stopped_and_resumed(recipe, ("look-2-inoculate", 2), suspect, arch, images, tmp_path)
+    assert same(tensors(resumed.model), tensors(whole.model)) and resumed.curve == whole.curve
     without = registry.configure(type(recipe), settings | {"inversion_steps": "0"})
     alone = without(suspect, arch, images, None, Run(CPU, Precision(), 0))
     assert not same(tensors(alone.model), tensors(whole.model)) and not alone.findings
@@ -513,6 +530,47 @@ def test_of_too_many_classes_those_are_inverted_that_counterfeits_draw_to(suspec
 def test_auto_is_inoculate():
     auto, chosen = registry.load(registry.RECIPES, "auto"), registry.load(registry.RECIPES, "inoculate")
     assert auto.families == chosen.families and auto.needs_labels is False
+
+
+def test_only_auto_for_classifiers_may_be_told_triggers():
+    told = [
+        (name, kind)
+        for name, entry in registry.RECIPES.items()
+        for kind in ("classifier", "encoder")
+        if registry.path_for(entry, kind)
+        and isinstance(registry.load_for(registry.RECIPES, name, kind)(), Informed)
+    ]
+    assert told == [("auto", "classifier")]
+
+
+def test_triggers_that_auto_is_told_are_trained_under_and_insisted_on(suspect, arch, images, monkeypatch):
+    quick = registry.configure(Inoculate, QUICK["inoculate"] | {"inversion_steps": "0", "least_steps": "4"})
+    monkeypatch.setattr(auto, "Inoculate", lambda: quick)
+    patch, wave, run = BadNets(4, "center", "white"), SIG(40, 6), Run(CPU, Precision(), 0)
+    untold = auto.Auto()(suspect, arch, images, None, run)
+    told = auto.Auto().unlearn([patch], suspect, arch, images, run)
+    assert not untold.trained_on and told.trained_on == (patch.spec(),)
+    assert told.stages[0] == "auto chose inoculate" and told.stages[-1].endswith("warp, known")
+    assert not same(tensors(untold.model), tensors(told.model))
+    kept = tensors(told.model)
+    again = auto.Auto().insist([wave], told, suspect, images, run)
+    assert same(kept, tensors(told.model)) and not same(kept, tensors(again.model))
+    assert again.trained_on == (patch.spec(), wave.spec()) and again.curve[-1]["step"] == 4 + 2
+    assert again.stages[-1].startswith("1 trigger still fired: distilled for 2 updates more, with 2 times as")
+
+
+def test_images_that_carry_a_trigger_that_auto_is_told_are_set_aside(suspect, arch, images, monkeypatch):
+    quick = registry.configure(Inoculate, QUICK["inoculate"] | {"inversion_steps": "0"})
+    seen = []
+
+    def look(model, stamps, pixels, run):
+        seen.append(list(stamps))
+        return torch.arange(len(pixels)) < 7
+
+    monkeypatch.setattr(inoculate, "look_stamped", look)
+    patch = BadNets(4, "center", "white")
+    assert quick.against([patch], suspect, arch, images, Run(CPU, Precision(), 0)).set_aside == 7
+    assert seen == [[patch]]
 
 
 RATIOS = (0.01, 0.01, 0.03, 0.09, 0.27)

@@ -35,6 +35,7 @@ def full():
         "badnets:size=3",
         "patch",
         True,
+        True,
         0,
         "screening",
         500,

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from bdclean.record import gate
-from bdclean.record.rule import decisive, fails, fails_at, judge
+from bdclean.record.rule import decisive, fails, fails_at, fired, judge
 from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, Bound, Rate, RunRecord, TriggerRow
 from bdclean.report.rows import evidence
 
@@ -49,6 +49,21 @@ def test_the_gate_and_the_run_judge_by_one_rule():
         record = RunRecord("scan", threshold=0.2, triggers=[judged], verdict="no-evidence")
         reached, _ = gate.parse(["asr>=0.1"]).check(record)
         assert bool(reached) == (judge(judged.bounds, judged.high, 0.1)[0] == FAILS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, True),  # too few images, and yet far above its controls
+        ({"bounds": [replace(WHOLE, control=0.45)]}, False),  # its controls do the same
+        ({"bounds": [replace(WHOLE, control=None)]}, False),
+        ({"bounds": [replace(WHOLE, value=0.15)]}, False),
+        ({"outcome": FAILS, "bounds": []}, True),
+        ({"outcome": PASSES}, False),
+    ],
+)
+def test_what_fired_fails_or_would_with_more_images(changed, expected):
+    assert fired(row(**changed), 0.2) is expected
 
 
 def test_records_of_earlier_versions_are_judged_by_what_they_show():

@@ -94,12 +94,13 @@ def rate(value, n=500):
     return Rate(value, n, max(0.0, value - 0.02), min(1.0, value + 0.02))
 
 
-def row(trigger, value, outcome, seen=False, **more):
+def row(trigger, value, outcome, seen=False, told=False, **more):
     controls = {"median": 0.02, "highest": 0.04, "count": 19}
     return TriggerRow(
         trigger,
         "patch",
         seen,
+        told,
         0,
         "screening",
         500,
@@ -304,7 +305,7 @@ def test_a_cleansing_shows_both_sides_their_differences_and_unseen_families_firs
         "84.0 % 82.0\u201386.0, n 1,000 83.1 % 81.0\u201385.0, n 1,000 \u22120.9 \u22121.3 to \u22120.4"
         in text
     )
-    unseen, seen = text.index("did not train on"), text.index("Families that the recipe trained on")
+    unseen, seen = text.index("did not train on"), text.index("families that the recipe trained on")
     assert unseen < text.index("warp", unseen) < seen < text.index("badnets:size=3", seen)
     assert "loss 1 \u2192 0.02" in text and 'class="plot"' in pages["cleanse"]
 
@@ -335,6 +336,21 @@ def test_it_is_printed_on_a4_and_what_scrolls_says_so(pages):
     narrow, printed = style[style.index("@media (max-width") :].split("@media print")
     assert "size: A4" in printed and ".wide::before { content: none" in printed
     assert "scrolls sideways" in narrow
+
+
+def test_triggers_that_the_recipe_was_told_come_last_and_say_what_that_means():
+    record = cleansed()
+    record.after.triggers[0].trained_on = True
+    text = Page(render([record], "html")).words
+    unseen, told = text.index("did not train on"), text.index("the recipe was told, and trained on")
+    assert unseen < text.index("warp", unseen) < told < text.index("badnets:size=3", told)
+    assert "that they are gone says nothing of others" in text
+    record.after.triggers = record.after.triggers[:1]
+    assert "every row here is of one that it trained on" in Page(render([record], "html")).words
+    two = Page(render([record, scanned()], "html")).words
+    assert (
+        "Triggers that the recipe was told, and trained on" in two[two.index("Every trigger in every run") :]
+    )
 
 
 def test_no_evidence_is_never_called_clean_or_safe(pages):

@@ -32,11 +32,24 @@ from bdclean.report.rows import evidence
 HOSTILE = "m\x1b[31m[red]|</td>\u202e\r\nb*a*`d`\udc80.safetensors"
 
 
-def row(trigger, value, outcome, seen=False, highest=0.04):
+def row(trigger, value, outcome, seen=False, highest=0.04, told=False):
     controls = {"median": 0.02, "highest": highest, "count": 19} if outcome != "passes" else None
     rate = Rate(value, 500, max(0.0, value - 0.02), min(1.0, value + 0.02))
     return TriggerRow(
-        trigger, "patch", seen, 0, "screening", 500, rate, None, controls, None, None, outcome, "because"
+        trigger,
+        "patch",
+        seen,
+        told,
+        0,
+        "screening",
+        500,
+        rate,
+        None,
+        controls,
+        None,
+        None,
+        outcome,
+        "because",
     )
 
 
@@ -118,6 +131,38 @@ def test_a_cleansing_shows_before_and_after_and_unseen_families_apart(form):
     assert "84.0 % (82.0-86.0, n 1000)" in shown and "83.0 % (81.0-85.0, n 1000)" in shown
     assert "98.0 (96.0-100.0, n 500)" in shown and "2.1 (0.1-4.1, n 500)" in shown
     assert "fails -> passes" in shown and "0.971" in shown and "m.clean.safetensors" in shown
+
+
+@pytest.mark.parametrize("form", ["table", "md"])
+def test_triggers_that_the_recipe_was_told_stand_apart_from_their_family(form):
+    record = cleansed()
+    record.after.triggers.append(row("badnets:size=5", 0.01, "passes", True, told=True))
+    shown = render([record], form, width=200, everything=True).replace("\\", "")
+    titles = (
+        "did not train on",
+        "families that the recipe trained on",
+        "the recipe was told, and trained on",
+    )
+    places = [shown.index(words) for words in titles]
+    assert places == sorted(places)
+    assert shown.rindex("badnets:size=5") > places[2] > shown.rindex("badnets:size=3") > places[1]
+
+
+def test_a_rate_of_a_trigger_that_the_recipe_was_told_says_so_at_the_head():
+    record = cleansed()
+    for side in (record.before, record.after):
+        side.triggers = [row("badnets:size=3", 0.98 if side is record.before else 0.02, "fails", told=True)]
+    record.after.triggers[0].outcome = "passes"
+    assert "badnets:size=3, which the recipe trained on, sends 2.0" in render([record], "table", width=300)
+
+
+def test_in_a_comparison_it_says_how_much_a_recipe_knew():
+    record = cleansed()
+    record.before.triggers.append(row("badnets:size=5", 0.97, "fails", True))
+    record.after.triggers.append(row("badnets:size=5", 0.01, "passes", True, told=True))
+    lines = [line.split("|") for line in render([record, scanned()], "md").replace("\\", "").splitlines()]
+    known = {cells[1].strip(): cells[2].strip() for cells in reversed(lines) if len(cells) > 4}
+    assert (known["badnets:size=5"], known["badnets:size=3"], known["sig"]) == ("unlearned", "seen", "")
 
 
 @pytest.mark.parametrize("form", ["table", "md"])

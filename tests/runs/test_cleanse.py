@@ -1,6 +1,8 @@
 """The use case behind `cleanse`, on a shipped model."""
 
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +13,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bdclean.data.loading import load_images
-from bdclean.errors import Refused, UsageError
+from bdclean.errors import Interrupted, Refused, UsageError
 from bdclean.networks.ambiguity.choosing import Choice
 from bdclean.networks.ambiguity.variant import Reading
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.progress import quiet
+from bdclean.recipes import auto
+from bdclean.recipes.inoculate import Inoculate
 from bdclean.runs import suspect
 from bdclean.runs.cleanse import cleanse
 from bdclean.runs.images import at_own_size
@@ -46,6 +50,41 @@ def test_a_destroyed_network_is_never_handed_over_without_a_word(tmp_path):
     assert any("damaged" in warning for warning in record.warnings)
     state = tmp_path / "out.safetensors.resume.safetensors"
     assert state.exists()  # whoever writes the record deletes it: until then it can be made again
+
+
+@pytest.mark.slow
+def test_auto_unlearns_what_fired_on_the_suspect_and_goes_on_once_where_it_still_does(tmp_path, monkeypatch):
+    """With hardly any training the trigger fires on the first file that is written, and on the second."""
+    quick = Inoculate(epochs=0.1, least_steps=4, batch_size=8, inversion_steps=0, peak=1e-3)
+    monkeypatch.setattr(auto, "Inoculate", lambda: quick)
+    data = Inputs(data=SAMPLES / "images" / "unlabeled", limit=300, precision="fp32", device="cpu")
+
+    def run(name, recipe="auto", tell=quiet, **more):
+        out, specs = tmp_path / name, ("badnets:size=3", "badnets:size=3,position=top-left")
+        model = SAMPLES / "signs-badnets.safetensors"
+        return cleanse(model, data, recipe=recipe, triggers=specs, out=out, tell=tell, **more)
+
+    record = run("whole")
+    rows = {row.trigger.split(",")[1]: row for row in record.triggers}
+    told, other = rows["position=bottom-right"], rows["position=top-left"]
+    assert record.before.triggers[0].trained_on and told.trained_on and not other.trained_on
+    assert told.seen_family and told.outcome == "fails" and record.verdict == "backdoored"
+    assert "1 trigger still fired: distilled for 2 updates more" in record.recipe.stages[-1]
+    assert record.recipe.stages[-2].endswith("known") and record.curve[-1]["step"] == 4 + 2
+
+    def stop(stage, done, total, **measures):
+        if (stage.startswith("insist"), done) == (True, 1):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="step 1 of 2 of insist"):
+        run("stopped", tell=stop)
+    run("stopped", resume=True)
+    assert (tmp_path / "stopped").read_bytes() == (tmp_path / "whole").read_bytes()
+
+    few = {"epochs": "0.1", "least_steps": "4", "batch_size": "8", "inversion_steps": "0"}
+    named = run("named", recipe="inoculate", settings=few)
+    assert not any(row.trained_on for row in [*named.triggers, *named.before.triggers])
+    assert not any("known" in stage or "still fired" in stage for stage in named.recipe.stages)
 
 
 def pictures(folder: Path, seed: int, count: int = 24, prefix: str = "") -> Path:

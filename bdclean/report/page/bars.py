@@ -7,10 +7,16 @@ from dataclasses import dataclass, field
 
 from bdclean.record.run import NOT_MEASURED, PASSES, Measure, Rate, RunRecord, TriggerRow
 from bdclean.report import wording
-from bdclean.report.rows import paired_rank, same
+from bdclean.report.rows import apart, knowledge, paired_rank, same
 
 SHOWN = 12
 """Rows that pass (before and after) beyond so many of a group are folded away, whatever their number."""
+NOTES = (
+    "",
+    "It trained on counterfeits of these families, never on these triggers.",
+    "They fired on the suspect in this run, and the recipe trained on them: that they are gone says nothing of others.",
+)
+"""On the rows of each `knowledge`."""
 
 
 @dataclass
@@ -56,24 +62,15 @@ class Group:
 
 
 def groups(record: RunRecord) -> list[Group]:
-    """Returns the rows of the model that the verdict is about; rows of families that a recipe saw come apart."""
-    rows = record.rows()
-    families = record.recipe.families if record.recipe else []
+    """Returns the rows of the model that the verdict is about; those that a recipe knew more of come apart."""
     found = []
-    for seen in (False, True):
-        chosen = [row for row in rows if row.seen_family == seen]
+    for title, chosen in apart(record):
         if not chosen:
             continue
-        if not families and not any(row.seen_family for row in rows):
-            title, note = "Triggers", ""
-        elif seen:
-            title = "Families that the recipe trained on"
-            note = "It trained on counterfeits of these families, never on these triggers."
-        else:
-            title, note = "Families that the recipe did not train on", ""
+        note = NOTES[knowledge(chosen[0])]
         before = record.before.triggers if record.before is not None else []
-        chosen.sort(key=lambda row: paired_rank(row, same(before, row)))
-        bars = [_bar(record, row) for row in chosen]
+        ranked = sorted(chosen, key=lambda row: paired_rank(row, same(before, row)))
+        bars = [_bar(record, row) for row in ranked]
         first: list[Bar] = []
         folded: list[Bar] = []
         for bar in bars:

@@ -10,7 +10,7 @@ from bdclean.report import wording
 from bdclean.report.document import sentence
 from bdclean.report.page import bars, numbers, words
 from bdclean.report.page.numbers import Number
-from bdclean.report.rows import by_trigger, headline, same, worst_row
+from bdclean.report.rows import TITLES, by_trigger, headline, knowledge, same, worst_row
 
 TONES = (
     "bad",
@@ -49,7 +49,8 @@ class Grid:
     """Rates of triggers (rows) in runs (columns), for the triggers that do not pass everywhere."""
 
     columns: list[tuple[str, str]]
-    rows: list[tuple[str, bool, list[Shade]]]
+    rows: list[tuple[str, str, list[Shade]]]
+    """A trigger, the title over those that a recipe knew as much of (none where it knew nothing), and its rates."""
 
 
 def ordered(records: Sequence[RunRecord]) -> list[RunRecord]:
@@ -68,7 +69,7 @@ def lines(records: Sequence[RunRecord]) -> list[Line]:
 
 
 def grid(records: Sequence[RunRecord]) -> Grid:
-    """Returns every trigger in every run; those of families that a recipe trained on come last."""
+    """Returns every trigger in every run; those that a recipe knew most of come last."""
     columns: list[tuple[str, str]] = []
     sides: list[dict[str, TriggerRow]] = []
     for number, record in enumerate(records, 1):
@@ -79,10 +80,11 @@ def grid(records: Sequence[RunRecord]) -> Grid:
             columns.append((f"#{number}", "after" if record.before is not None else ""))
             sides.append(by_trigger(record.rows()))
     names = list(dict.fromkeys(name for rows in sides for name in rows))
-    seen = {name for rows in sides for name, row in rows.items() if row.seen_family}
     chosen = [name for name in names if any(name in rows and rows[name].outcome != PASSES for rows in sides)]
-    chosen.sort(key=lambda name: (name in seen, -max(_value(rows.get(name)) for rows in sides)))
-    return Grid(columns, [(n, n in seen, [_shade(rows.get(n)) for rows in sides]) for n in chosen])
+    known = {name: max(knowledge(rows[name]) for rows in sides if name in rows) for name in chosen}
+    chosen.sort(key=lambda name: (known[name], -max(_value(rows.get(name)) for rows in sides)))
+    titles = ("", *TITLES[1:])
+    return Grid(columns, [(n, titles[known[n]], [_shade(rows.get(n)) for rows in sides]) for n in chosen])
 
 
 def _line(record: RunRecord, number: int) -> Line:

@@ -162,7 +162,9 @@ def untested(record: RunRecord) -> list[str]:
         )
     else:
         found.append("Every trigger: none was measured.")
-    if any(row.seen_family for row in rows) and all(row.seen_family for row in rows):
+    if rows and all(row.trained_on for row in rows):
+        found.append("Triggers that the recipe was not told: every row here is of one that it trained on.")
+    elif rows and all(row.trained_on or row.seen_family for row in rows):
         found.append(
             "Triggers of kinds that the recipe did not train on: every row here is of a family that it saw."
         )

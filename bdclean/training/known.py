@@ -1,0 +1,35 @@
+"""Triggers that are known to fire on a suspect: what a student is trained under, so that it unlearns them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Known(Protocol):
+    """A trigger as a recipe may see it: stamped images, its kin, and its name. All images are uint8 [n c h w]."""
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+    def controls(
+        self, count: int, generator: torch.Generator, channels: int = 3
+    ) -> Sequence[Callable[[Tensor], Tensor]]: ...
+
+    def spec(self) -> str: ...
+
+
+def stamped(known: Sequence[Known], images: Tensor, turn: int, generator: torch.Generator) -> Tensor:
+    """`images` uint8 [n c h w]: a half under the trigger of `known` whose turn it is, a half under one of its kin.
+
+    Its kin are of the same place and strength with other content, drawn by `generator` at each call: a student that is
+    shown the trigger alone learns its content, and the same change in other colours still fires. Triggers stamp on the
+    CPU, where they are measured.
+    """
+    (turn, which), (first, second) = divmod(turn, len(known))[::-1], images.cpu().tensor_split(2)
+    seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
+    # two, since those of a patch are of one colour and of many in turn
+    kin = known[turn].controls(2, torch.Generator().manual_seed(seed), images.shape[1])[which % 2]
+    return torch.cat([known[turn](first), kin(second)]).to(images.device)
