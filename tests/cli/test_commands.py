@@ -76,7 +76,7 @@ def test_help_answers_at_once():
         ("scan m --data . --sequela x", "--sequela is not built yet"),
         ("report a.json --card README.md", "--card is not built yet"),
         ("cleanse m", "give --data"),
-        ("cleanse m --data . --recipe bcuu", "did you mean bcu?"),
+        ("cleanse m --data . --recipe bcuu", "did you mean bcu or ibau?"),
         ("cleanse m --data . --set epochs", "KEY=VALUE"),
         ("cleanse m --data . --out same.json", "both the model and its record"),
         ("cleanse m --data . --set epochs=3", "as in --recipe inoculate --set epochs=3 ("),
