@@ -76,7 +76,7 @@ def _show(console: Console, page: Page, everything: bool) -> None:
         _say(console, line)
     if page.ending:
         console.print()
-        _say_verdict(console, page.verdict, page.ending.removeprefix(f"{page.verdict}: "))
+        _say_verdict(console, page.verdict, page.ending)
     if page.command:
         console.print(Text(_shell_lines(f"next: {page.command}", console.width)), soft_wrap=True)
 
