@@ -333,7 +333,7 @@ def cleanse(
             )
 
         with alone(output):
-            for path in (output / "any" if folder else output, *states):
+            for path in states if folder else (output, *states):
                 sweep(path)
             if os.path.exists(state) and not resume:
                 warn(f"{state} of a run that was stopped is not used and will be replaced: --resume goes on.")

@@ -154,7 +154,8 @@ def _close_up(
             f"enlarged, as given and stamped: rows {rows.start} to {rows.stop - 1}, "
             f"columns {columns.start} to {columns.stop - 1}"
         )
-        both = torch.cat([images[at][:, rows, columns], stamped[at][:, rows, columns]], 2)
+        given, then = (which[at][:, rows, columns] for which in (images, stamped))
+        both = torch.cat([given, torch.full_like(given[:, :, :1], 128), then], 2)
         found.append((replace(picture, role="enlarged", caption=words), both))
     return found
 

@@ -238,10 +238,16 @@ def _reason(row: TriggerRow, bounds: Sequence[Bound], threshold: float, level: f
             f"images of class {bound.source} reach the threshold, but under a control "
             f"{100 * (bound.control or 0.0):.1f} % of them go to one class, too"
         )
+    of = f"classes other than {row.target}" if isinstance(row.target, int) else "all classes"
     if whole.low >= threshold:
-        return f"reaches the threshold, but a control reaches {100 * (whole.control or 0.0):.1f} %"
+        least = (whole.control or 0.0) + CONTROL_MARGIN
+        said = f"reaches the threshold, but a control reaches {100 * (whole.control or 0.0):.1f} %"
+        if whole.value > least and (
+            (needed := _needed(round(whole.value * whole.n), whole.n, least, level)) < MANY
+        ):
+            said += f": about {given * needed:,.0f} images of {of} would tell more"
+        return said
     if (needed := _needed(round(whole.value * whole.n), whole.n, threshold, level)) < MANY:
-        of = f"classes other than {row.target}" if isinstance(row.target, int) else "all classes"
         return (
             f"the interval reaches the threshold: about {given * needed:,.0f} images of {of} would settle it"
         )

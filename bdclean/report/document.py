@@ -10,6 +10,7 @@ from bdclean.record.run import (
     FAILS,
     INCONCLUSIVE,
     NO_EVIDENCE,
+    NOT_ASSESSED,
     NOT_MEASURED,
     PASSES,
     RAN,
@@ -56,7 +57,7 @@ class Page:
     tables: list[Table] = field(default_factory=list)
     lists: list[tuple[str, list[str]]] = field(default_factory=list)
     closing: list[str] = field(default_factory=list)
-    ending: str = ""  # the verdict again, for who has scrolled to the end
+    ending: str = ""  # what the verdict is about, said again for who has scrolled to the end
     command: str = ""  # what to type next, quoted for a POSIX shell
 
 
@@ -71,7 +72,7 @@ def page(record: RunRecord) -> Page:
         closing=[RATES, LIMITS],
     )
     found.tables = [table for table in tables(record) if table.rows]
-    found.ending = f"{found.verdict}: {_name(record)}"
+    found.ending = _ending(record)
     found.command = next_command(record)
     names = record.class_names()
     inconclusive = [why(row, names) for row in record.rows() if row.outcome == INCONCLUSIVE]
@@ -199,10 +200,12 @@ def _highest(rows: Sequence[TriggerRow]) -> str:
     return f"The highest rate is {wording.percent(worst.asr.value)} %, of {worst.trigger}; {controls}. "
 
 
-def _name(record: RunRecord) -> str:
-    """What the verdict is about: a path."""
+def _ending(record: RunRecord) -> str:
+    """What the verdict is about, a path; of a run without one with what is missing."""
     path = record.output.path if record.output is not None else record.checkpoint.path
-    return path or record.command
+    path = path or record.command
+    decided = record.outcome == RAN and record.verdict != NOT_ASSESSED
+    return path if decided else f"{path}: {sentence(record)}"
 
 
 def _limits(record: RunRecord) -> str:

@@ -20,7 +20,9 @@ def next_command(record: RunRecord) -> str:
     """
     given = options(record.argv)
     if record.command == "scan" and record.verdict in (BACKDOORED, SUSPICIOUS) and record.data is not None:
-        words = ["bdclean", "cleanse", record.checkpoint.path, "--data", record.data.path]
+        path = record.data.path
+        words = ["bdclean", "cleanse", record.checkpoint.path]
+        words += [] if ("--labeled", [path]) in given else ["--data", path]
         words += [word for name, value in given if name in CARRIED for word in (name, *value)]
     elif record.command == "cleanse" and record.output is not None:
         output = record.output.path.rstrip("/").removesuffix(".safetensors")

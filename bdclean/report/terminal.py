@@ -76,7 +76,7 @@ def _show(console: Console, page: Page, everything: bool) -> None:
         _say(console, line)
     if page.ending:
         console.print()
-        _say_verdict(console, page.verdict, page.ending.removeprefix(f"{page.verdict}: "))
+        _say_verdict(console, page.verdict, page.ending)
     if page.command:
         console.print(Text(_shell_lines(f"next: {page.command}", console.width)), soft_wrap=True)
 
@@ -127,9 +127,14 @@ def _show_table(console: Console, table: Table, everything: bool) -> None:
     left_out = len(table.rows) - len(kept)
     console.print()
     _say(console, table.title, "bold")
-    calm = "pass" if table.lead == "trigger" else "do not stand out"
+    passing = table.lead == "trigger"
     if not kept:
-        _say(console, f"none stands out: all {left_out} {calm} (-v lists them)", "dim")
+        all_calm = (
+            f"all {left_out} pass (-v lists them)"
+            if passing
+            else f"none stands out (-v lists all {left_out})"
+        )
+        _say(console, all_calm, "dim")
         return
     brief = [table.brief[k] for k in kept] if table.brief else []
     shown = replace(table, rows=[table.rows[k] for k in kept], brief=brief)
@@ -138,6 +143,7 @@ def _show_table(console: Console, table: Table, everything: bool) -> None:
     else:
         _grid(console, shown)
     if left_out:
+        calm = "pass" if passing else "do not stand out"
         _say(console, f"and {left_out} that {calm} (-v lists them)", "dim")
     if table.note:
         _say(console, table.note, "dim")

@@ -10,7 +10,7 @@ from bdclean.errors import Refused
 from bdclean.files import strictjson
 from bdclean.files.text import shown
 from bdclean.files.weights import in_folder, read_json
-from bdclean.files.writing import replace
+from bdclean.files.writing import replace, sweep
 from bdclean.networks.checkpoint.checkpoint import Checkpoint, made_from
 
 WEIGHTS = "model.safetensors"
@@ -24,7 +24,10 @@ def weights_in(place: Path, model: Path) -> Path:
 
 
 def check_folder(place: Path, checkpoint: Checkpoint, force: bool) -> None:
-    """Refuses now a folder that cannot be written, is the input, or holds what no earlier run has put there."""
+    """Refuses now a folder that cannot be written, is the input, or holds what no earlier run has put there.
+
+    What killed runs left half-written in it is deleted.
+    """
     model = checkpoint.source
     if not os.path.lexists(place):
         checkpoint.check_writable(place, force)
@@ -35,6 +38,8 @@ def check_folder(place: Path, checkpoint: Checkpoint, force: bool) -> None:
         raise Refused(f"{shown(place)} is the input: choose another --out.")
     weights = weights_in(place, model)
     ours = {weights.name, *(file.name for file in descriptions(model))}
+    for name in ours:
+        sweep(place / name)
     others = sorted(set(os.listdir(place)) - ours)
     if not force and (others or (weights.exists() and made_from(weights) != checkpoint.sha256)):
         raise Refused(

@@ -85,10 +85,10 @@ def test_a_small_patch_is_enlarged_as_given_and_stamped():
     found = pictures.strips([row], [patch], suspect)
     (enlarged,) = [p for p in found if p.role == "enlarged"]
     assert enlarged.caption == "enlarged, as given and stamped: rows 24 to 31, columns 24 to 31"
-    shown = torch.tensor(list(decoded(enlarged).tobytes())).view(8, 16, 3).permute(2, 0, 1)
+    shown = torch.tensor(list(decoded(enlarged).tobytes())).view(8, 17, 3).permute(2, 0, 1)
     original = suspect.images[enlarged.image].long()
     assert torch.equal(shown[:, :, :8], original[:, 24:, 24:])
-    assert bool((shown[:, 5:, 13:] == 255).all()) and torch.equal(shown[:, :5, 8:], original[:, 24:29, 24:])
+    assert bool((shown[:, 5:, 14:] == 255).all()) and torch.equal(shown[:, :5, 9:], original[:, 24:29, 24:])
     assert not [p for p in pictures.strips([row], [patch], bench(side=12)) if p.role == "enlarged"], "is seen"
     row = TriggerRow(NOISE.spec(), "blend", target=0, asr=Rate(1.0, 240), outcome="fails")
     assert not [p for p in pictures.strips([row], [NOISE], suspect) if p.role == "enlarged"], "is everywhere"

@@ -21,6 +21,7 @@ from bdclean.record.run import (
     NOT_ASSESSED,
     NOT_MEASURED,
     PASSES,
+    Bound,
     Rate,
     TriggerRow,
 )
@@ -188,8 +189,20 @@ def test_above_the_threshold_and_its_controls_fails_without_being_certain():
 def test_above_the_threshold_like_its_controls_is_inconclusive():
     everything = (255, *range(100, 119))
     (row,) = assess(bench(Network(to(1), everything, share=0.4), n=2000, threshold=0.2), [Patch()])
-    assert row.outcome == INCONCLUSIVE and "a control reaches 0." in row.reason
+    assert row.outcome == INCONCLUSIVE and "a control reaches " in row.reason
     assert verdict([row])[0] == NOT_ASSESSED
+
+
+def test_a_rate_that_more_images_would_part_from_its_controls_says_how_many_of_which_classes():
+    row = TriggerRow("patch", target=6, asr=Rate(0.289, 114, 0.21, 0.38), high=0.4)
+    far, near = (Bound(None, 0.289, 114, 0.201, control=control) for control in (0.105, 0.28))
+    said = rows._reason(row, [far], 0.2, 0.025, 2.0)
+    (asked,) = re.findall(
+        r"reaches 10.5 %: about ([\d,]+) images of classes other than 6 would tell more", said
+    )
+    n = int(asked.replace(",", "")) // 2
+    assert n > 114 and lower_bound(round(0.289 * n), n, 0.025) >= 0.205
+    assert "images" not in rows._reason(row, [near], 0.2, 0.025, 2.0), "it is no more than its controls"
 
 
 def test_a_survivor_that_passes_has_its_controls_beside_it():

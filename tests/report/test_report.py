@@ -180,7 +180,9 @@ def test_rows_that_do_not_stand_out_are_counted_unless_all_are_asked_for():
     assert f"and {passing} that pass (-v lists them)" in render([scanned()], "table")
     assert "-v lists" not in render([scanned()], "table", everything=True)
     quiet = scanned(rows=[row("a", 0.01, "passes")])
-    assert "none stands out: all 1 pass (-v lists them)" in render([quiet], "table")
+    quiet.findings[0].verdict = "no-outlier"
+    shown = render([quiet], "table")
+    assert "\nall 1 pass (-v lists them)\n" in shown and "\nnone stands out (-v lists all 1)\n" in shown
 
 
 def test_the_first_ten_lines_answer_what_is_asked_first():
@@ -476,15 +478,21 @@ def test_the_verdict_is_the_last_line_with_the_next_command():
     (words,) = re.findall(r"^next: (.*)", narrow, re.M | re.S)
     joined = words.replace("\\\n", "")
     assert shlex.split(joined) == shlex.split(ended[-1].removeprefix("next: "))
+    record.argv = ["bdclean", "scan", "x", "--labeled", "images"]
+    assert render([record], "table").endswith(
+        "next: bdclean cleanse 'my model.safetensors' --labeled images\n"
+    )
     repaired = render([cleansed()], "table").splitlines()
     assert repaired[-2] == "no-evidence: m.clean.safetensors"
     assert repaired[-1] == "next: bdclean report m.clean.json --out m.clean.html"
     kept = cleansed()
     kept.argv = ["bdclean", "cleanse", "m.safetensors", "--record", "runs/"]
     assert render([kept], "table").endswith("next: bdclean report runs/ --out m.clean.html\n")
-    for other in (refused(), RunRecord("scan", advice="give 400 images")):
+    unknown = RunRecord("scan", checkpoint=CheckpointEntry("x.pt"), advice="give 400 images")
+    for other in (refused(), unknown):
         assert "next:" not in render([other], "table")
-    assert render([refused()], "table").endswith("\nrefused: x.pt\n")
+    assert render([refused()], "table").endswith("\nrefused: x.pt: x.pt is a pickle.\n")
+    assert render([unknown], "table").endswith("\nnot-assessed: x.pt: give 400 images.\n")
 
 
 def test_held_out_images_are_not_those_of_a_test_set():

@@ -66,6 +66,9 @@ def test_a_folder_is_replaced_only_if_it_was_made_from_this_one(folder, tmp_path
     folders.copy_descriptions(folder, out)
     checkpoint.write(checkpoint.build(), out / "model.safetensors", {})
     folders.check_folder(out, checkpoint, force=False)
+    (out / ".model.safetensors.0123.part").write_text("of a run that was killed")
+    folders.check_folder(out, checkpoint, force=False)
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
     (out / "mine.txt").write_text("")
     with pytest.raises(Refused, match="was not made from this input"):
         folders.check_folder(out, checkpoint, force=False)

@@ -116,7 +116,7 @@ def _run(record: RunRecord, number: int) -> Run:
         curves=plots.curves(record.curve or [], f"run-{number}"),
         facts=_provenance(record),
         command=words.command(record),
-        next=laid_out.command,
+        next=laid_out.command if record.command == "scan" else "",  # of a cleansing it is this page
         findings=[(found, seen(found, of_two=record.command == "cleanse")) for found in findings(record)],
         tables=laid_out.tables,
         lists=[(title, items) for title, items in laid_out.lists if title not in ELSEWHERE],

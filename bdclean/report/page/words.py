@@ -157,7 +157,7 @@ def untested(record: RunRecord) -> list[str]:
             f" of {_counted(len(families), 'family', 'families')} ({', '.join(families)})" if families else ""
         )
         found.append(
-            f"Any trigger that is not among the {_counted(len(tried), 'one', 'ones')} here{kinds}. "
+            f"Any trigger that is not among the {len(tried)} tried here{kinds}. "
             "The attacker chose the trigger; one that was not tried is not excluded."
         )
     else:
