@@ -158,7 +158,8 @@ class _Turns:
         loss.backward()
         self.optimiser.step()
         self.victim.train().requires_grad_(True)
-        self.step += 1
+        # The victim's steps that burst it are done again; the patterns' are not undone, and stay at the last rate.
+        self.step = min(self.step + 1, self.steps - 1)
 
 
 def likeness(images: Tensor, drawn: Tensor) -> Tensor:
