@@ -26,8 +26,8 @@ class WaNet:
     by the field with a random shift of up to `noise` added to each pixel's, and leaves their labels (noise mode).
     When to use it: to train a network whose trigger nobody sees, and which takes no other warp for it.
     What it needs: a labeled training set, and to take part in the training.
-    Known limits: a warp of a quarter of a pixel is learnt late; networks of a few epochs need a larger strength, and
-    without noise mode they obey any warp.
+    Known limits: a warp of a quarter of a pixel is learnt late: networks of a few epochs need a larger strength, and
+    may then obey other fields, too. Noise mode is there to keep them from taking any warp for the trigger.
 
     The defaults are those of the authors and of BCU: k 4, strength 0.5, 10 % warped and 20 % noisy.
     """

@@ -163,7 +163,8 @@ def test_what_is_registered_is_there_and_says_what_its_entry_says(noun):
         if noun == "recipe":
             assert tuple(cls.families) == entry.families
         if noun == "attack":
-            assert cls.kind in ("poisoning", "pre-training", "encoder")
+            kinds = ("poisoning", "clean-label", "surrogate", "training", "pre-training", "encoder")
+            assert cls.kind in kinds
         found = describe(table, name)
         assert found.docstring and found.constants["name"] == name
         assert [s.name for s in found.settings] == [f.name for f in dataclasses.fields(cls)]
