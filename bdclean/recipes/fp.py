@@ -13,7 +13,7 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.finetuning import require_labels
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.fine_pruning import pruned
+from bdclean.training.fine_pruning import main_path, pruned
 from bdclean.training.loop import burst, halvings
 from bdclean.training.run import Run
 from bdclean.training.students import choose_augmentation, cosine, frozen
@@ -28,12 +28,11 @@ class FP:
     accuracy holds, and fine-tunes the rest of the network; what is taken out stays out.
     When to use it: to compare with it: most papers do.
     What it needs: labeled images, 5 % of the training set in most papers.
-    Known limits: leaves backdoors that share channels with clean images, which blended and most later ones do. In a
-    network whose last stage is a single block the last layer is its shortcut's convolution.
+    Known limits: leaves backdoors that share channels with clean images, which blended and most later ones do.
 
-    Settings are BackdoorBench's, since the authors' code for PyTorch does not exist: tolerance, rate, cosine to zero,
-    100 epochs, batch 256. Departures: see `training.fine_pruning.FinePruning`; accuracy is that on the given labeled
-    images, where BackdoorBench looks at the test set.
+    Settings are BackdoorBench's, since the authors' code is for Caffe: tolerance, rate, cosine to zero, 100 epochs,
+    batch 256. Departures: see `training.fine_pruning.FinePruning`; the last layer is never a shortcut's; accuracy is
+    that on the given labeled images, where BackdoorBench looks at the test set.
     """
 
     name: ClassVar[str] = "fp"
@@ -63,6 +62,7 @@ class FP:
         augment = choose_augmentation(student, images.images, run)
         steps = math.ceil(self.epochs * len(images) / self.batch_size)
         layers = [name for stage in arch.stages[:-1] for name in stage.modules]
+        layers = main_path(student, layers, images.images[:2].to(run.device))
         with pruned(student, layers, images, run, self.pruned, self.tolerance) as count:
             curve = train_classifier(
                 student, images, augment, steps, partial(cosine, steps=steps, peak=self.rate), run, self.name,

@@ -100,7 +100,7 @@ def cleanse(
         probed = trained = suspect
         if classes:
             probed, trained = suspect.without_head(), suspect.with_new_head(classes, inputs.seed, inputs.arch)
-        before, images = repair.open_trial(probed, images, method.needs_labels)
+        before, images = repair.open_trial(probed, images, method.needs_labels and not pseudo_labels)
         if pseudo_labels:
             images = repair.label_by_suspect(images, before)
         if method.needs_labels and images.labeled is None:

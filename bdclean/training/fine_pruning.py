@@ -93,6 +93,33 @@ def pruned(
         prune.remove(part, name)
 
 
+def main_path(model: Classifier, layers: Sequence[str], images: Tensor) -> list[str]:
+    """Those of `layers` that take what none before took, in the order in which they run.
+
+    A block's shortcut takes the block's input, as its first layer does: one of the two is left out, and whichever it
+    is, the block's last layer comes after both.
+    """
+    taken: list[tuple[str, Tensor]] = []
+
+    def note(name: str, inputs: tuple[Tensor, ...]) -> None:
+        if not any(before is inputs[0] for _, before in taken):
+            taken.append((name, inputs[0]))
+
+    handles = [
+        model.network.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: note(name, inputs)
+        )
+        for name in layers
+    ]
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name, _ in taken]
+
+
 def last_part(model: Classifier, layers: Sequence[str], images: Tensor) -> nn.Module:
     """The batch norm that runs right after the last convolution or linear layer of `layers`, or else that layer."""
     ran = in_running_order(model, images)

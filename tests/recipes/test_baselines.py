@@ -208,7 +208,7 @@ def test_clp_looks_at_no_image(suspect, images):
 
 def test_fine_pruning_leaves_the_quietest_channels_of_the_last_layer_silent(suspect, images):
     found = cleansed("fp", suspect, images)
-    last = found.model.network.layer3[0].downsample[1]
+    last = found.model.network.layer3[0].bn2
     assert int((last.weight == 0).sum()) == 5 and found.stages[0].startswith("5 channels")  # 0.3 of 16
     assert not any("_orig" in name or "_mask" in name for name in found.model.state_dict())
 

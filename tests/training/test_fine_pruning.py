@@ -9,9 +9,11 @@ from torch import nn
 from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused
 from bdclean.networks.classifier import Classifier
+from bdclean.networks.families.preact import PreActNetwork
 from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
-from bdclean.training.fine_pruning import FinePruning, activity, last_part
+from bdclean.networks.stages import describe
+from bdclean.training.fine_pruning import FinePruning, activity, last_part, main_path
 from bdclean.training.pruning import accuracy, prune_while_accurate, pruned_channels
 from bdclean.training.run import Precision, Run
 from bdclean.training.students import set_batch_statistics
@@ -53,6 +55,19 @@ def test_a_norm_that_follows_belongs_to_the_layer():
     assert last_part(plain, ["0", "1"], labeled().images) is plain.network[0]
     with pytest.raises(Refused, match="needs a convolution or a linear layer"):
         last_part(plain, ["1"], labeled().images)
+
+
+@pytest.mark.parametrize("preact", [False, True])
+def test_a_shortcut_is_not_the_last_layer(preact):
+    """Torchvision's blocks run theirs last, pre-activation ones first; both take the block's input."""
+    made, images = model(), labeled().images[:2]
+    if preact:
+        made = Classifier(PreActNetwork((1, 1, 1), (4, 4, 8), 4, 4), parse_preprocess("half"))
+    arch = describe("tiny", lambda: made.network, (3, 16, 16))
+    layers = [name for stage in arch.stages[:-1] for name in stage.modules]
+    assert layers[-1] == "layer3.0.downsample.0"
+    found = main_path(made, layers, images)
+    assert found[-1] == "layer3.0.conv2" and found[0] == "conv1" and len(found) == len(layers) - 2
 
 
 @pytest.mark.parametrize("size", [5, 256])
