@@ -77,6 +77,10 @@ RECIPES: dict[str, Entry] = {
         FAMILIES,
         "bdclean.recipes.inoculate_encoder:InoculateEncoder",
     ),
+    "lmr": Entry(
+        "bdclean.recipes.lmr:LMR",
+        "holds the suspected target's logit below the others, prunes the head, labeled images (CVPR 2026)",
+    ),
     "mimic": Entry(
         "",
         "an encoder's clone with new weights, attention weighted by mutual information (2406.03508)",
