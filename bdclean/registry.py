@@ -89,6 +89,10 @@ RECIPES: dict[str, Entry] = {
         FAMILIES,
         "bdclean.recipes.inoculate_encoder:InoculateEncoder",
     ),
+    "lmr": Entry(
+        "bdclean.recipes.lmr:LMR",
+        "holds the suspected target's logit below the others, prunes the head, labeled images (CVPR 2026)",
+    ),
     "mcr": Entry(
         "bdclean.recipes.mcr:MCR",
         "mode connectivity repair: a point on a curve from the suspect to a fine-tuned copy, labels (2005.00060)",

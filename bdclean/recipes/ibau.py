@@ -38,9 +38,9 @@ class IBAU:
     is refused.
 
     Settings are the authors' code's; BackdoorBench has a rate of 1e-4 and batches of 256. As in their code images are
-    not augmented, batch norm keeps the suspect's statistics, and perturbed images may leave [0, 1]. Departures: images
-    are shuffled anew for each round; the batch that stands for all of them in the hypergradient is drawn, theirs is the
-    first; at least one image a batch is perturbed, however small the batch.
+    not augmented, batch norm keeps the suspect's statistics, and nothing bounds the perturbation: its intensities leave
+    [0, 1] by far. Departures: images are shuffled anew for each round; the batch that stands for all of them in the
+    hypergradient is drawn, theirs is the first; at least one image a batch is perturbed, however small the batch.
     """
 
     name: ClassVar[str] = "ibau"
@@ -53,7 +53,6 @@ class IBAU:
     rate: float = 1e-3  # of Adam, over the weights
     search_rate: float = 10.0  # of gradient ascent, over the perturbation
     penalty: float = 1e-3  # of the perturbation's squared length
-    radius: float | None = None  # to which the length of the perturbation is cut, if any
     portion: float = 0.01  # of a batch's images, perturbed while unlearning
     fixed_points: int = 5  # iterations that solve for the implicit gradient
     map_rate: float = 0.1  # of the gradient step whose fixed point the perturbation is taken to be
@@ -63,8 +62,6 @@ class IBAU:
             raise UsageError("ibau: rounds are at least 1, batch_size at least 2, rates positive.")
         if not 0 < self.portion <= 1 or min(self.penalty, self.fixed_points) < 0:
             raise UsageError("ibau: portion lies in (0, 1], penalty and fixed_points are not negative.")
-        if self.radius is not None and self.radius <= 0:
-            raise UsageError("ibau: radius is positive, or none.")
 
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
@@ -129,9 +126,7 @@ class IBAU:
             found.requires_grad_(True)
             (slope,) = torch.autograd.grad(self.inner_loss(forward, found, pixels, answers), found)
             found = found.detach() - self.search_rate * slope
-        if self.radius is None:
-            return found
-        return found * (self.radius / found.norm().clamp_min(self.radius))
+        return found
 
     def inner_loss(self, forward: Forward, perturbation: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
         """What a perturbation minimises: it makes `labels` unlikely on all `pixels`, and is short."""
