@@ -25,7 +25,6 @@ from bdclean.record import gate
 from bdclean.record.rule import fired
 from bdclean.record.run import (
     BACKDOORED,
-    FAILS,
     NOT_ASSESSED,
     SUSPICIOUS,
     CheckpointEntry,
@@ -105,13 +104,13 @@ def cleanse(
                 "network's), or use --recipe bcu."
             )
         found = repair.measure_before(before, made)
-        known = repair.fired(found, made) if isinstance(method, Informed) else []
+        known = repair.firing([each.row for each in found], made) if isinstance(method, Informed) else []
         run = repair.open_run(recipe, method, trained, images, known, place, resume)
         cleansed = repair.run(recipe, method, trained, images, known, run)
         repair.write(cleansed, recipe, trained, before, usual, place, force)
         after = repair.open_written(place, trained, before)
         rows = repair.measure_after(after, made, found, cleansed)
-        if isinstance(method, Informed) and (still := _failing(rows[1], made)):
+        if isinstance(method, Informed) and (still := repair.firing(rows[1], made)):
             cleansed = repair.insist(recipe, method, trained, images, still, cleansed, run)
             repair.write(cleansed, recipe, trained, before, usual, place, force)
             after = repair.open_written(place, trained, before)
@@ -246,10 +245,10 @@ class _Repair:
         self._note(before=Side(told, clean_measures(before, known), known))
         return measured
 
-    def fired(self, found: Sequence[Measured], made: Sequence[Trigger]) -> list[Trigger]:
-        """Those of `made` that fire on the suspect."""
-        rates = {each.row.trigger for each in found if fired(each.row, self.threshold)}
-        return [trigger for trigger in made if trigger.spec() in rates]
+    def firing(self, rows: Sequence[TriggerRow], made: Sequence[Trigger]) -> list[Trigger]:
+        """Those of `made` that fired, by their `rows`."""
+        specs = {row.trigger for row in rows if fired(row, self.threshold)}
+        return [trigger for trigger in made if trigger.spec() in specs]
 
     def open_run(
         self, recipe: str, method: Recipe, suspect: Suspect, images: Images, known: Sequence[Trigger], place: Path,
@@ -264,14 +263,8 @@ class _Repair:
         return run
 
     def run(
-        self,
-        recipe: str,
-        method: Recipe,
-        suspect: Suspect,
-        images: Images,
-        known: Sequence[Trigger],
-        run: Run,
-    ) -> Cleansed:
+        self, recipe: str, method: Recipe, suspect: Suspect, images: Images, known: Sequence[Trigger], run: Run
+    ) -> Cleansed:  # fmt: skip
         """What the recipe makes of the suspect."""
         classifier = suspect.classifier(suspect.choices[0])
         if isinstance(method, Informed):
@@ -381,12 +374,6 @@ def _marked(row: TriggerRow, cleansed: Cleansed) -> TriggerRow:
     return replace(
         row, seen_family=row.family in cleansed.families, trained_on=row.trigger in cleansed.trained_on
     )
-
-
-def _failing(rows: Sequence[TriggerRow], made: Sequence[Trigger]) -> list[Trigger]:
-    """Those of `made` with a row that fails."""
-    failing = {row.trigger for row in rows if row.outcome == FAILS}
-    return [trigger for trigger in made if trigger.spec() in failing]
 
 
 def damage(measures: Sequence[Measure], before: Trial, after: Trial) -> list[str]:
