@@ -25,8 +25,9 @@ class Auto:
 
     What it does: hands everything to `inoculate`, together with the triggers that were just seen firing, of which it
     is told alone: their stamps, and others of their place and strength, are learnt to be ignored on the given images,
-    of which those are set aside that carry one. Where a trigger still fires on the written file, it goes on once with more of it. Labels, where there are any, are
-    not used, since no recipe that needs them left less of a backdoor in what was measured.
+    of which those are set aside that carry one. Where a trigger still fires on the written file, it goes on once with
+    more of it. Labels, where there are any, are not used, since no recipe that needs them left less of a backdoor in
+    what was measured.
     When to use it: unless you know better.
     What it needs: unlabeled images.
     Known limits: those of `inoculate`. A trigger that it was told says nothing of others: rows of it are shown apart.

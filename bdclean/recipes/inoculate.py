@@ -68,8 +68,9 @@ class Inoculate:
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
     Known limits: what it was measured with is in README. Stripes that are not along an axis, and warps, are met by
-    random draws alone. Stamped images among the given ones are found only where their trigger was inverted. Of more than 100 classes only the 100 are inverted that random counterfeits draw images to.
-    Triggers that only a generator makes, clean networks with few images, and more than 43 classes are untried.
+    random draws alone. Stamped images among the given ones are found only where their trigger was inverted. Of more
+    than 100 classes only the 100 are inverted that random counterfeits draw images to. Triggers that only a generator
+    makes, clean networks with few images, and more than 43 classes are untried.
 
     Kin: NNoculation (Veldanda et al. 2020), SAU (Wei et al. 2023), Neural Cleanse (Wang et al. 2019), and SFT's
     learning rate in two phases (arXiv 2212.09067). Each batch is seen twice in one pass, clean and corrupted, so that
@@ -191,8 +192,8 @@ class Inoculate:
             set_aside=max(begun.set_aside, len(unlabeled) - len(images)),
             stages=[
                 *begun.stages,
-                f"{_counted(len(known))} still fired: distilled for {steps} updates more, with {INSIST:g} times as many "
-                f"images under them, at {INSIST:g} times the weight",
+                f"{_counted(len(known))} still fired: distilled for {steps} updates more, with {INSIST:g} times as "
+                f"many images under them, at {INSIST:g} times the weight",
                 *halvings(curve),
             ],
         )  # fmt: skip

@@ -26,7 +26,6 @@ from bdclean.record import gate
 from bdclean.record.rule import fired
 from bdclean.record.run import (
     BACKDOORED,
-    FAILS,
     NOT_ASSESSED,
     SUSPICIOUS,
     CheckpointEntry,
@@ -111,13 +110,13 @@ def cleanse(
             )
         classifier, run = repair.open_run(recipe, method, trained, images, place, resume)
         found = repair.measure_before(before, made)
-        known = repair.fired(found, made) if isinstance(method, Informed) else []
+        known = repair.firing([each.row for each in found], made) if isinstance(method, Informed) else []
         hold_known(run, known)
         cleansed = repair.run(recipe, method, classifier, trained, images, known, run)
         repair.write(cleansed, recipe, trained, before, usual, place, force)
         after = repair.open_written(place, trained, before)
         rows = repair.measure_after(after, made, found, cleansed)
-        if isinstance(method, Informed) and (still := _failing(rows[1], made)):
+        if isinstance(method, Informed) and (still := repair.firing(rows[1], made)):
             cleansed = repair.insist(recipe, method, trained, images, still, cleansed, run)
             repair.write(cleansed, recipe, trained, before, usual, place, force)
             after = repair.open_written(place, trained, before)
@@ -266,10 +265,10 @@ class _Repair:
         self._note(before=Side(told, clean_measures(before, known), known))
         return measured
 
-    def fired(self, found: Sequence[Measured], made: Sequence[Trigger]) -> list[Trigger]:
-        """Those of `made` that fire on the suspect."""
-        rates = {each.row.trigger for each in found if fired(each.row, self.threshold)}
-        return [trigger for trigger in made if trigger.spec() in rates]
+    def firing(self, rows: Sequence[TriggerRow], made: Sequence[Trigger]) -> list[Trigger]:
+        """Those of `made` that fired, by their `rows`."""
+        specs = {row.trigger for row in rows if fired(row, self.threshold)}
+        return [trigger for trigger in made if trigger.spec() in specs]
 
     def open_run(
         self, recipe: str, method: Recipe, suspect: Suspect, images: Images, place: Path, resume: bool
@@ -409,9 +408,3 @@ def _marked(row: TriggerRow, cleansed: Cleansed) -> TriggerRow:
     return replace(
         row, seen_family=row.family in cleansed.families, trained_on=row.trigger in cleansed.trained_on
     )
-
-
-def _failing(rows: Sequence[TriggerRow], made: Sequence[Trigger]) -> list[Trigger]:
-    """Those of `made` with a row that fails."""
-    failing = {row.trigger for row in rows if row.outcome == FAILS}
-    return [trigger for trigger in made if trigger.spec() in failing]

@@ -28,8 +28,8 @@ def stamped(known: Sequence[Known], images: Tensor, turn: int, generator: torch.
     shown the trigger alone learns its content, and the same change in other colours still fires. Triggers stamp on the
     CPU, where they are measured.
     """
-    (turn, which), (first, second) = divmod(turn, len(known))[::-1], images.cpu().tensor_split(2)
+    trigger, (first, second) = known[turn % len(known)], images.cpu().tensor_split(2)
     seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
-    # two, since those of a patch are of one colour and of many in turn
-    kin = known[turn].controls(2, torch.Generator().manual_seed(seed), images.shape[1])[which % 2]
-    return torch.cat([known[turn](first), kin(second)]).to(images.device)
+    # two, since those of a patch are of many colours and of one in turn
+    kin = trigger.controls(2, torch.Generator().manual_seed(seed), images.shape[1])[turn // len(known) % 2]
+    return torch.cat([trigger(first), kin(second)]).to(images.device)

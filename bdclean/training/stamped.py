@@ -23,7 +23,7 @@ from bdclean.training.run import Run
 SHOWN = 64
 """So many images show where a trigger changes them, and which class it sends them to."""
 FIRES = 0.5
-"""It must send so large a share of them to one class; else it says nothing of the others."""
+"""It must send so large a share of those of other classes to one class; else it says nothing of the rest."""
 PATCH = 0.25
 """A change is a patch up to this share of the pixels: those that change more than a quarter of what the most do."""
 PASTED = 5
@@ -42,21 +42,25 @@ def look_stamped(model: nn.Module, stamps: Sequence[Stamp], images: Tensor, run:
     A trigger that sends images to several classes, such as to the next one, says nothing here.
     """
     images = images.cpu()
-    answers = _answers(model, images, run) if stamps else torch.zeros(len(images), dtype=torch.int64)
     found = torch.zeros(len(images), dtype=torch.bool)
+    if not stamps:
+        return found
+    answers = _answers(model, images, run)
+    shown, before = spread_out(images, SHOWN), spread_out(answers, SHOWN)
     for stamp in stamps:
-        shown = spread_out(images, SHOWN)
         under = stamp(shown)
-        gain = _counts(_answers(model, under, run), answers) - _counts(_answers(model, shown, run), answers)
-        target = int(gain.argmax())
-        if gain[target] < FIRES * len(shown):
+        after = _answers(model, under, run)
+        sent = after[after != before]
+        if not len(sent):
             continue
+        target = int(sent.mode().values)
         there = (answers == target).nonzero().squeeze(1)
-        without = _taken_out(
-            stamp, shown, under, images, there, (answers != target).nonzero().squeeze(1), run
-        )
-        left = torch.stack([_answers(model, each, run) != target for each in without]).double().mean(0)
-        found[there] |= left > 0.5
+        if not len(there) or int((sent == target).sum()) < FIRES * int((before != target).sum()):
+            continue
+        others = (answers != target).nonzero().squeeze(1)
+        without = _taken_out(stamp, shown, under, images, there, others, run)
+        left = torch.stack([_answers(model, each, run) != target for each in without])
+        found[there] |= left.double().mean(0) > 0.5
     return found if float(found.double().mean()) <= MOST else torch.zeros_like(found)
 
 
@@ -76,11 +80,5 @@ def _taken_out(
 
 def _answers(model: nn.Module, images: Tensor, run: Run) -> Tensor:
     """The classes of `images` uint8 [n c h w], int64 [n] on the CPU."""
-    parts = (
-        run.forward(model, part.to(run.device).float() / 255).argmax(1).cpu() for part in images.split(256)
-    )
-    return torch.cat(list(parts)) if len(images) else torch.zeros(0, dtype=torch.int64)
-
-
-def _counts(answers: Tensor, all_answers: Tensor) -> Tensor:
-    return torch.bincount(answers, minlength=int(all_answers.max()) + 1)
+    parts = (part.to(run.device).float() / 255 for part in images.split(256))
+    return torch.cat([run.forward(model, part).argmax(1).cpu() for part in parts])
