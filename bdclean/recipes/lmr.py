@@ -37,7 +37,7 @@ class LMR:
     When to use it: with very few labeled images, 1 % of the training set in the paper, and one target class.
     What it needs: labeled images; labels only enter cross-entropies.
     Known limits: one target class, which is always found, also in a network without a backdoor. Backdoors with several
-    targets are not met.
+    targets are not met. Far from the paper's figures with the settings that are ours (see below).
 
     Known of the paper is a summary: the losses, their margins and weights, and the three phases are its; optimiser,
     rates, lengths of the phases and the pruned share are not known, and are ours. Departures: images are augmented; the

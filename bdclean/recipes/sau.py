@@ -37,8 +37,8 @@ class SAU:
     is where a trigger leads, and takes the suspect's wrong class away from the student on it.
     When to use it: to compare with the paper; the nearest to `inoculate` among those that need labels.
     What it needs: labeled images, 5 % of the training set in the paper.
-    Known limits: about ten times the time of `ft`. Perturbations are additive, at most 0.2: triggers unlike that
-    are met by chance.
+    Known limits: about ten times the time of `ft`. The rate is low: with few images, and so few updates, little
+    is unlearnt. Perturbations are additive, at most 0.2: triggers unlike that are met by chance.
 
     Settings are the authors' code's (BackdoorBench): images are not augmented, and batch norm keeps the suspect's
     statistics. Departures: batches are cut from one endless stream of shuffles. As in their code perturbed images may
