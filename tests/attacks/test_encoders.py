@@ -40,7 +40,10 @@ REGISTERED = [registry.load(registry.ATTACKS, name) for name in registry.ATTACKS
 BEFORE = [attack for attack in REGISTERED if attack.kind == "pre-training"]
 ON = [attack for attack in REGISTERED if attack.kind == "encoder"]
 LEARNT = [
-    attack for attack in REGISTERED if any(field.name == "path" for field in dataclasses.fields(attack))
+    attack
+    for attack in REGISTERED
+    if attack.kind in ("encoder", "pre-training")
+    and any(field.name == "path" for field in dataclasses.fields(attack))
 ]
 SIZED = [attack for attack in ON if attack not in LEARNT]
 SLOW = [pytest.param(attack, marks=[pytest.mark.slow] * (attack in LEARNT)) for attack in ON]

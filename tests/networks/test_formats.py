@@ -429,7 +429,8 @@ def test_a_refusal_says_what_kind_of_tensors_these_are(name, said, tmp_path):
 def test_a_replaced_head_is_told_from_another_network_by_what_is_shared(tmp_path):
     state = resnet18(num_classes=5).state_dict()
     for kind in ("weight", "bias"):
-        state[f"fc.1.{kind}"] = state.pop(f"fc.{kind}")
+        state[f"fc.2.{kind}"] = state.pop(f"fc.{kind}")
+        state[f"fc.0.{kind}"] = torch.zeros(512, 512) if kind == "weight" else torch.zeros(512)
     save_file(state, tmp_path / "m.safetensors")
     with pytest.raises(Refused, match="nearest is resnet18 .*, of whose 102 tensors it has 100: give"):
         Checkpoint.read(tmp_path / "m.safetensors")
