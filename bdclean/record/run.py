@@ -107,6 +107,7 @@ class Finding:
     threshold: float | None = None
     p_value: float | None = None
     reason: str = ""
+    trigger: str | None = None  # the SPEC of the one that was tested, where it was one of a bank
 
 
 @dataclass

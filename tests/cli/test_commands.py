@@ -71,7 +71,6 @@ def test_help_answers_at_once():
         ),
         ("scan m --data . --trigger wanet", "the trigger wanet is not built yet"),
         ("cleanse m --data . --recipe anp", "the recipe anp is not built yet"),
-        ("scan m --data . --format sarif", "--format sarif is not built yet"),
         ("scan m --data . --seed 9223372036854775808", "--seed 9223372036854775808 is too large"),
         ("scan m --data . --trigger badnets:3", "write KEY=VALUE"),
         ("scan m --data . --target -1", "--target"),
@@ -138,7 +137,7 @@ def test_what_is_not_there_yet_is_refused_and_not_advertised(capsys):
     run(["cleanse", "--help"])
     run(["report", "--help"])
     shown = capsys.readouterr().out
-    for word in ("sarif", "sequela", "--card"):
+    for word in ("sequela", "--card"):
         assert word not in shown
 
 
