@@ -79,7 +79,7 @@ def test_help_answers_at_once():
         ("scan m --data . --device gpu", "--device 'gpu'"),
         ("scan m --data . --precision int8", "--precision 'int8'"),
         ("scan m --data . --sequela x", "--sequela is not built yet"),
-        ("report a.json --card README.md", "--card is not built yet"),
+        ("report a.json --card notes.txt", "name a file that ends in .md or .markdown"),
         ("cleanse m", "give --data"),
         ("cleanse m --data . --recipe bcuu", "did you mean bcu?"),
         ("cleanse m --data . --set epochs", "KEY=VALUE"),
@@ -137,8 +137,7 @@ def test_what_is_not_there_yet_is_refused_and_not_advertised(capsys):
     run(["cleanse", "--help"])
     run(["report", "--help"])
     shown = capsys.readouterr().out
-    for word in ("sequela", "--card"):
-        assert word not in shown
+    assert "sequela" not in shown
 
 
 def test_every_shared_option_is_in_the_help_of_both(capsys):

@@ -28,6 +28,7 @@ from bdclean.report import sarif
 PUBLISHED = Draft4Validator(
     json.loads((Path(__file__).parent / "sarif" / "sarif-schema-2.1.0.json").read_text(encoding="utf-8"))
 )
+SAMPLES = Path(__file__).parents[2] / "sample_models"
 HOSTILE = "m\x1b[31m[red](http://x) {0}</td>\u202e\r\nb*a*`d`\udc80\ud800.safetensors"
 
 
@@ -369,3 +370,19 @@ def test_a_refused_run_prints_an_unsuccessful_invocation(command, capsys, tmp_pa
     (found,) = log["runs"][0]["invocations"]
     assert not found["executionSuccessful"]
     assert "missing.safetensors does not exist" in found["toolExecutionNotifications"][0]["message"]["text"]
+
+
+@pytest.mark.slow
+def test_two_scans_of_the_same_file_with_other_seeds_have_the_same_fingerprints(capsys, tmp_path):
+    model = tmp_path / "signs.safetensors"
+    model.symlink_to(SAMPLES / "signs-badnets.safetensors")
+    line = ["--data", str(SAMPLES / "images" / "unlabeled"), "--format", "sarif", "--limit", "400", "-q"]
+    line += ["--trigger", "badnets:size=3,position=bottom-right,pattern=checker", "--target", "0"]
+    found = []
+    for path, seed in ((model.name, "0"), (str(model), "1")):
+        assert run(["scan", path, *line, "--seed", seed]) == 1
+        log = json.loads(capsys.readouterr().out)
+        PUBLISHED.validate(log)
+        found.append([each["partialFingerprints"] for each in log["runs"][0]["results"]])
+        assert log["runs"][0]["results"][0]["level"] == "error"
+    assert found[0] == found[1]
