@@ -355,6 +355,15 @@ def report(
         ),
     ] = None,
     form: Format = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(
+            "--card",
+            parser=given_path,
+            metavar="README.md",
+            help="Keep the Backdoor audit section of this model card up to date; nothing else in it changes.",
+        ),
+    ] = None,
     fail_on: Annotated[
         list[str] | None, typer.Option("--fail-on", metavar="EXPR", help=f"{CONDITIONS} Default: never.")
     ] = None,
@@ -365,7 +374,7 @@ def report(
     def job() -> int:
         from bdclean.cli.arguments import check_paths
         from bdclean.cli.console import Shown
-        from bdclean.cli.places import check_place, gather, report_place
+        from bdclean.cli.places import check_card, check_place, gather, report_place, update_card
         from bdclean.record import gate
         from bdclean.report.formats import choose_format
 
@@ -376,10 +385,16 @@ def report(
         found, torn, files = gather(records)
         if place is not None:
             check_place(place, files)
+        if card is not None:
+            check_card(card, place, files)
         if not found:
             raise Refused(str(torn[0]) if len(torn) == 1 else f"{', '.join(records)}: no run in it.")
         for error in torn:
             warn(f"left out: {error}")
+        if card is not None and torn:
+            warn(f"{card} is left as it is: its audit would lack what could not be read.")
+        elif card is not None:
+            update_card(card, found)
         shown.show(found)
         codes = [3] if torn else []
         return gate.exit_code([*codes, *(_judged(judge, found) if fail_on else [0])])

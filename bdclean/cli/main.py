@@ -13,7 +13,7 @@ from bdclean.cli.commands import app
 from bdclean.cli.console import warn, where_to_look
 from bdclean.errors import ENDING, BdcleanError, Interrupted, Refused
 
-NOT_BUILT = ("--sequela", "--members", "--non-members", "--card")
+NOT_BUILT = ("--sequela", "--members", "--non-members")
 """Options that are planned: to ask for one is no slip of the pen."""
 
 # --- running and exiting ------------------------------------------------------------------------------------

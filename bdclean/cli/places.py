@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from bdclean.cli.console import warn
 from bdclean.cli.defects import leave
@@ -16,6 +18,9 @@ from bdclean.files.text import read_text
 from bdclean.record.parsing import parse_records, read_records
 from bdclean.record.run import FAILED, RAN, RunRecord, record_path
 from bdclean.runs.places import model_stem
+
+CARDS = (".md", ".markdown")
+"""What names of model cards end in."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,40 @@ def check_place(path: Path, inputs: Sequence[Path]) -> None:
             raise Refused(f"{path} is an input of this run: name another file to write.")
     writing.check(path)
     writing.sweep(path)
+
+
+def check_card(path: Path, out: Path | None, inputs: Sequence[Path]) -> None:
+    """Refuses what `check_place` does, and whatever no model card is: to write into it would spoil it."""
+    if path.suffix.lower() not in CARDS:
+        raise UsageError(
+            f"--card {path}: a model card is Markdown: name a file that ends in {' or '.join(CARDS)}."
+        )
+    if out is not None and os.path.realpath(out) == os.path.realpath(path):
+        raise UsageError(f"--card and --out are the same file, {path}: name two.")
+    check_place(path, inputs)
+    if writing.is_special(path):
+        raise Refused(f"{path} is no regular file: name a model card.")
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise Refused(f"{path} cannot be written: it is protected from writing.")
+
+
+def update_card(path: Path, records: Sequence[RunRecord]) -> None:
+    """Makes the audit section of a model card anew; one that is up to date is not touched, a missing one is made."""
+    from bdclean.report.card import updated
+
+    try:
+        card = path.read_bytes() if os.path.exists(path) else b""
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {writing.reason(error)}.") from None
+    text = updated(card, records, str(path))
+
+    def write(stream: IO[bytes]) -> None:
+        if os.path.exists(path):
+            shutil.copymode(path, stream.name)
+        stream.write(text)
+
+    if text != card:
+        writing.replace(path, write)
 
 
 def check_record(path: Path, inputs: Sequence[Path]) -> None:

@@ -140,4 +140,5 @@ def _finding(trigger: Trigger, pulled: Pulled, value: float, corrected: float, c
         reason=f"{trigger.spec()} raises the mean cosine of two images' features by {pulled.cosine:.2f} and moves "
         f"{100 * max(0.0, pulled.gain):.0f} % of images to cluster {pulled.cluster}; p {value:.3f} among {count} "
         f"controls, {corrected:.3f} corrected for all triggers tried",
+        trigger=trigger.spec(),
     )

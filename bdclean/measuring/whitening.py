@@ -55,6 +55,7 @@ def stamped_distances(
                 f"{stamped.median():.1f}, those of {len(clean)} clean ones {clean.median():.1f}; "
                 f"{100 * float((stamped > far).double().mean()):.0f} % lie beyond {100 * BEYOND:.0f} % of the clean. "
                 "Not calibrated: it does not decide the verdict.",
+                trigger=trigger.spec(),
             )
         )
     return found

@@ -110,6 +110,7 @@ class Finding:
     reason: str = ""
     odd: str = ""  # the side of the threshold on which a score is odd: above or below
     seen_on: str = ""  # suspect, or output: the cleansed network
+    trigger: str | None = None  # the SPEC of the one that was tested, where it was one of a bank
 
 
 @dataclass

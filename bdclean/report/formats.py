@@ -1,4 +1,4 @@
-"""Reports: RunRecords -> table, Markdown, HTML page, JSON or JSON lines. Never imports torch."""
+"""Reports: RunRecords -> table, Markdown, HTML page, JSON, JSON lines or SARIF. Never imports torch."""
 
 from __future__ import annotations
 
@@ -13,29 +13,34 @@ if TYPE_CHECKING:
 
     from bdclean.record.run import RunRecord
 
-FORMATS = ("table", "json", "jsonl", "md", "html")
+FORMATS = ("table", "json", "jsonl", "md", "html", "sarif")
 SUFFIXES = {
-    ".html": "html", ".htm": "html", ".md": "md", ".json": "json", ".jsonl": "jsonl", ".txt": "table", "": "table",
+    ".html": "html", ".htm": "html", ".md": "md", ".json": "json", ".jsonl": "jsonl", ".sarif": "sarif",
+    ".sarif.json": "sarif", ".txt": "table", "": "table",
 }  # fmt: skip
 
 
 def choose_format(name: str | None, out: Path | None = None) -> str:
     """Returns the format called `name`, else the one that `out` ends in, else table; raises UsageError on others."""
     if name is None:
-        ending = out.suffix.lower() if out is not None else ""
+        ending = _ending(out) if out is not None else ""
         if ending not in SUFFIXES:
             known = ", ".join(suffix for suffix in SUFFIXES if suffix)
             raise UsageError(
                 f"--out {out}: nothing is written as {ending}: end it in {known}, or give --format."
             )
         return SUFFIXES[ending]
-    if name == "sarif":
-        raise UsageError(f"--format sarif is not built yet: there are {', '.join(FORMATS)}.")
     if name not in FORMATS:
         from bdclean.files.text import closest
 
         raise UsageError(f"there is no --format {name!r}: {closest(name, FORMATS)}")
     return name
+
+
+def _ending(path: Path) -> str:
+    """The ending of a file's name, which is two where they are a format's own."""
+    both = "".join(path.suffixes[-2:]).lower()
+    return both if both in SUFFIXES else path.suffix.lower()
 
 
 def render(
@@ -56,6 +61,10 @@ def render(
         return json.dumps(report_document(list(records)), allow_nan=False, indent=1) + "\n"
     if form == "jsonl":
         return "".join(record.dump() + "\n" for record in records)
+    if form == "sarif":
+        from bdclean.report import sarif
+
+        return sarif.render(records)
     # Imported here: a JSON report needs none of the layout, and only a page needs a template engine and plots.
     if form == "html":
         from bdclean.report.page import html

@@ -65,7 +65,6 @@ def test_help_answers_at_once():
         ("scan m --data . --format htm", "no --format 'htm'"),
         ("scan m --data . --fail-on asr", "--fail-on 'asr'"),
         ("scan m --data . --trigger wanett", "no trigger is called 'wanett'"),
-        ("scan m --data . --format sarif", "--format sarif is not built yet"),
         ("scan m --data . --seed 9223372036854775808", "--seed 9223372036854775808 is too large"),
         ("scan m --data . --trigger badnets:3", "write KEY=VALUE"),
         ("scan m --data . --target -1", "--target"),
@@ -74,7 +73,7 @@ def test_help_answers_at_once():
         ("scan m --data . --device gpu", "--device 'gpu'"),
         ("scan m --data . --precision int8", "--precision 'int8'"),
         ("scan m --data . --sequela x", "--sequela is not built yet"),
-        ("report a.json --card README.md", "--card is not built yet"),
+        ("report a.json --card notes.txt", "name a file that ends in .md or .markdown"),
         ("cleanse m", "give --data"),
         ("cleanse m --data . --recipe bcuu", "did you mean bcu or ibau?"),
         ("cleanse m --data . --set epochs", "KEY=VALUE"),
@@ -138,8 +137,7 @@ def test_what_is_not_there_yet_is_refused_and_not_advertised(capsys):
     run(["cleanse", "--help"])
     run(["report", "--help"])
     shown = capsys.readouterr().out
-    for word in ("sarif", "sequela", "--card"):
-        assert word not in shown
+    assert "sequela" not in shown
 
 
 def test_every_shared_option_is_in_the_help_of_both(capsys):

@@ -37,7 +37,8 @@ import sys
 from bdclean.cli.main import run
 lines = ["--help", "scan --help", "cleanse --help", "ls recipes", "ls triggers", "ls detectors", "ls architectures",
          "ls schema", "ls recipe bcu", "ls recipe inoculate", "ls trigger badnets",
-         "report a.json a.json --format table", "report a.json --format md", "report a.json --format json"]
+         "report a.json a.json --format table", "report a.json --format md", "report a.json --format json",
+         "report a.json --format sarif"]
 for line in lines:
     assert run(line.split()) == 0, line
 {HEAVY}

@@ -255,7 +255,7 @@ def test_json_is_always_one_document_and_jsonl_one_line_a_run():
 
 
 def test_formats_that_cannot_be_made_are_wrong_usage():
-    for name in ("sarif", "TABLE", ""):
+    for name in ("sarf", "TABLE", ""):
         with pytest.raises(UsageError):
             choose_format(name)
 
@@ -269,6 +269,10 @@ def test_the_format_is_what_is_asked_for_else_what_the_file_ends_in():
     )
     found = [choose_format(None, Path(name)) for name in ("a.html", "A.HTM", "a.md", "a.json", "a.jsonl")]
     assert found == ["html", "html", "md", "json", "jsonl"]
+    found = [
+        choose_format(None, Path(name)) for name in ("a.sarif", "a.SARIF.json", "a.b.json", "sarif.json")
+    ]
+    assert found == ["sarif", "sarif", "json", "json"]
     assert choose_format("md", Path("a.html")) == "md"
 
 

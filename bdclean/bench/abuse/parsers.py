@@ -144,7 +144,7 @@ def read_records(content: bytes, folder: Path) -> None:
         return
     found = parse_records(text, "r.json")
     # laying out a table takes thirty times as long as all else
-    for form in ("table", "md", "json") if len(content) % 4 == 0 else ("md", "json"):
+    for form in ("table", "md", "json") if len(content) % 4 == 0 else ("md", "json", "sarif"):
         shown = render([*found, *found], form, everything=True)
         # what a stranger's record says must not reach a terminal as anything but text
         if any(plain(line) != line for line in shown.split("\n")):
