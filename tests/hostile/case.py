@@ -37,7 +37,7 @@ class Case:
     codes: tuple[int, ...] = (3,)
     slow: bool = False
     memory: int = 80 * 2**20  # of what is imported and built late: timm and pyarrow among it
-    seconds: float = 5.0
+    seconds: float = 15.0
 
     @property
     def refused(self) -> bool:

@@ -13,8 +13,6 @@ from hostile.case import IMAGES, MODEL, Case, parts
 INDEX = "model.safetensors.index.json"
 FOLDER = ("scan", "m", "--data", IMAGES, "-q")
 ANY = (0, 1, 3)
-WHOLE_SCAN = 15.0
-"""Seconds of processor time of a scan to its end, with the quick detectors: 5 on a busy machine."""
 
 
 def cases() -> Iterator[Case]:
@@ -203,8 +201,8 @@ def _configurations() -> Iterator[Case]:
         argv = ("scan", MODEL, "--data", IMAGES, "--trigger", "badnets", "-q")
         # A size that is claimed is held against others.
         slow = name not in ("deep", "huge-integers")
-        yield Case(f"config-{name}", write, argv=argv, codes=ANY, slow=slow, seconds=WHOLE_SCAN)
+        yield Case(f"config-{name}", write, argv=argv, codes=ANY, slow=slow)
     argv = ("scan", MODEL, "--data", IMAGES, "--trigger", "badnets", "-q")
     link = lambda folder: (folder / "config.json").symlink_to("/dev/zero")  # noqa: E731
-    yield Case("config-dev-zero", link, argv=argv, codes=ANY, slow=True, seconds=WHOLE_SCAN)
+    yield Case("config-dev-zero", link, argv=argv, codes=ANY, slow=True)
     yield Case("config-pipe", lambda folder: os.mkfifo(folder / "config.json"), argv=argv, codes=ANY)

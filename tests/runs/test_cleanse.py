@@ -65,8 +65,8 @@ def test_auto_unlearns_what_fired_on_the_suspect_and_goes_on_once_where_it_still
         return cleanse(model, data, recipe=recipe, triggers=specs, out=out, tell=tell, **more)
 
     record = run("whole")
-    rows = {row.trigger.split(",")[1]: row for row in record.triggers}
-    told, other = rows["position=bottom-right"], rows["position=top-left"]
+    rows = {row.trigger: row for row in record.triggers}
+    told, other = rows["badnets"], rows["badnets:position=top-left"]
     assert record.before.triggers[0].trained_on and told.trained_on and not other.trained_on
     assert told.seen_family and told.outcome == "fails" and record.verdict == "backdoored"
     assert "1 trigger still fired: distilled for 2 updates more" in record.recipe.stages[-1]
