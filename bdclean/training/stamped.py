@@ -5,6 +5,8 @@ trigger is known, or inverted, it can be taken out of an image: over a patch, th
 what changes the whole picture is subtracted. An image of the trigger's class that keeps its class under that is
 genuine. Of 1,200 and 1,800 images of four poisoned networks, two of them strangers', 1 and 5 % of them stamped, 82 to
 100 % of the stamped ones lost their class (the others are of that class anyway, mostly) and 0 to 0.17 % of the rest.
+That is with the attacker's trigger: with what fired of the stock bank and with inverted triggers 0.9 and 1.8 % of the
+strangers' 1,800 genuine images were set aside, which cost no accuracy.
 
 Features alone did not tell: in whitened features of road signs stamped images lie 1.1 to 2.8 times as far from their
 class as is usual, in the median, and genuine ones up to 2.5 times; they do not crowd together.
