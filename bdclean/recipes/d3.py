@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -16,12 +14,12 @@ from bdclean.data.imageset import ImageSet
 from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
-from bdclean.recipes.finetuning import require_labels
+from bdclean.recipes.finetuning import require_labels, sgd, tune
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training.head_shift import head_of, keep_norm
-from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
+from bdclean.training.loop import Batch, Measures, burst, halvings
 from bdclean.training.run import Run
-from bdclean.training.students import choose_augmentation, cosine, frozen
+from bdclean.training.students import choose_augmentation, frozen
 
 
 @dataclass(frozen=True)
@@ -80,25 +78,10 @@ class D3:
             loss = scale * (self.clean_weight * clean - distance)
             return loss, {"accuracy": right, "distance": distance.detach()}
 
-        optimiser = torch.optim.SGD(
-            student.parameters(), self.rate, momentum=self.momentum, weight_decay=self.weight_decay
-        )
+        optimiser = sgd(self, student)
         keep_norm(weight, old.norm(), optimiser)
-        steps = math.ceil(self.epochs * len(images) / self.batch_size)
-        rate = partial(cosine, steps=steps, peak=self.rate)
         most = self.clean_weight * burst(arch.classes)
-        state = State(
-            self.name,
-            student,
-            optimiser,
-            images.images,
-            images.labels,
-            self.batch_size,
-            steps,
-            rate,
-            most=most,
-        )
-        curve = fit(step, state, run)
+        steps, curve = tune(self, student, optimiser, images, step, run, most)
         away = float((weight.detach() - old).norm() / (2 * old.norm()))
         stages = [
             f"fine-tuned with a new head for {steps} updates on {len(images)} labeled images, {augment.describe()}",

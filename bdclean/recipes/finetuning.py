@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
 
 from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.loop import burst, halvings
+from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
 from bdclean.training.run import Run
-from bdclean.training.students import choose_augmentation, frozen, void
+from bdclean.training.students import Curve, choose_augmentation, cosine, frozen, void
 from bdclean.training.supervised import train_classifier
 
 Start = Literal["suspect", "void"]
@@ -60,3 +65,39 @@ def fine_tune(
         *halvings(curve),
     ]
     return Cleansed(student, arch, curve, settings, stages)
+
+
+class Tuning(Protocol):
+    """Settings of a recipe that fine-tunes by SGD along a cosine, with a loss of its own."""
+
+    name: ClassVar[str]
+
+    @property
+    def epochs(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def rate(self) -> float: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def sgd(tuning: Tuning, student: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        student.parameters(), tuning.rate, momentum=tuning.momentum, weight_decay=tuning.weight_decay
+    )
+
+
+def tune(
+    tuning: Tuning, student: nn.Module, optimiser: torch.optim.Optimizer, labeled: ImageSet,
+    step: Callable[[Batch], tuple[Tensor, Measures]], run: Run, most: float,
+) -> tuple[int, Curve]:  # fmt: skip
+    """Trains `student` on `labeled` as `tuning` says; returns how many updates, and the curve. `most`: see `State`."""
+    steps = math.ceil(tuning.epochs * len(labeled) / tuning.batch_size)
+    rate = partial(cosine, steps=steps, peak=tuning.rate)
+    state = State(
+        tuning.name, student, optimiser, labeled.images, labeled.labels, tuning.batch_size, steps, rate, most=most
+    )  # fmt: skip
+    return steps, fit(step, state, run)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,12 +14,12 @@ from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.bcu import reinitialise
-from bdclean.recipes.finetuning import require_labels
+from bdclean.recipes.finetuning import require_labels, sgd, tune
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training.head_shift import head_of, keep_norm
-from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
+from bdclean.training.loop import Batch, Measures, burst, halvings
 from bdclean.training.run import Run
-from bdclean.training.students import choose_augmentation, cosine, frozen
+from bdclean.training.students import choose_augmentation, frozen
 
 
 @dataclass(frozen=True)
@@ -75,17 +72,10 @@ class FST:
             product = (weight * old).sum()
             return F.cross_entropy(logits, batch.labels) + self.alpha * product, {"accuracy": right}
 
-        optimiser = torch.optim.SGD(
-            student.parameters(), self.rate, momentum=self.momentum, weight_decay=self.weight_decay
-        )
+        optimiser = sgd(self, student)
         keep_norm(weight, old.norm(), optimiser)
-        steps = math.ceil(self.epochs * len(images) / self.batch_size)
-        rate = partial(cosine, steps=steps, peak=self.rate)
-        state = State(
-            self.name, student, optimiser, images.images, images.labels, self.batch_size, steps, rate,
-            most=burst(arch.classes) + self.alpha * float(old.norm()) ** 2,
-        )  # fmt: skip
-        curve = fit(step, state, run)
+        most = burst(arch.classes) + self.alpha * float(old.norm()) ** 2
+        steps, curve = tune(self, student, optimiser, images, step, run, most)
         alike = F.cosine_similarity(weight.detach().flatten(), old.flatten(), dim=0)
         stages = [
             f"fine-tuned with a new head for {steps} updates on {len(images)} labeled images, {augment.describe()}",

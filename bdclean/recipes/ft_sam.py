@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -18,11 +16,11 @@ from bdclean.data.imageset import ImageSet
 from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
-from bdclean.recipes.finetuning import require_labels
+from bdclean.recipes.finetuning import require_labels, sgd, tune
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
+from bdclean.training.loop import Batch, Measures, burst, halvings
 from bdclean.training.run import Run
-from bdclean.training.students import choose_augmentation, cosine, frozen
+from bdclean.training.students import choose_augmentation, frozen
 
 
 @dataclass(frozen=True)
@@ -88,16 +86,9 @@ class FTSAM:
             right = (logits.argmax(1) == batch.labels).float().mean()
             return sharp, {"loss": loss.detach(), "sharp_loss": sharp.detach(), "accuracy": right}
 
-        optimiser = torch.optim.SGD(
-            student.parameters(), self.rate, momentum=self.momentum, weight_decay=self.weight_decay
-        )
-        steps = math.ceil(self.epochs * len(images) / self.batch_size)
-        rate = partial(cosine, steps=steps, peak=self.rate)
-        state = State(
-            self.name, student, optimiser, images.images, images.labels, self.batch_size, steps, rate,
-            most=burst(arch.classes),
-        )  # fmt: skip
-        curve = fit(step, state, run)
+        optimiser = sgd(self, student)
+        most = burst(arch.classes)
+        steps, curve = tune(self, student, optimiser, images, step, run, most)
         stages = [
             f"fine-tuned against sharpness for {steps} updates on {len(images)} labeled images, {augment.describe()}",
             *halvings(curve),
