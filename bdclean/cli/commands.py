@@ -365,7 +365,7 @@ def report(
         ),
     ] = None,
     fail_on: Annotated[
-        list[str] | None, typer.Option("--fail-on", metavar="EXPR", help=f"{CONDITIONS} Default: never.")
+        list[str] | None, typer.Option("--fail-on", metavar="CONDITION", help=f"{CONDITIONS} Default: never.")
     ] = None,
     verbose: Verbose = False,
 ) -> Job:

@@ -70,14 +70,15 @@ Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu
 Precision = Annotated[str, typer.Option("--precision", metavar="NAME", help="auto, fp32, bf16 or fp16.")]
 BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", metavar="N", min=1, help="Images at a time; chosen if not given."),
+    typer.Option("--batch-size", metavar="COUNT", min=1, help="Images at a time; chosen if not given."),
 ]
 Limit = Annotated[
-    int, typer.Option("--limit", metavar="N", min=0, help="Use at most N images, a seeded draw; 0 is all.")
+    int,
+    typer.Option("--limit", metavar="COUNT", min=0, help="Use at most N images, a seeded draw; 0 is all."),
 ]
 Seed = Annotated[
     int,
-    typer.Option("--seed", metavar="N", min=0, help="Makes every random choice repeatable."),
+    typer.Option("--seed", metavar="NUMBER", min=0, help="Makes every random choice repeatable."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse the run if an image is unreadable.")]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read plain tensors from a pickle.")]
@@ -99,7 +100,7 @@ Record = Annotated[
 CONDITIONS = "asr>=0.1, clean_accuracy<0.8, ...; inconclusive; never."
 FailOn = Annotated[
     list[str] | None,
-    typer.Option("--fail-on", metavar="EXPR", help=f"{CONDITIONS} Default: {DEFAULT}."),
+    typer.Option("--fail-on", metavar="CONDITION", help=f"{CONDITIONS} Default: {DEFAULT}."),
 ]
 Triggers = Annotated[
     list[str] | None,

@@ -51,7 +51,7 @@ def render(
     colours: bool = False,
     everything: bool = False,
 ) -> str:
-    """Returns the report of one or several runs, ending in a newline; several start with their comparison.
+    """Returns the report of one or several runs, ending in a newline; several, worst first, start with a comparison.
 
     `everything` also lists the many passing rows that a table leaves out. `colours` allows ANSI codes in tables.
     """
@@ -66,6 +66,9 @@ def render(
 
         return sarif.render(records)
     # Imported here: a JSON report needs none of the layout, and only a page needs a template engine and plots.
+    from bdclean.report.rows import by_severity
+
+    records = by_severity(records)
     if form == "html":
         from bdclean.report.page import html
 

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field, replace
 
 from bdclean.record.rule import decisive, worst_source_rate
 from bdclean.record.run import (
+    BACKDOORED,
     FAILS,
     INCONCLUSIVE,
+    NO_EVIDENCE,
     NOT_MEASURED,
     PASSES,
+    RAN,
+    SUSPICIOUS,
     Bound,
     Finding,
     Measure,
@@ -244,7 +248,11 @@ def matrix(records: Sequence[RunRecord]) -> Table:
     names = list(dict.fromkeys(name for _, rows in sides for name in rows))
     chosen = [n for n in names if any(n in rows and rows[n].outcome != PASSES for _, rows in sides)]
     known = {name: max(knowledge(rows[name]) for _, rows in sides if name in rows) for name in chosen}
-    chosen.sort(key=known.__getitem__)
+    highest = {
+        name: max(headline(rows[name])[0].value or 0.0 for _, rows in sides if name in rows)
+        for name in chosen
+    }
+    chosen.sort(key=lambda name: (known[name], -highest[name]))
     cells = [
         [
             name,
@@ -316,6 +324,22 @@ def of_source(row: TriggerRow, source: int | None) -> Rate | None:
         return Rate(worst["value"], int(worst.get("n") or 0), worst.get("low"), worst.get("high"))
     bound = next((bound for bound in row.bounds if bound.source == source), None)
     return None if bound is None else Rate(bound.value, bound.n)
+
+
+def by_severity(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Returns the runs, the worst verdict first, then by the rate of the worst row: a report numbers them so."""
+
+    def severity(record: RunRecord) -> tuple[int, float]:
+        # What was not measured comes before what shows no evidence.
+        place = (
+            {BACKDOORED: 0, SUSPICIOUS: 1, NO_EVIDENCE: 3}.get(record.verdict, 2)
+            if record.outcome == RAN
+            else 2
+        )
+        worst = worst_row(record.rows())
+        return place, -(worst.asr.value or 0.0) if worst else 0.0
+
+    return sorted(records, key=severity)
 
 
 def rank(row: TriggerRow) -> tuple[int, float, float]:

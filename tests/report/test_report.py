@@ -166,8 +166,9 @@ def test_in_a_comparison_it_says_how_much_a_recipe_knew():
 
 
 @pytest.mark.parametrize("form", ["table", "md"])
-def test_several_runs_start_with_their_comparison(form):
-    shown = render([scanned(), cleansed(), refused()], form).replace("\\", "")
+def test_several_runs_start_with_their_comparison_the_worst_first(form):
+    shown = render([refused(), cleansed(), scanned()], form).replace("\\", "")
+    assert shown == render([scanned(), refused(), cleansed()], form).replace("\\", "")
     scan = shown.index("scan m.safetensors")
     assert shown.index("3 runs") < scan < shown.index("m.clean.safetensors", scan)
     assert "84.0 -> 83.0 (81.0-85.0, n 1000)" in shown

@@ -12,13 +12,6 @@ from bdclean.report.page import bars, numbers, words
 from bdclean.report.page.numbers import Number
 from bdclean.report.rows import TITLES, by_trigger, headline, knowledge, same, worst_row
 
-TONES = (
-    "bad",
-    "doubt",
-    "none",
-    "calm",
-)  # the order in which runs are listed: not measured comes before no evidence
-
 
 @dataclass
 class Line:
@@ -51,16 +44,6 @@ class Grid:
     columns: list[tuple[str, str]]
     rows: list[tuple[str, str, list[Shade]]]
     """A trigger, the title over those that a recipe knew as much of (none where it knew nothing), and its rates."""
-
-
-def ordered(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Returns the runs, the worst verdict first, then by the rate of the worst row: a page numbers them so."""
-
-    def severity(record: RunRecord) -> tuple[int, float]:
-        worst = worst_row(record.rows())
-        return TONES.index(words.tone(record)), -(worst.asr.value or 0.0) if worst else 0.0
-
-    return sorted(records, key=severity)
 
 
 def lines(records: Sequence[RunRecord]) -> list[Line]:

@@ -77,7 +77,6 @@ def render(records: Sequence[RunRecord]) -> str:
         "number": _plain_number,
         "spec": spec,
     }
-    records = comparison.ordered(records)
     runs = [_run(record, number) for number, record in enumerate(records, 1)]
     several = len(runs) > 1
     shown = environment.get_template("page.html").render(
