@@ -775,3 +775,13 @@ def test_avif_is_read(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes((tmp_path / "a.avif").read_bytes())
     found = load_images(tmp_path, SIZE)
     assert found.paths == ("a.avif", "b") and torch.equal(found.images[0], found.images[1])
+
+
+def test_a_class_file_that_lies_beside_the_images_is_named(tmp_path: Path) -> None:
+    folders(tmp_path, ["a", "b"])
+    beside = tmp_path / "class_to_idx.json"
+    beside.write_text(json.dumps({"b": 0, "a": 1}))
+    hint = f"{beside} was not read: --classes {beside} uses it."
+    assert hint in load_images(tmp_path, (16, 16), head_classes=2).warnings
+    given = load_images(tmp_path, (16, 16), head_classes=2, classes=beside)
+    assert hint not in given.warnings and given.classes == ("b", "a")

@@ -15,6 +15,11 @@ from bdclean.errors import Refused
 from bdclean.files import strictjson
 from bdclean.files.text import plain
 
+CLASS_FILES = (
+    "class_to_idx.json", "class_index.json", "imagenet_class_index.json", "classes.json", "classes.txt", "labels.csv",
+    "labels.jsonl", "labels.txt",
+)  # fmt: skip
+"""Names that people give to what `--classes` reads, where it lies beside the images."""
 LOOSE_SHARE = 0.02
 """Up to this share of images, or one, may lie beside the class folders and are left out."""
 
@@ -49,6 +54,9 @@ def label_listing(
             f"{listing.others.total():,} files in {plain(listing.where)} are not images and were left out "
             f"({held(listing.others)})."
         )
+    if classes is None:
+        lying = [path for name in CLASS_FILES if (path := Path(listing.where) / name).is_file()]
+        notes += [f"{plain(path)} was not read: --classes {plain(path)} uses it." for path in lying[:1]]
     names = None if claimed is not None and len(claimed) != (head_classes or len(claimed)) else claimed
     said: tuple[str, ...] | FileLabels | None = None
     if classes is not None:
