@@ -142,6 +142,11 @@ def understand(
     if reading.arch.kind == "encoder" and choices[0].source in CLAIMED:
         choices = choices[:1]
     against = contradiction(checkpoint, images, preprocess, labels)
+    if reading.doubt and against is not None:
+        # Under a wrong normalisation the statistics part no architectures: its own tells which it is.
+        (own, *_) = choose(checkpoint, images, "auto", labels)
+        reading = read_off(checkpoint, own, images, labels, sure)
+        checkpoint = replace(checkpoint, arch=reading.arch)
     warnings = [warning for warning in (reading.warning, against) if warning]
     return Suspect(
         checkpoint,

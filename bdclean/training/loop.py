@@ -267,6 +267,8 @@ class _Course:
     def _go_back(self, row: Mapping[str, float]) -> None:
         position, state = self.position, self.state
         if position.share <= 0.5**MOST_HALVINGS:
+            if self.run.saved is not None:
+                self.run.saved.discard()  # to go on from it would end here again
             raise Refused(
                 f"{state.stage} diverged at step {position.done} of {state.steps} ({dict(row)}) at a learning rate of "
                 f"{max(self.rates_of(position.done)):g}, and at a thousandth of it, too: lower the learning rate with "

@@ -95,6 +95,11 @@ class Saved:
         self.tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("kept.")}
         return True
 
+    def discard(self) -> None:
+        """Remove the state from the disk, if there is one."""
+        for left in (self.path, self.json_path):
+            left.unlink(missing_ok=True)
+
     def save(self, position: Position, tensors: Mapping[str, Tensor]) -> None:
         """Replace the state on disk atomically; a kill at any moment leaves the old state or the new one."""
         self.position = position

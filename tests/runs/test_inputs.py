@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torchvision.models import resnet18
 
 from bdclean.data.imageset import ImageSet
+from bdclean.data.loading import load_images
 from bdclean.data.placing import place, take
 from bdclean.errors import Refused
 from bdclean.networks.ambiguity.choosing import Choice
@@ -187,6 +188,16 @@ def test_a_head_of_one_output_is_refused(tmp_path):
             False,
             torch.device("cpu"),
         )
+
+
+def test_a_normalisation_that_the_network_contradicts_does_not_doubt_its_architecture():
+    """Under it the statistics part no activations: it is obeyed with a warning, and no --arch is asked for."""
+    checkpoint = Checkpoint.read(LABELED.parents[1] / "signs-badnets.safetensors")
+    images = load_images(LABELED, (32, 32), tell=quiet).images
+    suspect = understand(checkpoint, images, "raw255", None, False, torch.device("cpu"))
+    assert suspect.doubt == "" and suspect.arch.name == "resnet8-cifar-b"
+    assert suspect.choices[0].preprocess.title == "raw255"
+    assert any("raw255 is obeyed, but contradicted" in warning for warning in suspect.warnings)
 
 
 def test_first_layers_that_give_no_numbers_are_refused(tmp_path):

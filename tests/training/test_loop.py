@@ -214,11 +214,14 @@ def test_a_second_signal_ends_at_once_and_handlers_are_given_back(tmp_path):
     assert steps == [0] and signal.getsignal(signal.SIGINT) is before
 
 
-def test_divergence_is_refused():
-    run = Run(CPU, Precision(), 0)
+def test_divergence_is_refused_and_leaves_nothing_to_go_on_from(tmp_path):
+    saved = Saved(tmp_path / "s.safetensors", ARGUMENTS)
+    saved.save(saved.position, {})
+    run = Run(CPU, Precision(), 0, saved=saved)
     state, step = job(run, steps=60, rate=1e30)
     with pytest.raises(Refused, match=r"job diverged at step \d+ of 60 .*lower the learning rate"):
         fit(step, state, run)
+    assert not any(tmp_path.iterdir())
 
 
 def lowered(run, at, worth=math.inf, steps=300):
