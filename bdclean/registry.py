@@ -111,6 +111,10 @@ RECIPES: dict[str, Entry] = {
         "bdclean.recipes.nad:NAD",
         "neural attention distillation from a fine-tuned copy, labels (2101.05930)",
     ),
+    "otbr": Entry(
+        "bdclean.recipes.otbr:OTBR",
+        "filters that noise moves most are cut, and fused with the suspect's by optimal transport (2408.15861)",
+    ),
     "pretrain": Entry(
         "",
         "an encoder's pre-training, continued or from scratch, on the given images (SimCLR, MoCo v2, BYOL)",

@@ -46,6 +46,7 @@ QUICK = {
     "mcr": {"epochs": "0.2", "batch_size": "8", "end_epochs": "0.2"},
     "moth": {"epochs": "0.1", "batch_size": "8", "fit_steps": "2"},
     "nad": {"epochs": "0.2", "batch_size": "8", "teacher_epochs": "0.1"},
+    "otbr": {"steps": "2", "batch_size": "8", "ratio": "0.3"},
     "sft": {"epochs": "0.2", "first_epochs": "0.1", "batch_size": "8"},
     "d3": {"epochs": "0.2", "batch_size": "8"},
     "fst": {"epochs": "0.2", "batch_size": "8"},
@@ -63,7 +64,7 @@ QUICK = {
 }
 
 
-STEPS = {"clp": None, "moth": 4 + 2}
+STEPS = {"clp": None, "otbr": None, "moth": 4 + 2}
 """Of the quick settings' last stage, where it has not three: none, or one for each class and two for pairs."""
 UNSEEDED = ("clp",)
 
@@ -411,6 +412,7 @@ def test_from_scratch_nothing_of_the_suspect_is_left(name, suspect, arch, images
     ("name", "setting"),
     [
         ("anp", "steps=0"), ("anp", "pruned=1"), ("anp", "clean=2"), ("clp", "deviations=-1"), ("fp", "epochs=0"),
+        ("otbr", "steps=0"), ("otbr", "ratio=1"), ("otbr", "fused=0"),
         ("fp", "pruned=1"), ("fp", "tolerance=2"), ("mcr", "t=1.5"), ("mcr", "end_rate=0"), ("moth", "fit_steps=0"),
         ("moth", "share=2"), ("nad", "later_rate=0"), ("nad", "weights="), ("nad", "weights=1/-1"),
         ("bcu", "head_ratio=1.1"), ("bcu", "epochs=0"), ("bcu", "batch_size=1"), ("ft", "rate=0"),
