@@ -53,6 +53,11 @@ RECIPES: dict[str, Entry] = {
         "blind unlearning: layer-wise re-initialisation and distillation on unlabeled images (2211.12044)",
         encoder="bdclean.recipes.bcu_encoder:BCUEncoder",
     ),
+    "cbd": Entry(
+        "bdclean.recipes.cbd:CBD",
+        "contrastive adversarial examples are unlearnt, unlabeled images (OpenReview 0Hfv9xPBSPQ)",
+        encoder="bdclean.recipes.cbd:CBD",
+    ),
     "clp": Entry(
         "bdclean.recipes.clp:CLP",
         "channel Lipschitz pruning: channels that amplify most are switched off, without data (2208.03111)",

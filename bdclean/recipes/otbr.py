@@ -107,7 +107,7 @@ class OTBR:
             loss = F.cross_entropy(run.forward(restless, noise).float(), labels)
             (-loss).backward()
             optimiser.step()
-            run.tell("unlearning noise", step, self.steps, loss=loss.item())
+            run.tell(self.name, step, self.steps, loss=loss.item())
         pairs = zip(theirs, layers, strict=True)
         moved = [(a.detach() - b.weight).flatten(1).abs().sum(1).float().cpu() for a, b in pairs]
         if not all(bool(each.isfinite().all()) for each in moved):

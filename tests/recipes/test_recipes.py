@@ -40,6 +40,7 @@ QUICK = {
     "anp": {"steps": "3", "batch_size": "8", "pruned": "0.3"},
     "auto": {},
     "bcu": {"epochs": "0.2", "batch_size": "8"},
+    "cbd": {"epochs": "0.2", "batch_size": "8", "adversary_steps": "1"},
     "clp": {"deviations": "0.5"},
     "fp": {"epochs": "0.2", "batch_size": "8", "pruned": "0.3"},
     "ft": {"epochs": "0.2", "batch_size": "8"},
@@ -71,6 +72,7 @@ UNSEEDED = ("clp",)
 
 QUICK_ENCODER = {
     "bcu": {"epochs": "0.2", "batch_size": "32"},
+    "cbd": {"epochs": "0.2", "batch_size": "32", "adversary_steps": "1"},
     "distill": {"epochs": "0.2", "batch_size": "32", "warmup_epochs": "0.2"},
     "inoculate": {"epochs": "0.2", "least_steps": "1", "batch_size": "32"},
     "mimic": {"epochs": "0.2", "batch_size": "32", "mi_epochs": "2"},
@@ -412,7 +414,7 @@ def test_from_scratch_nothing_of_the_suspect_is_left(name, suspect, arch, images
     ("name", "setting"),
     [
         ("anp", "steps=0"), ("anp", "pruned=1"), ("anp", "clean=2"), ("clp", "deviations=-1"), ("fp", "epochs=0"),
-        ("otbr", "steps=0"), ("otbr", "ratio=1"), ("otbr", "fused=0"),
+        ("otbr", "steps=0"), ("cbd", "budget=0"), ("cbd", "keep=-1"), ("otbr", "ratio=1"), ("otbr", "fused=0"),
         ("fp", "pruned=1"), ("fp", "tolerance=2"), ("mcr", "t=1.5"), ("mcr", "end_rate=0"), ("moth", "fit_steps=0"),
         ("moth", "share=2"), ("nad", "later_rate=0"), ("nad", "weights="), ("nad", "weights=1/-1"),
         ("bcu", "head_ratio=1.1"), ("bcu", "epochs=0"), ("bcu", "batch_size=1"), ("ft", "rate=0"),
