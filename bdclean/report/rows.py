@@ -315,6 +315,11 @@ def headline(row: TriggerRow) -> tuple[Rate, int | None]:
     return of_source(row, bound.source) or Rate(bound.value, bound.n), bound.source
 
 
+def speaking_source(row: TriggerRow, before: TriggerRow | None) -> int | None:
+    """Returns the source class that speaks for a row, or for the same one `before`; None where it is all of them."""
+    return next((of for each in (row, before) if each and (of := headline(each)[1]) is not None), None)
+
+
 def of_source(row: TriggerRow, source: int | None) -> Rate | None:
     """Returns what a row moves of one source class, None where the record does not say; of all images without one."""
     if source is None:

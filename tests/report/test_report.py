@@ -27,6 +27,7 @@ from bdclean.record.run import (
 )
 from bdclean.report import wording
 from bdclean.report.formats import choose_format, render
+from bdclean.report.page.bars import groups
 from bdclean.report.rows import evidence
 
 HOSTILE = "m\x1b[31m[red]|</td>\u202e\r\nb*a*`d`\udc80.safetensors"
@@ -387,6 +388,20 @@ def test_a_backdoor_of_one_source_is_headed_by_it_and_never_by_the_average(form)
         assert "(was: backdoored, badnets 100.0 -> 0.0 % of class 11)" in shown
     compared = plain_words(render([scan, repair], form))
     assert "8.3" not in compared[: compared.index("badnets:size=3", compared.index("trigger"))]
+
+
+def test_a_bar_of_one_source_is_as_long_as_its_rate():
+    """Its base rate and controls, which are of all images, are not marked; the average stands beside it."""
+    repair = cleansed()
+    repair.before.triggers, repair.after.triggers = (
+        [of_one_source(1.0, "fails")],
+        [of_one_source(0.0, "passes")],
+    )
+    (bar,) = groups(repair)[0].bars
+    before, after = bar.tracks
+    assert (before.value, before.base, before.highest, before.number) == (100.0, None, None, "100.0\u00a0%")
+    assert (after.value, after.number) == (0.0, "0.0\u00a0%") and bar.change == ""
+    assert before.beside == "of class 11, all images 8.3" and after.beside == "of class 11, all images 0.0"
 
 
 def plain_words(shown):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from bdclean.record.run import NOT_MEASURED, PASSES, Measure, Rate, RunRecord, TriggerRow
 from bdclean.report import wording
-from bdclean.report.rows import apart, knowledge, paired_rank, same
+from bdclean.report.rows import apart, knowledge, of_source, paired_rank, same, speaking_source
 
 SHOWN = 12
 """Rows that pass (before and after) beyond so many of a group are folded away, whatever their number."""
@@ -107,43 +107,48 @@ def _room(bars: Sequence[Bar]) -> int:
 def _bar(record: RunRecord, row: TriggerRow) -> Bar:
     old = same(record.before.triggers, row) if record.before else None
     cleansed = record.before is not None
-    tracks = [_track("before", old)] if cleansed and old is not None else []
-    tracks.append(_track("after" if cleansed else "", row))
-    change, change_interval = signed(row.change)
+    speaks = speaking_source(row, old)
+    names = record.class_names()
+    tracks = [_track("before", old, speaks, names)] if cleansed and old is not None else []
+    tracks.append(_track("after" if cleansed else "", row, speaks, names))
+    change, change_interval = signed(row.change if speaks is None else None)
     worst = row.worst_source or {}
     source = ""
     if row.outcome != PASSES and isinstance(worst.get("value"), (int, float)):
         rate = Rate(
             worst["value"], _count(worst.get("n")), _share(worst.get("low")), _share(worst.get("high"))
         )
-        names = record.class_names()
         source = f"{wording.label(worst.get('class'), names)}: {wording.percent(rate.value)}\u00a0% ({interval(rate)})"
     return Bar(row.trigger, row.target, row.outcome, tracks, change, change_interval, row.reason, source)
 
 
-def _track(name: str, row: TriggerRow) -> Track:
-    controls = row.control_rate or {}
+def _track(name: str, row: TriggerRow, source: int | None, names: Sequence[str] | None) -> Track:
+    """The bar of `row`: of one `source` class where that speaks for it, whose base rate and controls are not known."""
+    rate = of_source(row, source) or Rate(None, 0)
+    controls = (row.control_rate or {}) if source is None else {}
     median, highest = _share(controls.get("median")), _share(controls.get("highest"))
-    base = row.base_rate.value if row.base_rate is not None else None
+    base = row.base_rate.value if row.base_rate is not None and source is None else None
     beside = []
+    if source is not None and row.asr.value is not None:
+        beside = [f"of {wording.label(source, names)}", f"all images {wording.percent(row.asr.value)}"]
     if base is not None:
         beside.append(f"base {wording.percent(base)}")
     if highest is not None:
         beside.append(f"controls to {wording.percent(highest)}")
-    measured = row.asr.value is not None
-    number = f"{wording.percent(row.asr.value)}\u00a0%" if measured else "not measured"
-    spoken = [f"{name} attack success rate {number}".strip(), interval(row.asr), *beside, row.outcome]
+    measured = rate.value is not None
+    number = f"{wording.percent(rate.value)}\u00a0%" if measured else "not measured"
+    spoken = [f"{name} attack success rate {number}".strip(), interval(rate), *beside, row.outcome]
     return Track(
         name,
         row.outcome if measured else NOT_MEASURED,
-        _percent(row.asr.value),
-        _percent(row.asr.low),
-        _percent(row.asr.high),
+        _percent(rate.value),
+        _percent(rate.low),
+        _percent(rate.high),
         _percent(base),
         _percent(median),
         _percent(highest),
         number,
-        interval(row.asr),
+        interval(rate),
         ", ".join(beside),
         ", ".join(part for part in spoken if part),
     )

@@ -9,7 +9,7 @@ from bdclean.record.gate import SCORES
 from bdclean.record.run import INCONCLUSIVE, Measure, RunRecord, TriggerRow
 from bdclean.report import wording
 from bdclean.report.page import bars, words
-from bdclean.report.rows import beside, headline, of_source, same, worst_row
+from bdclean.report.rows import beside, of_source, same, speaking_source, worst_row
 
 
 @dataclass
@@ -84,7 +84,7 @@ def of_row(
 ) -> Number:
     """The rate that speaks for a row, and for the same one `before`: of one source class where that decides."""
     tones = {"fails": "bad", "inconclusive": "doubt"}
-    source = next((of for each in (row, before) if each and (of := headline(each)[1]) is not None), None)
+    source = speaking_source(row, before)
     now, was = of_source(row, source), of_source(before, source) if before is not None else None
     change, change_interval = bars.signed(row.change) if before is not None and source is None else ("", "")
     said = "" if source is None else f"of {wording.label(source, names)}, "
