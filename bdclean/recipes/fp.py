@@ -13,7 +13,7 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.finetuning import require_labels
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.fine_pruning import main_path, pruned
+from bdclean.training.fine_pruning import pruned
 from bdclean.training.loop import burst, halvings
 from bdclean.training.run import Run
 from bdclean.training.students import choose_augmentation, cosine, frozen
@@ -62,7 +62,6 @@ class FP:
         augment = choose_augmentation(student, images.images, run)
         steps = math.ceil(self.epochs * len(images) / self.batch_size)
         layers = [name for stage in arch.stages[:-1] for name in stage.modules]
-        layers = main_path(student, layers, images.images[:2].to(run.device))
         with pruned(student, layers, images, run, self.pruned, self.tolerance) as count:
             curve = train_classifier(
                 student, images, augment, steps, partial(cosine, steps=steps, peak=self.rate), run, self.name,

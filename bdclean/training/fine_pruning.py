@@ -68,7 +68,8 @@ def pruned(
 
     They stay zeros afterwards. For `share`, `tolerance`, `layers` and what is raised see `FinePruning`.
     """
-    part = last_part(model, layers, labeled.images[:2].to(run.device))
+    few = labeled.images[:2].to(run.device)
+    part = last_part(model, main_path(model, layers, few), few)
     order = activity(model, part, labeled.images, run).argsort(stable=True)
     tensors = {name: t for name, t in part.named_parameters(recurse=False) if name in ("weight", "bias")}
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}

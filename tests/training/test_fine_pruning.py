@@ -70,6 +70,17 @@ def test_a_shortcut_is_not_the_last_layer(preact):
     assert found[-1] == "layer3.0.conv2" and found[0] == "conv1" and len(found) == len(layers) - 2
 
 
+def test_of_a_stage_of_one_block_the_shortcut_keeps_all_channels():
+    """The last stage alone is what a teacher of `distill` is pruned in; it ends with the shortcut's layer."""
+    made, images = model(), labeled()
+    stage = [name for name in LAYERS if name.startswith("layer3")]
+    assert main_path(made, stage, images.images[:2])[-1] == "layer3.0.conv2"
+    was = copy.deepcopy(made)
+    FinePruning(0.5, epochs=0.5, batch_size=8)(made, [*stage, "layer3.0.downsample.0"], images, run())
+    assert made.network.get_submodule("layer3.0.bn2").weight.eq(0).sum() == 4
+    assert pruned_channels(was, made) == 4
+
+
 @pytest.mark.parametrize("size", [5, 256])
 def test_activity_is_the_mean_absolute_output(size):
     made, images = model(), labeled().images
