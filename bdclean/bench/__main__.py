@@ -12,6 +12,7 @@ from bdclean.bench import (
     inversion,
     known_networks,
     readings,
+    recipes,
     rule,
     small_networks,
     tables,
@@ -28,6 +29,7 @@ DRIVERS = {
     "fuzz": fuzz.main,
     "inversion": inversion.main,
     "readings": readings.main,
+    "recipes": recipes.main,
     "rule": rule.main,
     "speed": speed.main,
 }

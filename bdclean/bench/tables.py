@@ -105,6 +105,15 @@ ABOUT = {
         "one reading a cell; all images of `--test` and `--other`",
         "of each network by its name",
     ),
+    "recipes": About(
+        "Every recipe on the same images",
+        "Networks that are there are cleansed by each recipe and measured with their own trigger, by the command line. "
+        "A third of the labeled images is measured on; every recipe gets the others, with labels where it needs them: "
+        "true ones, or the network's own answers. `auto` is told the trigger, which it may unlearn. Attack success is "
+        "the share of stamped images of other classes that go to the target; base rate: without the stamp; robust "
+        "accuracy: stamped images still seen as what they are. Rates in percent; seconds are of the whole command.",
+        "images for accuracy, and for attack success, in the last two columns",
+    ),
     "rule": About(
         "How often the rule for trigger rows is wrong",
         "Counts over records of scans with the stock bank: verdicts, and rows by outcome.",
