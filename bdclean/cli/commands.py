@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,6 +36,7 @@ from bdclean.cli.options import (
     Verbose,
     given_path,
 )
+from bdclean.cli.project import VARIABLES, Config
 from bdclean.errors import Refused, UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _main(
         raise typer.Exit
 
 
-@app.command()
+@app.command(context_settings=VARIABLES)
 def scan(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Files or folders; - reads their paths.")
@@ -124,6 +124,7 @@ def scan(
     record: Record = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    project: Config = None,
 ) -> Job:
     """Look for backdoors in checkpoints: stamp triggers on images and measure where they send the predictions.
 
@@ -135,7 +136,7 @@ def scan(
         data=data, test=test, labeled=labeled, classes=classes, arch=arch, kind=kind, preprocess=preprocess,
         reference=reference,
         device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
-        allow_pickle=allow_pickle, pictures=not no_pictures, argv=tuple(sys.argv),
+        allow_pickle=allow_pickle, pictures=not no_pictures, argv=project.argv(),
     )  # fmt: skip
 
     def job() -> int:
@@ -188,12 +189,12 @@ def scan(
                 tell=progress,
             )
 
-        return run_all("scan", paths, one, judge, shown, records, quiet)
+        return run_all("scan", paths, one, judge, shown, records, quiet, project)
 
     return job
 
 
-@app.command()
+@app.command(context_settings=VARIABLES)
 def cleanse(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A safetensors file, or a folder with one.")],
     data: Data = None,
@@ -204,7 +205,14 @@ def cleanse(
         str, typer.Option("--recipe", metavar="NAME", help="See: bdclean ls recipes.")
     ] = "auto",
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the recipe.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            envvar="BDCLEAN_SET",
+            show_envvar=False,
+            metavar="KEY=VALUE",
+            help="A setting of the recipe.",
+        ),
     ] = None,
     head: Annotated[
         str,
@@ -248,6 +256,7 @@ def cleanse(
     record: Record = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    project: Config = None,
 ) -> Job:
     """Make a cleansed drop-in replacement and measure it before and after. The input is never overwritten.
 
@@ -258,7 +267,7 @@ def cleanse(
     inputs = Inputs(
         data=data, test=test, labeled=labeled, classes=classes, arch=arch, kind=kind, preprocess=preprocess,
         device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
-        allow_pickle=allow_pickle, pictures=not no_pictures, argv=tuple(sys.argv),
+        allow_pickle=allow_pickle, pictures=not no_pictures, argv=project.argv(),
     )  # fmt: skip
 
     def job() -> int:
@@ -337,12 +346,12 @@ def cleanse(
                 sweep(path)
             if os.path.exists(state) and not resume:
                 warn(f"{state} of a run that was stopped is not used and will be replaced: --resume goes on.")
-            return run_all("cleanse", [model], one, judge, shown, records, quiet)
+            return run_all("cleanse", [model], one, judge, shown, records, quiet, project)
 
     return job
 
 
-@app.command()
+@app.command(context_settings=VARIABLES)
 def report(
     records: Annotated[
         list[str],
@@ -368,6 +377,7 @@ def report(
         list[str] | None, typer.Option("--fail-on", metavar="EXPR", help=f"{CONDITIONS} Default: never.")
     ] = None,
     verbose: Verbose = False,
+    project: Config = None,
 ) -> Job:
     """Show records again, in any format; several are compared. Exits 0 unless --fail-on says otherwise."""
 
@@ -389,6 +399,7 @@ def report(
             check_card(card, place, files)
         if not found:
             raise Refused(str(torn[0]) if len(torn) == 1 else f"{', '.join(records)}: no run in it.")
+        found = [project.judge(record) for record in found]
         for error in torn:
             warn(f"left out: {error}")
         if card is not None and torn:

@@ -86,6 +86,8 @@ Format = Annotated[
     str | None,
     typer.Option(
         "--format",
+        envvar="BDCLEAN_FORMAT",
+        show_envvar=False,
         metavar="NAME",
         help=f"{', '.join(FORMATS)}. Default: what a report's --out ends in, else table.",
     ),
