@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bdclean import __version__
+from bdclean.cli import examples
 from bdclean.cli.console import emit, warn
 from bdclean.cli.options import (
     CONDITIONS,
@@ -35,8 +36,11 @@ from bdclean.cli.options import (
     Triggers,
     Verbose,
     given_path,
+    listed,
+    named,
+    names,
 )
-from bdclean.cli.project import VARIABLES, Config
+from bdclean.cli.project import Config
 from bdclean.errors import Refused, UsageError
 
 if TYPE_CHECKING:
@@ -50,14 +54,12 @@ Job = Callable[[], int]
 """What a command has parsed. It runs after Typer is done, because Typer turns Ctrl-C and broken pipes into exit 1."""
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     rich_markup_mode=None,
     help="Find backdoors in vision checkpoints, make cleansed drop-in replacements, and show the evidence.",
-    epilog="Exit codes: 0 no evidence found, 1 backdoored or suspicious, 2 wrong usage, 3 refused or not assessed, "
-    "70 a defect in bdclean, 130 and 143 interrupted.",
+    epilog=examples.ALL,
 )
 
 
@@ -73,7 +75,7 @@ def _main(
         raise typer.Exit
 
 
-@app.command(context_settings=VARIABLES)
+@app.command(epilog=examples.SCAN)
 def scan(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Files or folders; - reads their paths.")
@@ -90,7 +92,10 @@ def scan(
     detector: Annotated[
         list[str] | None,
         typer.Option(
-            "--detector", metavar="NAME", help="Runs it, else those under ten seconds; bdclean ls detectors."
+            "--detector",
+            metavar="NAME",
+            autocompletion=names("detector"),
+            help="Runs it, else those under ten seconds; bdclean ls detectors.",
         ),
     ] = None,
     reference: Annotated[
@@ -194,7 +199,7 @@ def scan(
     return job
 
 
-@app.command(context_settings=VARIABLES)
+@app.command(epilog=examples.CLEANSE)
 def cleanse(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A safetensors file, or a folder with one.")],
     data: Data = None,
@@ -202,14 +207,15 @@ def cleanse(
     labeled: Labeled = None,
     classes: Classes = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", metavar="NAME", help="See: bdclean ls recipes.")
+        str,
+        typer.Option(
+            "--recipe", metavar="NAME", autocompletion=names("recipe"), help="See: bdclean ls recipes."
+        ),
     ] = "auto",
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            envvar="BDCLEAN_SET",
-            show_envvar=False,
             metavar="KEY=VALUE",
             help="A setting of the recipe.",
         ),
@@ -351,7 +357,7 @@ def cleanse(
     return job
 
 
-@app.command(context_settings=VARIABLES)
+@app.command(epilog=examples.REPORT)
 def report(
     records: Annotated[
         list[str],
@@ -413,16 +419,24 @@ def report(
     return job
 
 
-@app.command(name="ls")
+@app.command(epilog=examples.LS)
 def ls(
     what: Annotated[
         str | None,
         typer.Argument(
             metavar="WHAT",
+            autocompletion=listed,
             help="recipes, triggers, detectors, architectures, schema; or recipe, trigger, detector with a NAME.",
         ),
     ] = None,
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One of them, in full.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            autocompletion=named,
+            help="One of them, in full.",
+        ),
+    ] = None,
 ) -> Job:
     """List what there is, or show one recipe, trigger or detector with its settings and limits."""
 
@@ -435,7 +449,7 @@ def ls(
     return job
 
 
-@app.command()
+@app.command(epilog=examples.DOCTOR)
 def doctor() -> Job:
     """Show versions, devices, threads and disk, for a bug report."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,37 @@ def given_path(text: str) -> Path:
     if why is not None:
         raise typer.BadParameter(why)
     return Path(text)
+
+
+# --- what a shell completes: nothing is looked up before it asks ---------------------------------------------
+
+
+def names(noun: str) -> Callable[[], list[str]]:
+    """Returns what gives the names that are registered as `noun`."""
+
+    def known() -> list[str]:
+        from bdclean.registry import TABLES
+
+        return sorted(TABLES[noun])
+
+    return known
+
+
+def listed() -> list[str]:
+    """Returns what `bdclean ls` takes first."""
+    from bdclean.cli.catalogue import LISTS, SINGULAR
+
+    return [*LISTS, *SINGULAR]
+
+
+def named(context: typer.Context) -> list[str]:
+    """Returns what `bdclean ls` takes behind that."""
+    from bdclean.cli.catalogue import SINGULAR
+
+    return sorted(SINGULAR.get(context.params.get("what") or "", ()))
+
+
+# --- options ------------------------------------------------------------------------------------------------
 
 
 Data = Annotated[
@@ -86,8 +118,7 @@ Format = Annotated[
     str | None,
     typer.Option(
         "--format",
-        envvar="BDCLEAN_FORMAT",
-        show_envvar=False,
+        autocompletion=lambda: list(FORMATS),
         metavar="NAME",
         help=f"{', '.join(FORMATS)}. Default: what a report's --out ends in, else table.",
     ),
@@ -106,7 +137,10 @@ FailOn = Annotated[
 Triggers = Annotated[
     list[str] | None,
     typer.Option(
-        "--trigger", metavar="SPEC", help="NAME[:KEY=VALUE,...] or file:PATH; default the stock bank."
+        "--trigger",
+        metavar="SPEC",
+        autocompletion=names("trigger"),
+        help="NAME[:KEY=VALUE,...] or file:PATH; default the stock bank.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on standard error.")]

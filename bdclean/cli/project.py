@@ -34,8 +34,6 @@ from bdclean.record.run import Acceptance, RunRecord
 
 OWN, SHARED = "bdclean.toml", "pyproject.toml"
 """Looked for in the working directory; where there is the first, the second is not read."""
-VARIABLES = {"auto_envvar_prefix": "BDCLEAN"}
-"""Context settings of a command: BDCLEAN_LIMIT is its --limit, several of one option have spaces between them."""
 COMMANDS = ("scan", "cleanse", "report")
 TYPED_ALONE = ("allow-pickle", "card", "config", "force", "out")
 ENTRY = {"sha256": "64 hex digits", "reason": "words", "expires": "a date, as in 2027-03-31"}
@@ -59,7 +57,7 @@ class Project:
         added: list[str] = []
         for flag, option in _options(self.context.command).items():
             source = self.context.get_parameter_source(option.name)
-            if source is None or source.name not in ("ENVIRONMENT", "DEFAULT_MAP") or flag == "config":
+            if source is None or source.name != "DEFAULT_MAP":
                 continue
             value = self.context.params[option.name]
             for each in value if isinstance(value, (list, tuple)) else [value]:
@@ -70,26 +68,18 @@ class Project:
 
 
 def open_project(context: typer.Context, given: Path | None) -> Project:
-    """Makes what the project file says the defaults of this command, and names it on standard error.
+    """Makes what the project file and variables say the defaults of this command; the file is named on standard error.
 
     `given` is what --config names, the null device for none. Raises UsageError where the file is not as it should be.
     """
-    source, table = ("", None) if context.resilient_parsing else _read(given)
-    if table is None:
+    if context.resilient_parsing:  # a shell asks what could be typed
         return Project(context, {})
+    own = _options(context.command)
+    source, table = _read(given)
     accepted = _acceptances(table.pop("accept", []), source)
-    commands = context.find_root().command.commands  # type: ignore[attr-defined]
-    known = {name: _options(commands[name]) for name in COMMANDS}
-    sections = {name: table.pop(name) for name in COMMANDS if isinstance(table.get(name), dict)}
-    for name, section in sections.items():
-        _check(section, known[name], (), f"{source}, [{name}]")
-    _check(
-        table, {k: v for options in known.values() for k, v in options.items()}, (*COMMANDS, "accept"), source
-    )
-    command = context.info_name or ""
-    own = known[command]
-    said = {k: v for k, v in {**table, **sections.get(command, {})}.items() if k in own}
-    context.default_map = {own[flag].name: _typed(value, own[flag]) for flag, value in said.items()}
+    said = {flag: value for flag, value in _defaults(table, source, context).items() if flag in own}
+    values = {**said, **_variables(own)}
+    context.default_map = {own[flag].name: _typed(value, own[flag]) for flag, value in values.items()}
     if said:
         warn(f"{source} has defaults for {', '.join(f'--{flag}' for flag in said)}.")
     for sha256, found in accepted.items():
@@ -113,16 +103,16 @@ Config = Annotated[
 ]
 
 
-def _read(given: Path | None) -> tuple[str, dict[str, Any] | None]:
-    """The name and the content of the project file; None where there is none."""
+def _read(given: Path | None) -> tuple[str, dict[str, Any]]:
+    """The name and the content of the project file; it is empty where there is none."""
     if given is not None and str(given) == os.devnull:
-        return "", None
+        return "", {}
     path = str(given) if given is not None else OWN if os.path.lexists(OWN) else SHARED
     if given is None and not os.path.lexists(path):
-        return "", None
+        return "", {}
     text = read_text(path, "a project file, TOML of bdclean's")
     if given is None and path == SHARED and "bdclean" not in text:
-        return "", None
+        return "", {}
     import tomllib
 
     if len(text) > LONGEST:
@@ -140,7 +130,26 @@ def _read(given: Path | None) -> tuple[str, dict[str, Any] | None]:
     own = tools.get("bdclean") if isinstance(tools, dict) else None
     if given is not None and not isinstance(own, dict):
         raise UsageError(f"{shown(path)} has no [tool.bdclean].")
-    return f"{shown(path)}, [tool.bdclean]", own if isinstance(own, dict) else None
+    return f"{shown(path)}, [tool.bdclean]", own if isinstance(own, dict) else {}
+
+
+def _defaults(table: dict[str, Any], source: str, context: typer.Context) -> dict[str, Any]:
+    """What the file says for this command, by option; raises UsageError where it is wrong, for whatever command."""
+    commands = context.find_root().command.commands  # type: ignore[attr-defined]
+    known = {name: _options(commands[name]) for name in COMMANDS}
+    sections = {name: table.pop(name) for name in COMMANDS if isinstance(table.get(name), dict)}
+    for name, section in sections.items():
+        _check(section, known[name], (), f"{source}, [{name}]")
+    everywhere = {flag: option for options in known.values() for flag, option in options.items()}
+    _check(table, everywhere, (*COMMANDS, "accept"), source)
+    return {**table, **sections.get(context.info_name or "", {})}
+
+
+def _variables(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the environment says: BDCLEAN_FAIL_ON is --fail-on; several of one option have spaces between them."""
+    named = {flag: f"BDCLEAN_{flag.upper().replace('-', '_')}" for flag in options if flag != "config"}
+    said = {flag: os.environ.get(name, "") for flag, name in named.items()}
+    return {flag: text.split() if options[flag].multiple else text for flag, text in said.items() if text}
 
 
 def _options(command: Any) -> dict[str, Any]:

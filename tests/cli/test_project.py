@@ -62,13 +62,16 @@ def test_flags_beat_variables_and_variables_beat_the_file(record, capsys, monkey
     assert capsys.readouterr().out.startswith('{"schema": "bdclean.run/1"')
 
 
-@pytest.mark.parametrize("command", ["scan", "cleanse", "report"])
-def test_every_option_has_its_variable(command):
-    options = [option for option in COMMANDS[command].params if option.param_type_name == "option"]
-    assert len(options) > 5
-    for option in options:
-        flag = max(option.opts, key=len)[2:]
-        assert flag.replace("-", "_") == option.name or option.envvar == f"BDCLEAN_{flag.upper()}"
+def test_a_variable_holds_a_number_a_switch_or_several(monkeypatch, capsys):
+    for name, value in (("LIMIT", "60"), ("STRICT", "1"), ("FAIL_ON", "asr>=0.1 inconclusive"), ("KIND", "")):
+        monkeypatch.setenv(f"BDCLEAN_{name}", value)
+    root = typer.main.get_command(app).make_context("bdclean", ["scan", "m"])
+    found = COMMANDS["scan"].make_context("scan", ["m"], parent=root).params
+    assert (found["limit"], found["strict"], found["kind"]) == (60, True, "auto")
+    assert list(found["fail_on"]) == ["asr>=0.1", "inconclusive"] and found["seed"] == 0
+    monkeypatch.setenv("BDCLEAN_LIMIT", "many")
+    assert run(["scan", "m", "--data", "."]) == 2
+    assert "'--limit': 'many' is not" in capsys.readouterr().err
 
 
 def test_a_table_of_one_command_beats_what_is_said_for_all_and_is_no_other_commands(record, capsys):
