@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bdclean import __version__
 from bdclean.cli import examples
 from bdclean.cli.console import emit, warn
 from bdclean.cli.options import (
@@ -68,10 +67,14 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _main(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version, with its commit where that is known.")
+    ] = False,
 ) -> None:
     if version:
-        emit(f"bdclean {__version__}\n")
+        from bdclean.cli.version import named
+
+        emit(f"bdclean {named()}\n")
         raise typer.Exit
 
 
