@@ -25,7 +25,8 @@ def measured(recipe: str) -> list[tuple[str, list[list[str]]]]:
     for file in sorted(folder.glob("*.md")) if folder is not None else ():
         for part in MADE.findall(file.read_text(encoding="utf-8")):
             commit = re.search(r"^\* Commit: (.*)$", part, re.MULTILINE)
-            head, *rows = [*_cells(part), []]
+            rows: list[list[str]] = [*_cells(part)]
+            head = rows.pop(0) if rows else []
             if "recipe" not in head or not any(name.startswith("attack success") for name in head):
                 continue
             place = head.index("recipe")
