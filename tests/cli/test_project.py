@@ -207,6 +207,7 @@ def test_an_accepted_finding_stays_and_fails_no_gate(record, capsys):
         assert (
             "backdoored" in shown.lower() and f"until {TOMORROW}: the watermark of our own model" in shown
         ), form
+        assert ("The project file accepts what is found" in shown) == (form == "html")
     assert run(["report", record, "--fail-on", "clean_accuracy<0.9"]) == 1  # of no trigger
     assert run(["report", record, "--config", "/dev/null", "--fail-on", "asr>=0.5"]) == 1
 
