@@ -35,8 +35,6 @@ from bdclean.cli.options import (
     Triggers,
     Verbose,
     given_path,
-    listed,
-    named,
     names,
 )
 from bdclean.cli.project import Config
@@ -60,6 +58,20 @@ app = typer.Typer(
     help="Find backdoors in vision checkpoints, make cleansed drop-in replacements, and show the evidence.",
     epilog=examples.ALL,
 )
+
+
+def _listed() -> list[str]:
+    """Returns what a shell completes behind `bdclean ls`."""
+    from bdclean.cli.catalogue import LISTS, SINGULAR
+
+    return [*LISTS, *SINGULAR]
+
+
+def _named(context: typer.Context) -> list[str]:
+    """Returns what a shell completes behind that."""
+    from bdclean.cli.catalogue import SINGULAR
+
+    return sorted(SINGULAR.get(context.params.get("what") or "", ()))
 
 
 # --- commands -----------------------------------------------------------------------------------------------
@@ -428,7 +440,7 @@ def ls(
         str | None,
         typer.Argument(
             metavar="WHAT",
-            autocompletion=listed,
+            autocompletion=_listed,
             help="recipes, triggers, detectors, architectures, schema; or recipe, trigger, detector with a NAME.",
         ),
     ] = None,
@@ -436,7 +448,7 @@ def ls(
         str | None,
         typer.Argument(
             metavar="NAME",
-            autocompletion=named,
+            autocompletion=_named,
             help="One of them, in full.",
         ),
     ] = None,

@@ -35,20 +35,6 @@ def names(noun: str) -> Callable[[], list[str]]:
     return known
 
 
-def listed() -> list[str]:
-    """Returns what `bdclean ls` takes first."""
-    from bdclean.cli.catalogue import LISTS, SINGULAR
-
-    return [*LISTS, *SINGULAR]
-
-
-def named(context: typer.Context) -> list[str]:
-    """Returns what `bdclean ls` takes behind that."""
-    from bdclean.cli.catalogue import SINGULAR
-
-    return sorted(SINGULAR.get(context.params.get("what") or "", ()))
-
-
 # --- options ------------------------------------------------------------------------------------------------
 
 
