@@ -14,6 +14,7 @@ from bdclean.cli.defects import problem_of, trace
 from bdclean.cli.doctor import versions
 from bdclean.cli.places import Records
 from bdclean.cli.progress import Progress
+from bdclean.cli.project import Project
 from bdclean.errors import Refused, attach
 from bdclean.files.weights import digest
 from bdclean.record import gate
@@ -29,6 +30,7 @@ def run_all(
     shown: Shown,
     records: Records,
     quiet: bool,
+    project: Project | None = None,
 ) -> int:
     """Runs every model, one after another, and returns the exit code of all; one that fails stops no other."""
     found: list[RunRecord] = []
@@ -40,11 +42,16 @@ def run_all(
             progress.begin(f"{model} ({number} of {len(models)})" if several else "")
             with kept_for_the_result():
                 record = guarded(command, model, partial(work, model, progress))
+        record = project.judge(record) if project is not None else record
         found.append(record)
         code = judge.exit_code(record)
         codes.append(code)
         prefix = f"{model}: " if several else ""
-        for line in [record.problem.message] if record.problem else sum(judge.check(record), []):
+        said = (
+            [f"what is found is accepted {record.accepted}."] if record.excused and not record.problem else []
+        )
+        said += [record.problem.message] if record.problem else sum(judge.check(record), [])
+        for line in said:
             warn(f"{prefix}{line}{f' {where_to_look([command])}' if code == 2 else ''}")
         try:
             records.write(record, model)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 
 from bdclean.cli.description import describe
+from bdclean.cli.measured import measured
 from bdclean.errors import UsageError
 from bdclean.files import text
 from bdclean.files.text import closest
@@ -78,6 +79,15 @@ def _entry(what: str, name: str) -> str:
     said = f"{name}: {entry.line}\n\n{_described(what, name, entry.families)}"
     if entry.path and entry.encoder not in ("", entry.path):
         said += f"\nOf encoders:\n\n{_described(what, name, (), encoder=True)}"
+    return said + (_measured(name) if what == "recipe" else "")
+
+
+def _measured(recipe: str) -> str:
+    """What benches measured of the recipe, a table each; nothing where none did."""
+    said = ""
+    for source, rows in measured(recipe):
+        indented = "".join(f"  {line}\n" for line in _columns(rows).splitlines())
+        said += f"\nmeasured, in percent (sample_models/tables/{source}):\n{indented}"
     return said
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bdclean import __version__
+from bdclean.cli import examples
 from bdclean.cli.console import emit, warn
 from bdclean.cli.options import (
     CONDITIONS,
@@ -36,7 +35,9 @@ from bdclean.cli.options import (
     Triggers,
     Verbose,
     given_path,
+    names,
 )
+from bdclean.cli.project import Config
 from bdclean.errors import Refused, UsageError
 
 if TYPE_CHECKING:
@@ -50,15 +51,27 @@ Job = Callable[[], int]
 """What a command has parsed. It runs after Typer is done, because Typer turns Ctrl-C and broken pipes into exit 1."""
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     rich_markup_mode=None,
     help="Find backdoors in vision checkpoints, make cleansed drop-in replacements, and show the evidence.",
-    epilog="Exit codes: 0 no evidence found, 1 backdoored or suspicious, 2 wrong usage, 3 refused or not assessed, "
-    "70 a defect in bdclean, 130 and 143 interrupted.",
+    epilog=examples.ALL,
 )
+
+
+def _listed() -> list[str]:
+    """Returns what a shell completes behind `bdclean ls`."""
+    from bdclean.cli.catalogue import LISTS, SINGULAR
+
+    return [*LISTS, *SINGULAR]
+
+
+def _named(context: typer.Context) -> list[str]:
+    """Returns what a shell completes behind that."""
+    from bdclean.cli.catalogue import SINGULAR
+
+    return sorted(SINGULAR.get(context.params.get("what") or "", ()))
 
 
 # --- commands -----------------------------------------------------------------------------------------------
@@ -66,14 +79,18 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _main(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version, with its commit where that is known.")
+    ] = False,
 ) -> None:
     if version:
-        emit(f"bdclean {__version__}\n")
+        from bdclean.cli.version import named
+
+        emit(f"bdclean {named()}\n")
         raise typer.Exit
 
 
-@app.command()
+@app.command(epilog=examples.SCAN)
 def scan(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Files or folders; - reads their paths.")
@@ -90,7 +107,10 @@ def scan(
     detector: Annotated[
         list[str] | None,
         typer.Option(
-            "--detector", metavar="NAME", help="Runs it, else those under ten seconds; bdclean ls detectors."
+            "--detector",
+            metavar="NAME",
+            autocompletion=names("detector"),
+            help="Runs it, else those under ten seconds; bdclean ls detectors.",
         ),
     ] = None,
     reference: Annotated[
@@ -124,6 +144,7 @@ def scan(
     record: Record = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    project: Config = None,
 ) -> Job:
     """Look for backdoors in checkpoints: stamp triggers on images and measure where they send the predictions.
 
@@ -135,7 +156,7 @@ def scan(
         data=data, test=test, labeled=labeled, classes=classes, arch=arch, kind=kind, preprocess=preprocess,
         reference=reference,
         device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
-        allow_pickle=allow_pickle, pictures=not no_pictures, argv=tuple(sys.argv),
+        allow_pickle=allow_pickle, pictures=not no_pictures, argv=project.argv(),
     )  # fmt: skip
 
     def job() -> int:
@@ -188,12 +209,12 @@ def scan(
                 tell=progress,
             )
 
-        return run_all("scan", paths, one, judge, shown, records, quiet)
+        return run_all("scan", paths, one, judge, shown, records, quiet, project)
 
     return job
 
 
-@app.command()
+@app.command(epilog=examples.CLEANSE)
 def cleanse(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A safetensors file, or a folder with one.")],
     data: Data = None,
@@ -201,10 +222,18 @@ def cleanse(
     labeled: Labeled = None,
     classes: Classes = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", metavar="NAME", help="See: bdclean ls recipes.")
+        str,
+        typer.Option(
+            "--recipe", metavar="NAME", autocompletion=names("recipe"), help="See: bdclean ls recipes."
+        ),
     ] = "auto",
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the recipe.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting of the recipe.",
+        ),
     ] = None,
     head: Annotated[
         str,
@@ -248,6 +277,7 @@ def cleanse(
     record: Record = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    project: Config = None,
 ) -> Job:
     """Make a cleansed drop-in replacement and measure it before and after. The input is never overwritten.
 
@@ -258,7 +288,7 @@ def cleanse(
     inputs = Inputs(
         data=data, test=test, labeled=labeled, classes=classes, arch=arch, kind=kind, preprocess=preprocess,
         device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
-        allow_pickle=allow_pickle, pictures=not no_pictures, argv=tuple(sys.argv),
+        allow_pickle=allow_pickle, pictures=not no_pictures, argv=project.argv(),
     )  # fmt: skip
 
     def job() -> int:
@@ -337,12 +367,12 @@ def cleanse(
                 sweep(path)
             if os.path.exists(state) and not resume:
                 warn(f"{state} of a run that was stopped is not used and will be replaced: --resume goes on.")
-            return run_all("cleanse", [model], one, judge, shown, records, quiet)
+            return run_all("cleanse", [model], one, judge, shown, records, quiet, project)
 
     return job
 
 
-@app.command()
+@app.command(epilog=examples.REPORT)
 def report(
     records: Annotated[
         list[str],
@@ -368,6 +398,7 @@ def report(
         list[str] | None, typer.Option("--fail-on", metavar="CONDITION", help=f"{CONDITIONS} Default: never.")
     ] = None,
     verbose: Verbose = False,
+    project: Config = None,
 ) -> Job:
     """Show records again, in any format; several are compared. Exits 0 unless --fail-on says otherwise."""
 
@@ -389,6 +420,7 @@ def report(
             check_card(card, place, files)
         if not found:
             raise Refused(str(torn[0]) if len(torn) == 1 else f"{', '.join(records)}: no run in it.")
+        found = [project.judge(record) for record in found]
         for error in torn:
             warn(f"left out: {error}")
         if card is not None and torn:
@@ -402,16 +434,24 @@ def report(
     return job
 
 
-@app.command(name="ls")
+@app.command(epilog=examples.LS)
 def ls(
     what: Annotated[
         str | None,
         typer.Argument(
             metavar="WHAT",
+            autocompletion=_listed,
             help="recipes, triggers, detectors, architectures, schema; or recipe, trigger, detector with a NAME.",
         ),
     ] = None,
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One of them, in full.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            autocompletion=_named,
+            help="One of them, in full.",
+        ),
+    ] = None,
 ) -> Job:
     """List what there is, or show one recipe, trigger or detector with its settings and limits."""
 
@@ -424,7 +464,7 @@ def ls(
     return job
 
 
-@app.command()
+@app.command(epilog=examples.DOCTOR)
 def doctor() -> Job:
     """Show versions, devices, threads and disk, for a bug report."""
 

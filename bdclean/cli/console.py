@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 RULE = "\u2500"  # what tables draw under their heads
 COMMANDS = ("scan", "cleanse", "report", "ls", "doctor")
+WIDEST = 10_000  # columns of a terminal: COLUMNS may say any number, and rules are drawn over all of them
 LONGEST_LINE = 1200  # characters on standard error: a sentence about a stranger's path or name, not all of it
 
 
@@ -45,12 +46,22 @@ class Shown:
             write_text(self.out, render(records, self.form, everything=self.verbose))
             return
         terminal = sys.stdout is not None and sys.stdout.isatty()
-        colours = terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-        import shutil
-
-        width = shutil.get_terminal_size().columns if terminal else None
-        text = render(records, self.form, width=width, colours=colours, everything=self.verbose)
+        colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        text = render(records, self.form, width=columns(terminal), colours=colours, everything=self.verbose)
         emit(text if _takes(RULE) else text.replace(RULE, "-"))
+
+
+def columns(terminal: bool) -> int | None:
+    """Returns how wide lines may be: COLUMNS where it is set, else as wide as a terminal; None in a file or pipe.
+
+    No shell hands its own COLUMNS on: where it is set, somebody asked for it, as in a log that is read side by side.
+    """
+    import shutil
+
+    said = os.environ.get("COLUMNS", "")
+    if not terminal and not (said.isdecimal() and int(said)):
+        return None
+    return min(shutil.get_terminal_size().columns, WIDEST)
 
 
 def _takes(text: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bdclean.cli.catalogue import _columns
+from bdclean.cli.version import named
 from bdclean.files.weights import memory
 
 PACKAGES = (
@@ -30,7 +31,7 @@ EXTRAS = {"timm": "timm", "parquet": "pyarrow"}
 def doctor() -> tuple[str, bool]:
     """Returns what a bug report needs about this machine, and whether bdclean can work on it."""
     rows = [("python", f"{platform.python_version()} on {platform.platform()}")]
-    rows += [(package, _version(package)) for package in PACKAGES]
+    rows += [(package, named() if package == "bdclean" else _version(package)) for package in PACKAGES]
     rows += [(f"bdclean[{extra}]", f"{package} {_version(package)}") for extra, package in EXTRAS.items()]
     rows.append(("temporary folder", _temporary()))
     try:

@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
     previous = {number: signal.signal(number, _terminate) for number in others}
     try:
         job = app(args=argv, prog_name="bdclean", standalone_mode=False)
-        return job() if callable(job) else int(job or 0)
+        return job() if callable(job) else 2 * bool(job)  # Typer's own endings: its 1 would read as a verdict
     except SystemExit:
         return 0  # Typer leaves this way when nobody reads its help any more
     except BdcleanError as error:

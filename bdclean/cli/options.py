@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,23 @@ def given_path(text: str) -> Path:
     if why is not None:
         raise typer.BadParameter(why)
     return Path(text)
+
+
+# --- what a shell completes: nothing is looked up before it asks ---------------------------------------------
+
+
+def names(noun: str) -> Callable[[], list[str]]:
+    """Returns what gives the names that are registered as `noun`."""
+
+    def known() -> list[str]:
+        from bdclean.registry import TABLES
+
+        return sorted(TABLES[noun])
+
+    return known
+
+
+# --- options ------------------------------------------------------------------------------------------------
 
 
 Data = Annotated[
@@ -87,6 +105,7 @@ Format = Annotated[
     str | None,
     typer.Option(
         "--format",
+        autocompletion=lambda: list(FORMATS),
         metavar="NAME",
         help=f"{', '.join(FORMATS)}. Default: what a report's --out ends in, else table.",
     ),
@@ -105,7 +124,10 @@ FailOn = Annotated[
 Triggers = Annotated[
     list[str] | None,
     typer.Option(
-        "--trigger", metavar="SPEC", help="NAME[:KEY=VALUE,...] or file:PATH; default the stock bank."
+        "--trigger",
+        metavar="SPEC",
+        autocompletion=names("trigger"),
+        help="NAME[:KEY=VALUE,...] or file:PATH; default the stock bank.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on standard error.")]

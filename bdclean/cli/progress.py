@@ -9,6 +9,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, TextIO
 
+from bdclean.cli.console import WIDEST
 from bdclean.files import text
 from bdclean.report import wording
 
@@ -45,6 +46,8 @@ class Progress:
                 TextColumn("{task.fields[more]}", markup=False, table_column=cell(ratio=1)),
             ]
             console = Console(file=self.file, highlight=False, markup=False, emoji=False)
+            if console.width > WIDEST:
+                console.width = WIDEST
             self._live = Live(*columns, console=console, transient=True, expand=True)
             with contextlib.suppress(OSError):
                 self._live.start()

@@ -56,17 +56,17 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, expected: str = "a record of bdclean's") -> str:
     """Returns the text of a file or pipe, or of standard input for `-`, as far as records can be large."""
     try:
-        raw = sys.stdin.buffer.read(LARGEST_TEXT + 1) if path == "-" else _bytes(path)
+        raw = sys.stdin.buffer.read(LARGEST_TEXT + 1) if path == "-" else _bytes(path, expected)
         if len(raw) > LARGEST_TEXT:
-            raise Refused(f"{path} has more than {LARGEST_TEXT // 10**6} MB: expected records of bdclean's.")
+            raise Refused(f"{path} has more than {LARGEST_TEXT // 10**6} MB: expected {expected}.")
         return decoded(raw)
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
-        raise Refused(f"{path} is not text: expected a record of bdclean's.") from None
+        raise Refused(f"{path} is not text: expected {expected}.") from None
 
 
 def decoded(raw: bytes, errors: str = "strict") -> str:
@@ -80,12 +80,12 @@ def decoded(raw: bytes, errors: str = "strict") -> str:
     return raw.decode("utf-8", errors)
 
 
-def _bytes(path: str) -> bytes:
+def _bytes(path: str, expected: str) -> bytes:
     # Without O_NONBLOCK, to open a pipe that nobody writes to would wait forever; a shell's <(...) has its writer.
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
         kind = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISFIFO(kind):
-            raise Refused(f"{path} is neither a file nor a pipe: expected a record of bdclean's.")
+            raise Refused(f"{path} is neither a file nor a pipe: expected {expected}.")
         if hasattr(os, "set_blocking"):
             os.set_blocking(file.fileno(), True)
         return file.read(LARGEST_TEXT + 1)

@@ -57,18 +57,23 @@ class Gate:
         return min(rates) if rates else _condition(DEFAULT).value
 
     def check(self, record: RunRecord) -> tuple[list[str], list[str]]:
-        """Returns which expressions `record` reaches, and which it lacks a measurement for, as sentences."""
-        reached: list[str] = []
-        missing: list[str] = []
+        """Returns which expressions `record` reaches, and which it lacks a measurement for, as sentences.
+
+        What triggers do is not looked at where it is accepted; accuracy and its kin still are.
+        """
         if record.problem is not None:
             return [], [f"the run ended early: {record.problem.message}"]
+        reached: list[str] = []
+        missing: list[str] = []
         for condition in self.conditions:
+            if record.excused and condition.name in ROW_NAMES:
+                continue
             hits, measured = _hits(condition, record)
             if hits:
                 reached.append(f"{condition}: {', '.join(hits)}.")
             elif not measured:
                 missing.append(f"{condition}: {condition.name} was not measured.")
-        if self.inconclusive:
+        if self.inconclusive and not record.excused:
             rows = [row.trigger for row in record.rows() if row.outcome == INCONCLUSIVE]
             if rows:
                 reached.append(f"inconclusive: {', '.join(rows)}.")
@@ -77,10 +82,17 @@ class Gate:
         return reached, missing
 
     def exit_code(self, record: RunRecord) -> int:
-        """Returns a run's exit code: its verdict's, raised by what is reached or could not be checked."""
+        """Returns a run's exit code: its verdict's, raised by what is reached or could not be checked.
+
+        A finding that is accepted exits 0; what was refused or not assessed has no finding.
+        """
         code = record.exit_code
-        if record.problem is not None or code == 1:
-            return 0 if self.never and record.problem is None else code
+        if record.problem is not None:
+            return code
+        if code == 1:
+            if not self.never and not record.excused:
+                return code
+            code = 0
         reached, missing = self.check(record)
         if reached:
             return 1

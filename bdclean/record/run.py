@@ -287,6 +287,18 @@ class Problem:
 
 
 @dataclass
+class Acceptance:
+    """That somebody answers for what is found in a file: the verdict stays, and fails no gate until a day is over."""
+
+    reason: str
+    expires: str  # ISO 8601, the last day on which it counts
+    expired: bool = False  # that day was over when the run was judged
+
+    def __str__(self) -> str:
+        return f"{'no longer, it ended on' if self.expired else 'until'} {self.expires}: {self.reason.rstrip('.')}"
+
+
+@dataclass
 class RunRecord:
     """One run. For cleanse, `measures`, `triggers` and `verdict` are the cleansed model's, read back."""
 
@@ -319,6 +331,7 @@ class RunRecord:
     after: Side | None = None
     curve: list[dict[str, Any]] | None = None
     output: OutputEntry | None = None
+    accepted: Acceptance | None = None  # what is found in `judged_file`, by the project file
     forward_passes: float | None = None  # of a scan of a classifier: images that ran over those measured on
     extra: dict[str, Any] = field(default_factory=dict)  # top-level keys of a newer bdclean, kept as they are
 
@@ -328,6 +341,17 @@ class RunRecord:
         if self.problem is not None:
             return self.problem.exit_code
         return {BACKDOORED: 1, SUSPICIOUS: 1, NO_EVIDENCE: 0}.get(self.verdict, 3)
+
+    @property
+    def excused(self) -> bool:
+        """Whether what was found is accepted today: it fails no gate."""
+        return self.accepted is not None and not self.accepted.expired
+
+    def judged_file(self) -> tuple[str, str | None]:
+        """Returns path and sha256 of what the verdict is about: the file that was written, else the one read."""
+        if self.output is not None:
+            return self.output.path, self.output.sha256
+        return self.checkpoint.path, self.checkpoint.sha256
 
     def warned(self, warnings: Iterable[str]) -> RunRecord:
         """Returns the record with `warnings` behind those that it has; none stands twice."""

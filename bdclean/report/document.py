@@ -216,6 +216,7 @@ def _limits(record: RunRecord) -> str:
 def summary(record: RunRecord) -> list[tuple[str, str]]:
     """Returns what fired before and after, the accuracy, and where the output is: what is asked first."""
     found = [("model", record.checkpoint.path)] if record.command != "cleanse" else []
+    found += [("accepted", str(record.accepted))] if record.accepted is not None else []
     if record.output is not None:
         digest = f" ({record.checkpoint.sha256[:8]})" if record.checkpoint.sha256 else ""
         found.append(("made from", f"{record.checkpoint.path}{digest}"))
@@ -291,6 +292,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
         None if checkpoint.parameters is None else f"{checkpoint.parameters:,} parameters",
     ]
     found = [("model", checkpoint.path), ("sha256", checkpoint.sha256 or ""), ("network", _joined(network))]
+    found += [("accepted", str(record.accepted))] if record.accepted is not None else []
     if checkpoint.kind == "encoder":
         matched = None if checkpoint.matched is None else f"{checkpoint.matched} tensors read"
         feature = None if checkpoint.feature is None else f"feature: {checkpoint.feature}"

@@ -80,7 +80,7 @@ def render(records: Sequence[RunRecord]) -> str:
     results: list[dict[str, Any]] = []
     for number, record in enumerate(records):
         index = _index(artifacts, _artifact(record))
-        for result in _results(record):
+        for result in _suppressed(_results(record), record):
             location = {"artifactLocation": _location(record, index), "region": FIRST_CHARACTER}
             results.append(
                 {
@@ -186,6 +186,17 @@ def _results(record: RunRecord) -> list[dict[str, Any]]:
     return found
 
 
+def _suppressed(results: list[dict[str, Any]], record: RunRecord) -> list[dict[str, Any]]:
+    """The results, marked where the project file accepts them: they stay in the log, and ask nobody to act."""
+    if record.accepted is None or not record.excused:
+        return results
+    why = _message(f"{_capital(str(record.accepted))}.")["text"]
+    return [
+        {**result, "suppressions": [{"kind": "external", "status": "accepted", "justification": why}]}
+        for result in results
+    ]
+
+
 def _of_row(row: TriggerRow, fingerprint: str) -> dict[str, Any]:
     rule = f"trigger/{row.family if row.family in FAMILIES else OTHER}"
     said = evidence(row)
@@ -229,7 +240,7 @@ def _identity(record: RunRecord, what: str, towards: int | str | None) -> str:
 
     Neither rates nor versions take part, nor words: an alert that was dismissed stays so until the checkpoint changes.
     """
-    path, sha256 = _file(record)
+    path, sha256 = record.judged_file()
     parts = json.dumps([uri_of(path)[0], sha256, what, towards])
     return hashlib.sha256(parts.encode("ascii")).hexdigest()[:16]
 
@@ -272,7 +283,7 @@ def _invocation(record: RunRecord) -> dict[str, Any]:
 
 def _notification(record: RunRecord, kind: str, level: str, text: str) -> dict[str, Any]:
     found: dict[str, Any] = {"descriptor": {"id": kind}, "level": level, "message": _message(text)}
-    if _file(record)[0]:
+    if record.judged_file()[0]:
         found["locations"] = [{"physicalLocation": {"artifactLocation": _location(record)}}]
     return found
 
@@ -294,15 +305,8 @@ def _utc(time: datetime) -> str:
 # --- places -------------------------------------------------------------------------------------------------
 
 
-def _file(record: RunRecord) -> tuple[str, str | None]:
-    """Path and sha256 of what the verdict is about: the file that was written, where one was, else the one read."""
-    if record.output is not None:
-        return record.output.path, record.output.sha256
-    return record.checkpoint.path, record.checkpoint.sha256
-
-
 def _artifact(record: RunRecord) -> dict[str, Any] | None:
-    path, sha256 = _file(record)
+    path, sha256 = record.judged_file()
     if not path:
         return None
     found: dict[str, Any] = {"location": _location(record)}
@@ -321,7 +325,7 @@ def _index(artifacts: list[dict[str, Any]], artifact: dict[str, Any] | None) -> 
 
 
 def _location(record: RunRecord, index: int | None = None) -> dict[str, Any]:
-    uri, relative = uri_of(_file(record)[0])
+    uri, relative = uri_of(record.judged_file()[0])
     found: dict[str, Any] = {"uri": uri}
     if relative:
         found["uriBaseId"] = ROOT

@@ -97,6 +97,7 @@ def _say_verdict(console: Console, verdict: str, sentence: str) -> None:
 def wrapped(words: str, width: int) -> list[str]:
     """Returns `words` on lines of at most `width` columns, broken at spaces, and behind the commas of a SPEC."""
     lines, line = [], ""
+    width = max(width, 1)  # a terminal may be narrower than an indent
     for part in re.split(r"(?<=,)(?=[^\s\d])|(?<= )(?=[^\s%])", words):
         if line and cell_len(line) + cell_len(part.rstrip()) > width:
             lines.append(line.rstrip())

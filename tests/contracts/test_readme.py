@@ -1,6 +1,7 @@
 """What README says of the tool is what the tool says of itself; its tables are there, and benches write them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import bdclean
 from bdclean.bench import __main__ as bench
 from bdclean.bench import tables
+from bdclean.cli.main import run as cli
 from bdclean.registry import RECIPES
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
@@ -83,6 +85,39 @@ def test_the_output_shown_is_what_scan_says():
     assert shown[0] in said and shown[-1] in said
     for rate in re.findall(r"\d[\d.]* \([\d.]+-[\d.]+, n \d+\)|highest [\d.]+, median [\d.]+", shown[1]):
         assert rate in said
+
+
+def test_what_pipelines_type_can_be_typed(tmp_path):
+    """Each command of the last section, as the workflow, the hook and the rule of make start it."""
+    said = section("In a pipeline")
+    (line,) = re.findall(r"^ +- run: (.*) > bdclean.sarif$", said, re.MULTILINE)
+    (entry,) = re.findall(r"entry: (bdclean [^}]*)}", said)
+    (rule,) = re.findall(r"^    (%.*\n)    (\t.*\n)", said, re.MULTILINE)
+    tool = f"{sys.executable} -m bdclean "
+    (tmp_path / "Makefile").write_text("".join(rule).replace("bdclean cleanse", f"{tool}cleanse"))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "a.safetensors").write_bytes(b"")
+    for command, code, there in (
+        (line.replace("bdclean ", tool), 3, '"version": "2.1.0"'),
+        (f"{entry.replace('bdclean ', tool)} models/a.safetensors models/none.safetensors", 3, ""),
+        ("make -s models/a.clean.safetensors", 2, ""),  # of make itself, for the 3 of bdclean
+    ):
+        env = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+        script = ["bash", "-o", "pipefail", "-c", command]
+        done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env=env)
+        assert done.returncode == code and there in done.stdout, done.stderr
+        assert "images does not exist" in done.stderr or "Error 3" in done.stderr, done.stderr
+
+
+def test_the_project_file_shown_is_one_that_is_read(tmp_path, capsys, monkeypatch):
+    file = re.search(
+        r"(?:^    .*\n)+\Z", section("In a pipeline").split("MIT licence")[0].rstrip() + "\n", re.MULTILINE
+    )
+    text = re.sub("^    ", "", file[0], flags=re.MULTILINE).replace("...", "ab" * 32)
+    (tmp_path / "bdclean.toml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert cli(["scan", "m.safetensors", "--data", "."]) == 3
+    assert "bdclean.toml has defaults for --fail-on." in capsys.readouterr().err
 
 
 # --- tables ---------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image
 
+from bdclean.data.decode import AVIF
 from bdclean.data.duplicates import repeated, shows_same, without_duplicates
 from bdclean.data.imageset import ImageSet
 from bdclean.data.labels.folders import imagenet_folders, labels_plausible
@@ -769,7 +770,7 @@ except RuntimeError:
     assert limited == "limited"  # else the test says nothing on this system
 
 
-@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+@pytest.mark.skipif(not AVIF, reason="Pillow was built without AVIF")
 def test_avif_is_read(tmp_path: Path) -> None:
     write(tmp_path / "a.avif")
     (tmp_path / "b").write_bytes((tmp_path / "a.avif").read_bytes())

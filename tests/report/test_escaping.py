@@ -1,18 +1,13 @@
 """Strangers' strings reach the terminal, Markdown and standard error as text alone."""
 
 import json
-import os
-import pty
 import re
-import subprocess
-import sys
 import unicodedata
-from pathlib import Path
 
 import pytest
+from cli.terminal import on_a_terminal
 from hostile.case import parts, prepare, raw
 
-import bdclean
 from bdclean.cli.defects import trace
 from bdclean.cli.main import run
 from bdclean.record.run import RunRecord
@@ -27,34 +22,6 @@ SHOWN = (
 )
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 LIVE = re.compile(r"\x1b\[(?:[0-9;]*m|[0-9]*[AKG]|2K|\?25[lh])")  # what rich's own progress bar sends
-
-
-def on_a_terminal(*words, cwd=".", columns=200):
-    """Exit code and everything that the command sent to its terminal."""
-    parent, child = pty.openpty()
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(Path(bdclean.__file__).parents[1]),
-        "COLUMNS": str(columns),
-        "TERM": "xterm",
-    }
-    env.pop("NO_COLOR", None)
-    words = [word.encode("utf-8", "surrogateescape") if isinstance(word, str) else word for word in words]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bdclean", *words], stdin=child, stdout=child, stderr=child, cwd=cwd, env=env
-    )
-    os.close(child)
-    sent = b""
-    while True:
-        try:
-            piece = os.read(parent, 65536)
-        except OSError:  # the child's side is closed
-            break
-        if not piece:
-            break
-        sent += piece
-    os.close(parent)
-    return process.wait(), sent.decode("utf-8", "backslashreplace").replace("\r\n", "\n")
 
 
 def harmless(text, allowed=COLOURS):

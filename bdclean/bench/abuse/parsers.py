@@ -276,7 +276,7 @@ def whole_record() -> dict[str, Any]:
         "skipped": [{"what": "a", "reason": "b"}], "warnings": ["w"], "advice": "more images",
         "recipe": {"name": "bcu", "source": "s", "settings": {"a": 1}, "stages": ["x"], "families": ["patch"]},
         "before": side, "after": side, "curve": [{"step": 1, "loss": 0.5}], "output": {"path": "o", "sha256": "0"},
-        "problem": None,
+        "problem": None, "accepted": {"reason": "r", "expires": "2020-01-01"},
     }  # fmt: skip
 
 

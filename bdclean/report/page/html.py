@@ -103,7 +103,7 @@ def _run(record: RunRecord, number: int) -> Run:
         name=words.name(record),
         sentence=words.lead(record),
         numbers=numbers.head(record),
-        meaning=words.meaning(record),
+        meaning=[*words.accepted(record), *words.meaning(record)],
         untested=words.untested(record),
         measures=numbers.measures(record),
         groups=bars.groups(record),

@@ -113,6 +113,18 @@ def tone(record: RunRecord) -> str:
     return {BACKDOORED: "bad", SUSPICIOUS: "doubt", NO_EVIDENCE: "calm"}.get(record.verdict, "none")
 
 
+def accepted(record: RunRecord) -> list[str]:
+    """Returns that somebody answers for what was found, up to when and why, as a sentence."""
+    if record.accepted is None:
+        return []
+    until = f"until {record.accepted.expires}"
+    if record.accepted.expired:
+        until = f"up to {record.accepted.expires}, which was over"
+    return [
+        f"The project file accepts what is found in this file {until}: {record.accepted.reason.rstrip('.')}."
+    ]
+
+
 def meaning(record: RunRecord) -> list[str]:
     """Returns what the verdict means, a few sentences that claim no more than was measured."""
     if record.outcome != RAN:
