@@ -25,17 +25,21 @@ from bdclean.cli.options import (
     Kind,
     Labeled,
     Limit,
+    Members,
+    NonMembers,
     NoPictures,
     Precision,
     Preprocess,
     Quiet,
     Record,
     Seed,
+    Sequela,
     Strict,
     Test,
     Triggers,
     Verbose,
     given_path,
+    split_names,
 )
 from bdclean.errors import Refused, UsageError
 
@@ -102,6 +106,9 @@ def scan(
             help="A clean encoder like MODEL: its rates are the floor.",
         ),
     ] = None,
+    sequela: Sequela = None,
+    members: Members = None,
+    non_members: NonMembers = None,
     fail_on: FailOn = None,
     arch: Arch = None,
     kind: Kind = "auto",
@@ -136,12 +143,14 @@ def scan(
         reference=reference,
         device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
         allow_pickle=allow_pickle, pictures=not no_pictures, argv=tuple(sys.argv),
+        sequela=split_names(sequela), members=members, non_members=non_members,
     )  # fmt: skip
 
     def job() -> int:
         from bdclean.cli.arguments import (
             check_detectors,
             check_inputs,
+            check_sequela,
             check_target,
             check_there,
             check_triggers,
@@ -166,6 +175,7 @@ def scan(
             raise UsageError("scan needs images: give --data PATH (or --test, or --labeled).")
         aim = check_target(target)
         check_inputs(inputs)
+        check_sequela(inputs, of_two=False)
         paths = expand_models(models)
         files = [Path(path) for path in paths]
         if place is not None:
@@ -232,6 +242,9 @@ def cleanse(
         bool, typer.Option("--force", help="Replace an output made from another model.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the same run was stopped.")] = False,
+    sequela: Sequela = None,
+    members: Members = None,
+    non_members: NonMembers = None,
     fail_on: FailOn = None,
     arch: Arch = None,
     kind: Kind = "auto",
@@ -259,6 +272,7 @@ def cleanse(
         data=data, test=test, labeled=labeled, classes=classes, arch=arch, kind=kind, preprocess=preprocess,
         device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
         allow_pickle=allow_pickle, pictures=not no_pictures, argv=tuple(sys.argv),
+        sequela=split_names(sequela), members=members, non_members=non_members,
     )  # fmt: skip
 
     def job() -> int:
@@ -267,6 +281,7 @@ def cleanse(
             check_inputs,
             check_paths,
             check_recipe,
+            check_sequela,
             check_there,
             check_triggers,
             speaks_alone,
@@ -294,6 +309,7 @@ def cleanse(
                 "cleanse needs images: give --data PATH (they need no labels), or --labeled PATH."
             )
         check_inputs(inputs)
+        check_sequela(inputs, of_two=True)
         output = default_output(Path(model), out, head == "new")
         folder = is_folder(output, Path(model), head == "new")
         place = record_place(record) or record_beside(output, folder)

@@ -37,6 +37,7 @@ from bdclean.runs.detecting import Looked, choose_detectors, look
 from bdclean.runs.encoders import again
 from bdclean.runs.images import at_own_size, copies, describe_images, read_images, understand_labeled
 from bdclean.runs.options import Inputs
+from bdclean.runs.sequela import after_scan, check_kind, read_people
 from bdclean.runs.suspect import (
     Suspect,
     describe_checkpoint,
@@ -74,6 +75,7 @@ def scan(
     try:
         checkpoint = Checkpoint.read(model, inputs.arch, inputs.allow_pickle, inputs.kind)
         record = replace(record, checkpoint=describe_checkpoint(checkpoint, model))
+        check_kind(checkpoint.arch.kind, inputs)
         looking, left = choose_detectors(detectors, checkpoint.arch.kind)
         record = replace(record, skipped=left)
         path = images_of(inputs, checkpoint.arch.kind)
@@ -83,6 +85,7 @@ def scan(
         images = read_images(path, checkpoint, inputs, tell, forced=path == inputs.labeled)
         record = replace(record, data=describe_images(path, images))
         record = record.warned([*images.warnings, *copies(images)])
+        people = read_people(checkpoint, inputs, tell)
         probing = None
         if inputs.labeled is not None and path != inputs.labeled:
             probing = read_images(inputs.labeled, checkpoint, inputs, tell, forced=True)
@@ -110,7 +113,16 @@ def scan(
             looked = look(looking, suspect, choice, images.images, inputs, tell, asked=bool(detectors))
             ordered = in_order(measured, made)
             readings.append(_Reading.of(choice, trial, ordered, made, floor, looked, bool(triggers)))
-        return with_second(_conclude(record, readings, made, inputs.pictures), checkpoint)
+        worst = _worst(readings)
+        record = _conclude(record, worst, readings, made, inputs.pictures)
+        if inputs.sequela:
+            behind = after_scan(
+                people, suspect.classifier(worst.choice), suspect, images, worst.trial, made, worst.rows, inputs,
+                bool(triggers),
+            )  # fmt: skip
+            skipped = [*record.skipped, *behind.skipped]
+            record = replace(record, sequela=behind.sequela, skipped=skipped).warned(behind.warnings)
+        return with_second(record, checkpoint)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, record)
         raise
@@ -143,12 +155,16 @@ class _Reading:
         return _Reading(choice, trial, rows, findings, looked, *verdict_on(trial, rows, findings, named))
 
 
-def _conclude(
-    record: RunRecord, readings: Sequence[_Reading], made: Sequence[Trigger], shown: bool
-) -> RunRecord:
-    """`record` with the worst of the readings: not assessed is worse than no evidence."""
+def _worst(readings: Sequence[_Reading]) -> _Reading:
+    """The worst of the readings: not assessed is worse than no evidence."""
     rank = {BACKDOORED: 0, SUSPICIOUS: 1, NOT_ASSESSED: 2, NO_EVIDENCE: 3}
-    worst = min(readings, key=lambda reading: rank[reading.verdict])
+    return min(readings, key=lambda reading: rank[reading.verdict])
+
+
+def _conclude(
+    record: RunRecord, worst: _Reading, readings: Sequence[_Reading], made: Sequence[Trigger], shown: bool
+) -> RunRecord:
+    """`record` with the `worst` of the readings."""
     record = replace(
         record,
         verdict=worst.verdict,
