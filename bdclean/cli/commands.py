@@ -103,7 +103,7 @@ def scan(
             "--reference",
             parser=given_path,
             metavar="FILE",
-            help="A clean encoder like MODEL: its rates are the floor.",
+            help="A clean network like MODEL: the floor of an encoder's rates; beside a classifier in --sequela.",
         ),
     ] = None,
     sequela: Sequela = None,

@@ -13,7 +13,6 @@ from bdclean.report.rows import Table
 
 TITLE = "What is left behind"
 PARTS = {"reinjection": "Re-injection", "retuning": "Re-tuning"}
-HALF = 0.5
 
 
 def sentences(record: RunRecord) -> list[str]:
@@ -87,10 +86,8 @@ def _rise(row: Injection) -> str:
 
 def _reached(row: Injection) -> str:
     if row.reached == 0:
-        return f"{HALF:.0%} from the start"
-    return (
-        f"{HALF:.0%} not by step {row.until}" if row.reached is None else f"{HALF:.0%} by step {row.reached}"
-    )
+        return "50 % from the start"
+    return f"50 % not by step {row.until}" if row.reached is None else f"50 % by step {row.reached}"
 
 
 def _walked(trigger: str, points: Sequence[PathPoint]) -> str:

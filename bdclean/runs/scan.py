@@ -37,7 +37,7 @@ from bdclean.runs.detecting import Looked, choose_detectors, look
 from bdclean.runs.encoders import again
 from bdclean.runs.images import at_own_size, copies, describe_images, read_images, understand_labeled
 from bdclean.runs.options import Inputs
-from bdclean.runs.sequela import after_scan, check_kind, read_people
+from bdclean.runs.sequela import ATTACKS, after_scan, attacks, check_kind, read_people
 from bdclean.runs.suspect import (
     Suspect,
     describe_checkpoint,
@@ -117,8 +117,8 @@ def scan(
         record = _conclude(record, worst, readings, made, inputs.pictures)
         if inputs.sequela:
             behind = after_scan(
-                people, suspect.classifier(worst.choice), suspect, images, worst.trial, made, worst.rows, inputs,
-                bool(triggers),
+                people, suspect.classifier(worst.choice), reference, suspect, images, worst.trial, made, worst.rows,
+                inputs, bool(triggers),
             )  # fmt: skip
             skipped = [*record.skipped, *behind.skipped]
             record = replace(record, sequela=behind.sequela, skipped=skipped).warned(behind.warnings)
@@ -226,23 +226,34 @@ def images_of(inputs: Inputs, kind: str = "classifier") -> Path:
 
 
 def read_reference(suspect: Suspect, images: ImageSet, inputs: Inputs) -> Suspect | None:
-    """The clean encoder of `--reference`, None where none is given; raises Refused where it cannot be one."""
+    """The clean twin of `--reference`, None where none is given; raises Refused where it cannot be one.
+
+    Of a classifier it is what a backdoor is put into beside the suspect, and nothing else.
+    """
     if inputs.reference is None:
         return None
-    if suspect.arch.kind != "encoder":
-        raise UsageError(f"{NEEDS_LABELS}: this is a classifier.")
+    kind = suspect.arch.kind
+    if kind != "encoder" and not attacks(inputs):
+        raise UsageError(
+            f"{NEEDS_LABELS}, or beside --sequela {','.join(ATTACKS)}: this is a classifier without it."
+        )
     with _about(inputs.reference):
         checkpoint = Checkpoint.read(inputs.reference, inputs.arch, inputs.allow_pickle, inputs.kind)
-        if checkpoint.arch.kind != "encoder":
+        if checkpoint.arch.kind != kind:
             raise Refused(
                 "it is a classifier: give a clean encoder, or --kind encoder to take both without heads."
+                if kind == "encoder"
+                else "it is an encoder: give a clean classifier."
             )
         if checkpoint.arch.name != suspect.checkpoint.arch.name:
             raise Refused(
-                f"it is a {checkpoint.arch.name}, the model a {suspect.checkpoint.arch.name}: give a clean encoder "
+                f"it is a {checkpoint.arch.name}, the model a {suspect.checkpoint.arch.name}: give a clean {kind} "
                 "of the same architecture."
             )
-        read = understand(checkpoint, images.images, "auto", None, inputs.arch is not None, suspect.device)
+        if checkpoint.arch.classes != suspect.arch.classes:
+            raise Refused(f"it has {checkpoint.arch.classes} classes, the model {suspect.arch.classes}.")
+        sure = inputs.arch is not None
+        read = understand(checkpoint, images.images, "auto", images.labels, sure, suspect.device)
         if read.doubt:
             raise Refused(read.doubt)
         return read
@@ -250,7 +261,7 @@ def read_reference(suspect: Suspect, images: ImageSet, inputs: Inputs) -> Suspec
 
 def floor_of(reference: Suspect | None, trial: Trial, inputs: Inputs) -> Trial | None:
     """The clean encoder on the images of `trial`, with probes of its own; None where there is none."""
-    if reference is None:
+    if reference is None or reference.arch.kind != "encoder":
         return None
     if trial.encoded is None or not trial.encoded.probing.labeled:
         raise UsageError(f"{NEEDS_LABELS}.")

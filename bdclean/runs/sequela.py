@@ -19,7 +19,7 @@ from bdclean.networks.classifier import Classifier
 from bdclean.progress import Tell
 from bdclean.record.rule import fired
 from bdclean.record.run import NOT_MEASURED, Skipped, TriggerRow
-from bdclean.record.sequela import OUTPUT, SUSPECT, Membership, Sequela
+from bdclean.record.sequela import OUTPUT, REFERENCE, SUSPECT, Membership, Sequela
 from bdclean.runs.images import keep_plausible_labels, read_images
 from bdclean.runs.options import Inputs
 from bdclean.runs.suspect import Suspect
@@ -27,6 +27,8 @@ from bdclean.triggers.stamping import Trigger
 
 MOST = 10_000
 """So many members and non-members are read at most, whatever `--limit` says: the lowest rate needs 5,000."""
+ATTACKS = ("reinjection", "retuning", "reactivation")
+"""Parts that take a clean twin beside a scanned network; `path` takes two networks by itself."""
 GIVEN, CLEANSING = "given", "cleansing"
 LABELS, ANSWERS = "labels", "own answers"
 
@@ -103,14 +105,17 @@ def check_apart(people: People | None, cleansing: Iterable[ImageSet], inputs: In
 
 
 def after_scan(
-    people: People | None, classifier: Classifier, suspect: Suspect, images: ImageSet, trial: Trial,
-    made: Sequence[Trigger], rows: Sequence[TriggerRow], inputs: Inputs, named: bool,
+    people: People | None, classifier: Classifier, reference: Suspect | None, suspect: Suspect, images: ImageSet,
+    trial: Trial, made: Sequence[Trigger], rows: Sequence[TriggerRow], inputs: Inputs, named: bool,
 ) -> Left:  # fmt: skip
-    """What `--sequela` asks of one network. Those images that are tuned on are not scored, and the other way round."""
+    """What `--sequela` asks of one network, and of a clean twin, the `reference`, beside it.
+
+    Those images that are tuned on are not scored, and the other way round.
+    """
     left = _begun(inputs, trial)
     if people is not None:
         _members(left, {SUSPECT: classifier}, _agreed(people, suspect, trial), None, inputs, suspect)
-    if not _attacks(inputs):
+    if not attacks(inputs):
         return left
 
     def attack() -> None:
@@ -122,9 +127,12 @@ def after_scan(
         )
         ground = Ground.of(tuning, own, suspect.device, inputs.batch_size)
         threats = _threats(rows, made, named, trial.threshold)
-        _attack(left, {SUSPECT: classifier}, threats, ground, inputs)
+        networks = {SUSPECT: classifier}
+        if reference is not None:
+            networks[REFERENCE] = reference.classifier(reference.choices[0])
+        _attack(left, networks, networks, threats, ground, inputs)
 
-    left.tried(", ".join(_attacks(inputs)), attack)
+    left.tried(", ".join(attacks(inputs)), attack)
     return left
 
 
@@ -139,7 +147,7 @@ def after_cleanse(
     left = _begun(inputs, before)
     if people is not None:
         _members(left, networks, _agreed(people, suspect, before), cleansing, inputs, suspect)
-    if not _attacks(inputs):
+    if not attacks(inputs):
         return left
 
     def attack() -> None:
@@ -148,9 +156,9 @@ def after_cleanse(
         known = labels if labels is not None else before.predict(cleansing.images).clone()
         ground = Ground.of(replace(cleansing, labels=known), before, suspect.device, inputs.batch_size)
         threats = _threats(rows, made, named, before.threshold)
-        _attack(left, networks, threats, ground, inputs)
+        _attack(left, networks, {OUTPUT: networks[OUTPUT]}, threats, ground, inputs)
 
-    left.tried(", ".join(_attacks(inputs)), attack)
+    left.tried(", ".join(attacks(inputs)), attack)
     return left
 
 
@@ -210,7 +218,8 @@ def _members(
 # --- attacks on a network that stands -----------------------------------------------------------------------
 
 
-def _attacks(inputs: Inputs) -> list[str]:
+def attacks(inputs: Inputs) -> list[str]:
+    """The parts that were asked for and that put a trigger to a network."""
     return [name for name in inputs.sequela if name != "membership"]
 
 
@@ -240,19 +249,20 @@ def _threats(
 
 
 def _attack(
-    left: Left, networks: dict[str, Classifier], threats: Sequence[Threat], ground: Ground, inputs: Inputs
-) -> None:
-    """The parts that were asked for, each with every threat; a backdoor is put into the last network alone."""
-    sequela, last = left.sequela, dict(list(networks.items())[-1:])
+    left: Left, networks: dict[str, Classifier], tuned: dict[str, Classifier], threats: Sequence[Threat],
+    ground: Ground, inputs: Inputs,
+) -> None:  # fmt: skip
+    """The parts that were asked for, each with every threat; `tuned` are those that a backdoor is put into."""
+    sequela = left.sequela
 
     def put_in(threat: Threat) -> None:
         counts, why = reinjection.fitting(len(ground.tuning))
-        sequela.injections += reinjection.reinject(last, threat, ground, counts)
+        sequela.injections += reinjection.reinject(tuned, threat, ground, counts)
         if why:
             left.skipped.append(Skipped("sequela reinjection", why))
 
     def retune(threat: Threat) -> None:
-        sequela.injections += retuning.retune(last, threat, ground)
+        sequela.injections += retuning.retune(tuned, threat, ground)
 
     def reactivate(threat: Threat) -> None:
         sequela.reactivation += reactivation.reactivate(networks, threat, ground)
@@ -261,6 +271,6 @@ def _attack(
         sequela.path += path.along(networks[SUSPECT], networks[OUTPUT], threat, ground)
 
     parts = {"reinjection": put_in, "retuning": retune, "reactivation": reactivate, "path": walk}
-    for name in _attacks(inputs):
+    for name in attacks(inputs):
         for threat in threats:
             left.tried(name, lambda name=name, threat=threat: parts[name](threat))  # type: ignore[misc]

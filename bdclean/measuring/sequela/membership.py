@@ -50,8 +50,11 @@ def area(members: Tensor, others: Tensor) -> Rate:
         often = 1 + ((m + n) / 2 - 1) * ((1 - true) / (2 - true) + true / (1 + true))
         return abs(value - true) - 1.96 * math.sqrt(true * (1 - true) / (m * n) * often)
 
-    low = 0.0 if value == 0 else float(optimize.brentq(miss, 0.0, value))
-    high = 1.0 if value == 1 else float(optimize.brentq(miss, value, 1.0))
+    inner = min(
+        max(value, 1e-9), 1 - 1e-9
+    )  # at 0 and 1 the spread is nothing, and they would solve it themselves
+    low = 0.0 if value == 0 else float(optimize.brentq(miss, 0.0, inner))
+    high = 1.0 if value == 1 else float(optimize.brentq(miss, inner, 1.0))
     return Rate(value, m, low, high)
 
 

@@ -43,7 +43,7 @@ def inject(
     scored = [_score(tuned, 0, stamp, threat.target, ground)]
     done = 0
     for upto in steps:
-        if (scored[-1].asr.value or 0.0) >= SURE:
+        if stamped != UNPOISONED and (scored[-1].asr.value or 0.0) >= SURE:
             break
         train_classifier(
             tuned, training, augment, upto - done, lambda _: RATE, run, f"to-{upto}",
