@@ -7,7 +7,7 @@ from itertools import groupby
 
 from bdclean.record.rates import Rate
 from bdclean.record.run import RunRecord
-from bdclean.record.sequela import CONTROL, TRIGGER, Injection, Membership, PathPoint, Reactivation, Sequela
+from bdclean.record.sequela import TRIGGER, Injection, Membership, PathPoint, Reactivation, Sequela
 from bdclean.report import wording
 from bdclean.report.rows import Table
 
@@ -23,8 +23,12 @@ def sentences(record: RunRecord) -> list[str]:
     said = [_told(list(rows)) for _, rows in groupby(found.membership, key=lambda row: row.members)]
     for part, title in PARTS.items():
         rows = [row for row in found.injections if row.part == part]
-        for (model, trigger), some in groupby(rows, key=lambda row: (row.model, row.trigger)):
-            said.append(f"{title} of {trigger} into the {model}: {_injected(list(some))}.")
+        rows.sort(key=_arm)
+        for (model, trigger, poisoned, images), some in groupby(rows, key=_arm):
+            told = "; ".join(f"{row.stamped if row.poisoned else TRIGGER} {_rise(row)}" for row in some)
+            said.append(
+                f"{title} of {trigger} into the {model}, {poisoned} of {images} images poisoned: {told}."
+            )
     for (model, trigger), changes in groupby(found.reactivation, key=lambda row: (row.model, row.trigger)):
         rates = ", ".join(f"{row.change} {wording.rate(row.asr)}" for row in changes)
         said.append(f"Re-activation of {trigger} on the {model}, ASR %: {rates}.")
@@ -63,17 +67,8 @@ def _told(rows: Sequence[Membership]) -> str:
     return f"Membership of {who} by the loss of {first.loss}: {'; '.join(parts)}."
 
 
-def _injected(rows: Sequence[Injection]) -> str:
-    by_count = groupby(sorted(rows, key=lambda row: row.poisoned), key=lambda row: row.poisoned)
-    parts = []
-    for count, some in by_count:
-        told = ", ".join(f"{_stamped(row)} {_rise(row)}" for row in some)
-        parts.append(f"{count} of {rows[0].images} images poisoned: {told}")
-    return "; ".join(parts)
-
-
-def _stamped(row: Injection) -> str:
-    return {TRIGGER: "trigger", CONTROL: "control"}.get(row.stamped, "trigger, none stamped")
+def _arm(row: Injection) -> tuple[str, str, int, int]:
+    return row.model, row.trigger, row.poisoned, row.images
 
 
 def _rise(row: Injection) -> str:

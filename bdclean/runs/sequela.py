@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -273,4 +274,4 @@ def _attack(
     parts = {"reinjection": put_in, "retuning": retune, "reactivation": reactivate, "path": walk}
     for name in attacks(inputs):
         for threat in threats:
-            left.tried(name, lambda name=name, threat=threat: parts[name](threat))  # type: ignore[misc]
+            left.tried(name, partial(parts[name], threat))
