@@ -79,3 +79,10 @@ def test_tables_hold_every_figure_and_nothing_for_what_was_not_taken():
         "50 % not by step 100",
     ]
     assert retuning.rows == [] and len(reactivation.rows) == len(path.rows) == 1
+
+
+@pytest.mark.parametrize("form", ["md", "html"])
+def test_names_of_a_stranger_are_text_alone(form):
+    injection = replace(FOUND.injections[0], trigger="<script>x</script>", model="<img src=x>")
+    shown = render([replace(RECORD, sequela=replace(FOUND, injections=[injection]))], form)
+    assert "<script>x" not in shown and "<img src=x" not in shown and "script" in shown

@@ -63,8 +63,8 @@ class Ground:
         return self.trial.images.shape[1]
 
     def run(self) -> Run:
-        """In float32, as everything is measured."""
-        return Run(self.device, Precision(), self.trial.seed)
+        """In float32, as everything is measured, with channels last: on processors a quarter sooner, or the same."""
+        return Run(self.device, Precision(channels_last=True), self.trial.seed)
 
     def asked(self, model: Classifier) -> Trial:
         """The trial of `model`, of which a copy is asked."""
