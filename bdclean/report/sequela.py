@@ -20,7 +20,7 @@ def sentences(record: RunRecord) -> list[str]:
     found = record.sequela
     if found is None:
         return []
-    said = [_told(list(rows)) for _, rows in groupby(found.membership, key=lambda row: row.members)]
+    said = [_told(row) for row in found.membership]
     for part, title in PARTS.items():
         rows = [row for row in found.injections if row.part == part]
         rows.sort(key=_arm)
@@ -50,21 +50,22 @@ def tables(record: RunRecord) -> list[Table]:
 # --- sentences ----------------------------------------------------------------------------------------------
 
 
-def _told(rows: Sequence[Membership]) -> str:
-    """Membership of one group of images, on each network."""
-    first = rows[0]
-    who = "the images of --members" if first.members == "given" else "the images to cleanse with"
-    parts = []
-    for row in rows:
-        low = ", ".join(
-            f"{wording.rate(each.true_positive_rate)} % told at {100 * each.false_positive_rate:g} % false positives"
-            if each.true_positive_rate.value is not None
-            else f"at {100 * each.false_positive_rate:g} % not measured ({each.reason})"
-            for each in row.low
-        )
-        moved = "" if row.change is None else f", change {_area(row.change)}"
-        parts.append(f"{row.model} AUC {_area(row.auc)}{moved}, {low}")
-    return f"Membership of {who} by the loss of {first.loss}: {'; '.join(parts)}."
+def _told(row: Membership) -> str:
+    """How well one network tells one group of images from those that it was not trained on."""
+    who = "the images of --members" if row.members == "given" else "the images to cleanse with"
+    low = [
+        f"{wording.rate(each.true_positive_rate)} % are told at {_share(each.false_positive_rate)} false positives"
+        if each.true_positive_rate.value is not None
+        else f"at {_share(each.false_positive_rate)} not measured ({each.reason})"
+        for each in row.low
+    ]
+    moved = [] if row.change is None else [f"change {_area(row.change)}"]
+    parts = ", ".join([f"AUC {_area(row.auc)}", *moved, *low])
+    return f"Membership of {who}, by the {row.model}'s loss on {row.loss}: {parts}."
+
+
+def _share(rate: float) -> str:
+    return f"{100 * rate:g} %"
 
 
 def _arm(row: Injection) -> tuple[str, str, int, int]:

@@ -54,10 +54,12 @@ def test_a_record_is_read_back_as_it_was_and_one_without_has_nothing_to_say():
 
 
 def test_sentences_say_what_was_not_reached_and_what_was_not_measured():
-    told, injected, active, walked = sentences(RECORD)
-    assert "suspect AUC 0.600 (0.500-0.700, n 40), 5.0 (1.0-10.0, n 40) % told at 1 % false positives" in told
-    assert "change -0.100 (-0.200 to 0.000, n 40)" in told
-    assert "at 0.1 % not measured (1,000 non-members)" in told
+    first, told, injected, active, walked = sentences(RECORD)
+    assert (
+        "by the suspect's loss on labels: AUC 0.600 (0.500-0.700, n 40), 5.0 (1.0-10.0, n 40) % are" in first
+    )
+    assert "change -0.100 (-0.200 to 0.000, n 40)" in told and "change" not in first
+    assert "at 0.1 % not measured (1,000 non-members)" in told and "told at 1 % false positives" in told
     assert "trigger 0.0 -> 70.0 %, 50 % by step 100" in injected
     assert "control 0.0 -> 30.0 %, 50 % not by step 100" in injected
     assert "amplified 1.5 times 25.0 (20.0-30.0, n 90)" in active and "0.5: 75.0" in walked
