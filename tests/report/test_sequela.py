@@ -1,5 +1,6 @@
 """What reports say of what is left behind: what was not reached or not measured never reads as a number."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -87,4 +88,4 @@ def test_tables_hold_every_figure_and_nothing_for_what_was_not_taken():
 def test_names_of_a_stranger_are_text_alone(form):
     injection = replace(FOUND.injections[0], trigger="<script>x</script>", model="<img src=x>")
     shown = render([replace(RECORD, sequela=replace(FOUND, injections=[injection]))], form)
-    assert "<script>x" not in shown and "<img src=x" not in shown and "script" in shown
+    assert "script" in shown and not re.search(r"(?<!\\)<(script>x|img src)", shown)
