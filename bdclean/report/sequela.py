@@ -144,11 +144,11 @@ def _injections(found: Sequela, part: str, title: str, names: Sequence[str] | No
             ]
         )
     columns = ["network", "trigger", "target", "stamped", "poisoned", *(f"ASR % at {step}" for step in steps)]
-    columns += ["reached", "base % at last", "accuracy % at last"]
+    columns += ["reached", "base % at last", f"{_right(found)} % at last"]
     note = (
         "ASR of the stamp that was put in, by steps of tuning; none are taken once it is 90 %. Control: a stamp of the "
         "trigger's place and strength with other content, which is new to every network. What was not reached is only "
-        f"known not to be by the last step. Labels: {found.labels}."
+        f"known not to be by the last step. Tuned on, and held against, {found.labels}."
     )
     return Table(title, columns, cells, note, whole_calm=True)
 
@@ -173,7 +173,7 @@ def _reactivation(found: Sequela, names: Sequence[str] | None) -> Table:
 
 
 def _path(found: Sequela, names: Sequence[str] | None) -> Table:
-    columns = ["share of the output", "trigger", "target", "ASR %", "base %", "accuracy %"]
+    columns = ["share of the output", "trigger", "target", "ASR %", "base %", f"{_right(found)} %"]
     rows = [
         [
             f"{point.share:g}",
@@ -187,6 +187,11 @@ def _path(found: Sequela, names: Sequence[str] | None) -> Table:
     ]
     note = "Between the ends batch norm has the statistics of the images to cleanse with."
     return Table("Path from suspect to output", columns, rows, note, whole_calm=True)
+
+
+def _right(found: Sequela) -> str:
+    """What the share of images that are given their reference class is."""
+    return "accuracy" if found.labels == "labels" else "agreement"
 
 
 def _area(found: Rate | None) -> str:

@@ -264,3 +264,14 @@ def test_no_more_images_are_scored_than_need_be_and_the_draw_is_seeded(ground):
     assert len(few.trial.images) == len(few.trial.reference) == 10
     assert torch.equal(few.trial.images, again.trial.images)
     assert few.tuning.classes == ("0", "1")
+
+
+def test_what_a_suspect_says_of_itself_without_labels_is_no_measure(blue, ground):
+    own = replace(ground, trial=replace(ground.trial, labeled=False))
+    for labeled_ground, known in ((ground, True), (own, False)):
+        first, second = reactivation.reactivate(
+            {"suspect": suspect(), OUTPUT: hidden()}, blue, labeled_ground
+        )[::6]
+        assert (first.base_rate.value is not None) == known and second.base_rate.value is not None
+        begun, *_ = path.along(suspect(), hidden(), blue, labeled_ground)
+        assert (begun.accuracy.value is not None) == known and begun.asr.value is not None

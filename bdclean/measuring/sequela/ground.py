@@ -66,11 +66,19 @@ class Ground:
         """In float32, as everything is measured, with channels last: on processors a quarter sooner, or the same."""
         return Run(self.device, Precision(channels_last=True), self.trial.seed)
 
-    def asked(self, model: Classifier) -> Trial:
-        """The trial of `model`, of which a copy is asked."""
+    def asked(self, model: Classifier, suspect: bool = False) -> Trial:
+        """The trial of `model`, of which a copy is asked.
+
+        `suspect`: it is the one whose own answers are the reference classes where there are no labels.
+        """
         copied = copy.deepcopy(model).eval().requires_grad_(False)
         predict = make_predictor(copied, self.device, self.batch_size, self.trial.images)
-        return replace(self.trial, predict=predict, clean=predict(self.trial.images), own_reference=False)
+        return replace(
+            self.trial,
+            predict=predict,
+            clean=predict(self.trial.images),
+            own_reference=suspect and not self.trial.labeled,
+        )
 
 
 def success(trial: Trial, stamp: Stamp, target: Target) -> Rate:
@@ -81,10 +89,17 @@ def success(trial: Trial, stamp: Stamp, target: Target) -> Rate:
 
 
 def base_rate(trial: Trial, target: Target) -> Rate:
-    """The same without a stamp."""
+    """The same without a stamp; null where it is 0 by construction."""
+    if trial.own_reference:
+        return Rate(None, len(trial.images))
     return rate(attack_success(trial.clean, trial.reference, target, trial.classes))
 
 
 def accuracy(trial: Trial) -> Rate:
-    """The share of images that are given their reference class."""
+    """The share of images that are given their reference class, null where it is 1 by construction.
+
+    Without labels it is agreement with the suspect.
+    """
+    if trial.own_reference:
+        return Rate(None, len(trial.images))
     return rate(trial.clean == trial.reference)

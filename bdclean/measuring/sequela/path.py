@@ -31,7 +31,7 @@ def along(suspect: Classifier, output: Classifier, threat: Threat, ground: Groun
         model = between(suspect, output, share)
         if 0 < share < 1:
             set_batch_statistics(model, lambda: uncorrupted(images, augment, run, passes=1))
-        trial, target = ground.asked(model), threat.target
+        trial, target = ground.asked(model, share == 0), threat.target
         found.append(
             PathPoint(
                 share, threat.trigger.spec(), target, success(trial, threat.trigger, target),

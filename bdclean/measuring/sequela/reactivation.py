@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from bdclean.measuring.sequela.ground import Ground, Threat, base_rate, success
 from bdclean.measuring.trial import Target
 from bdclean.networks.classifier import Classifier
-from bdclean.record.sequela import Reactivation
+from bdclean.record.sequela import SUSPECT, Reactivation
 from bdclean.triggers.stamping import Stamp, add, to_pixels
 
 AMPLIFIED = 1.5
@@ -41,7 +41,7 @@ def reactivate(networks: Mapping[str, Classifier], threat: Threat, ground: Groun
         down, right = inwards(threat.trigger, ground.tuning.images, part)
         stamps[f"moved by {right}/{down} pixels"] = moved(threat.trigger, down, right)
     for done, (name, model) in enumerate(networks.items(), 1):
-        trial = ground.asked(model)
+        trial = ground.asked(model, name == SUSPECT)
         base = base_rate(trial, target)
         of_model = dict(stamps)
         below: dict[str, Stamp] = {"the trigger": threat.trigger, "nothing": _unstamped}

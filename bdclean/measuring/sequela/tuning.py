@@ -10,7 +10,7 @@ from bdclean.data.imageset import ImageSet
 from bdclean.measuring.sequela.ground import Ground, Threat, accuracy, base_rate, success
 from bdclean.measuring.trial import Target
 from bdclean.networks.classifier import Classifier
-from bdclean.record.sequela import CONTROL, UNPOISONED, Injection, Score
+from bdclean.record.sequela import CONTROL, SUSPECT, UNPOISONED, Injection, Score
 from bdclean.training.loop import burst
 from bdclean.training.students import choose_augmentation
 from bdclean.training.supervised import train_classifier
@@ -41,7 +41,7 @@ def inject(
     tuned, run = copy.deepcopy(model), ground.run().under(f"{part}-{count}")
     augment = choose_augmentation(model, images.images, run)
     found = Injection(part, name, threat.trigger.spec(), threat.target, stamped, count, len(images))
-    scored = [_score(tuned, 0, stamp, threat.target, ground)]
+    scored = [_score(tuned, 0, stamp, threat.target, ground, name == SUSPECT)]
     done = 0
     for upto in steps:
         if stamped != UNPOISONED and (scored[-1].asr.value or 0.0) >= SURE:
@@ -63,6 +63,8 @@ def with_poison(images: ImageSet, stamp: Stamp, target: Target, count: int, seed
     return poisoning.poison(images, stamp, 0 if isinstance(target, str) else target, share, seed, victims)
 
 
-def _score(model: Classifier, steps: int, stamp: Stamp, target: Target, ground: Ground) -> Score:
-    trial = ground.asked(model)
+def _score(
+    model: Classifier, steps: int, stamp: Stamp, target: Target, ground: Ground, suspect: bool = False
+) -> Score:
+    trial = ground.asked(model, suspect)
     return Score(steps, success(trial, stamp, target), base_rate(trial, target), accuracy(trial))
