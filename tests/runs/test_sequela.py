@@ -8,6 +8,7 @@ import pytest
 
 from bdclean.cli.main import run
 from bdclean.errors import UsageError
+from bdclean.measuring.sequela import reactivation, reinjection, retuning
 from bdclean.progress import quiet
 from bdclean.report.formats import render
 from bdclean.runs.cleanse import cleanse
@@ -19,6 +20,13 @@ LABELED, UNLABELED = SAMPLES / "images" / "labeled", SAMPLES / "images" / "unlab
 BADNETS, CLEAN = SAMPLES / "signs-badnets.safetensors", SAMPLES / "signs-clean.safetensors"
 ENCODER = SAMPLES / "signs-encoder-clean.safetensors"
 STILL = {"epochs": "1", "rate": "1e-9", "batch_size": "32"}
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Two steps of each tuning: what is asked here is who is tuned and scored, on what."""
+    for part in (reinjection, retuning, reactivation):
+        monkeypatch.setattr(part, "STEPS", 2 if part is reactivation else (2,))
 
 
 def inputs(*sequela, **given):
@@ -83,7 +91,7 @@ def test_what_lacks_a_trigger_is_said_not_to_be_measured(capsys):
 
 
 @pytest.mark.slow
-def test_scan_measures_who_is_a_member_and_how_a_clean_twin_takes_the_trigger(tmp_path, capsys):
+def test_scan_measures_who_is_a_member_and_how_a_clean_twin_takes_the_trigger(tmp_path, capsys, few_steps):
     members = some(tmp_path / "members", UNLABELED, 0, 40)
     line = (
         f"scan {BADNETS} --data {LABELED} --limit 240 --trigger badnets --target 0 --device cpu --no-pictures -q "
@@ -104,7 +112,7 @@ def test_scan_measures_who_is_a_member_and_how_a_clean_twin_takes_the_trigger(tm
 
 
 @pytest.mark.slow
-def test_cleanse_measures_before_and_after_and_its_own_images_as_members(tmp_path):
+def test_cleanse_measures_before_and_after_and_its_own_images_as_members(tmp_path, few_steps):
     members = some(tmp_path / "members", UNLABELED, 0, 40)
     others = some(tmp_path / "others", UNLABELED, 40, 90)
     given = inputs(
