@@ -12,7 +12,7 @@ from bdclean.cli.description import describe
 from bdclean.errors import Refused, UsageError
 from bdclean.files.text import closest, decoded, no_path, shown
 from bdclean.registry import DETECTORS, RECIPES, TRIGGERS, find, parse_spec
-from bdclean.runs.options import Inputs
+from bdclean.runs.options import SEQUELA, Inputs
 
 RECOMMENDED = "inoculate"
 """The recipe that is named first where several have a setting."""
@@ -73,6 +73,23 @@ def check_head(name: str) -> None:
         raise UsageError(f"there is no --head {name!r}: give keep or new.")
 
 
+def check_sequela(inputs: Inputs, *, of_two: bool) -> None:
+    """Raises UsageError on a part of `--sequela` that there is not, and on images of members without it or missing.
+
+    `of_two`: there are two networks, the suspect and its output.
+    """
+    for name in inputs.sequela:
+        if name not in SEQUELA:
+            raise UsageError(f"there is no --sequela {name!r}: {closest(name, SEQUELA)}")
+    if "path" in inputs.sequela and not of_two:
+        raise UsageError("--sequela path leads from a suspect to its output: bdclean cleanse measures it.")
+    given = [path for path in (inputs.members, inputs.non_members) if path is not None]
+    if "membership" in inputs.sequela and len(given) < 2:
+        raise UsageError("--sequela membership needs --members PATH and --non-members PATH.")
+    if given and "membership" not in inputs.sequela:
+        raise UsageError("--members and --non-members are for --sequela membership.")
+
+
 def expand_models(models: Sequence[str]) -> list[str]:
     """Returns the paths, those of standard input in the place of `-`: one a line, without empty lines and comments.
 
@@ -127,7 +144,7 @@ def check_there(model: str, inputs: Inputs, triggers: Sequence[str]) -> None:
     """
     if not os.path.lexists(model):
         raise Refused(f"{shown(model)} does not exist.")
-    for path in (inputs.data, inputs.test, inputs.labeled):
+    for path in (inputs.data, inputs.test, inputs.labeled, inputs.members, inputs.non_members):
         if path is not None and not _leads_somewhere(path):
             raise Refused(
                 f"{shown(path)} does not exist: give a folder of images, a .tar, .tar.gz, .npz or .parquet."

@@ -24,18 +24,22 @@ from bdclean.cli.options import (
     Kind,
     Labeled,
     Limit,
+    Members,
+    NonMembers,
     NoPictures,
     Precision,
     Preprocess,
     Quiet,
     Record,
     Seed,
+    Sequela,
     Strict,
     Test,
     Triggers,
     Verbose,
     given_path,
     names,
+    split_names,
 )
 from bdclean.cli.project import Config
 from bdclean.errors import Refused, UsageError
@@ -119,9 +123,12 @@ def scan(
             "--reference",
             parser=given_path,
             metavar="FILE",
-            help="A clean encoder like MODEL: its rates are the floor.",
+            help="A clean network like MODEL: the floor of an encoder's rates; beside a classifier in --sequela.",
         ),
     ] = None,
+    sequela: Sequela = None,
+    members: Members = None,
+    non_members: NonMembers = None,
     fail_on: FailOn = None,
     arch: Arch = None,
     kind: Kind = "auto",
@@ -157,12 +164,14 @@ def scan(
         reference=reference,
         device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
         allow_pickle=allow_pickle, pictures=not no_pictures, argv=project.argv(),
+        sequela=split_names(sequela), members=members, non_members=non_members,
     )  # fmt: skip
 
     def job() -> int:
         from bdclean.cli.arguments import (
             check_detectors,
             check_inputs,
+            check_sequela,
             check_target,
             check_there,
             check_triggers,
@@ -187,6 +196,7 @@ def scan(
             raise UsageError("scan needs images: give --data PATH (or --test, or --labeled).")
         aim = check_target(target)
         check_inputs(inputs)
+        check_sequela(inputs, of_two=False)
         paths = expand_models(models)
         files = [Path(path) for path in paths]
         if place is not None:
@@ -261,6 +271,9 @@ def cleanse(
         bool, typer.Option("--force", help="Replace an output made from another model.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the same run was stopped.")] = False,
+    sequela: Sequela = None,
+    members: Members = None,
+    non_members: NonMembers = None,
     fail_on: FailOn = None,
     arch: Arch = None,
     kind: Kind = "auto",
@@ -289,6 +302,7 @@ def cleanse(
         data=data, test=test, labeled=labeled, classes=classes, arch=arch, kind=kind, preprocess=preprocess,
         device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
         allow_pickle=allow_pickle, pictures=not no_pictures, argv=project.argv(),
+        sequela=split_names(sequela), members=members, non_members=non_members,
     )  # fmt: skip
 
     def job() -> int:
@@ -297,6 +311,7 @@ def cleanse(
             check_inputs,
             check_paths,
             check_recipe,
+            check_sequela,
             check_there,
             check_triggers,
             speaks_alone,
@@ -324,6 +339,7 @@ def cleanse(
                 "cleanse needs images: give --data PATH (they need no labels), or --labeled PATH."
             )
         check_inputs(inputs)
+        check_sequela(inputs, of_two=True)
         output = default_output(Path(model), out, head == "new")
         folder = is_folder(output, Path(model), head == "new")
         place = record_place(record) or record_beside(output, folder)

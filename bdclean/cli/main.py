@@ -13,9 +13,6 @@ from bdclean.cli.commands import app
 from bdclean.cli.console import warn, where_to_look
 from bdclean.errors import ENDING, BdcleanError, Interrupted, Refused
 
-NOT_BUILT = ("--sequela", "--members", "--non-members")
-"""Options that are planned: to ask for one is no slip of the pen."""
-
 # --- running and exiting ------------------------------------------------------------------------------------
 
 
@@ -53,9 +50,6 @@ def _ended(error: BaseException, argv: list[str]) -> int:
                 sys.stderr.write(f"{message}\n")
         else:
             message = message.rstrip(". ") or "give a command"
-            option = getattr(error, "option_name", None)  # of one that there is not
-            if option in NOT_BUILT:
-                message = f"{option} is not built yet"
             warn(f"{message}{'' if message.endswith('?') else '.'} {where_to_look(argv)}")
         return 2
     if isinstance(error, typer.Abort):

@@ -11,6 +11,7 @@ import typer
 from bdclean.files.text import no_path
 from bdclean.record.gate import DEFAULT
 from bdclean.report.formats import FORMATS
+from bdclean.runs.options import SEQUELA
 
 
 def given_path(text: str) -> Path:
@@ -19,6 +20,11 @@ def given_path(text: str) -> Path:
     if why is not None:
         raise typer.BadParameter(why)
     return Path(text)
+
+
+def split_names(text: str | None) -> tuple[str, ...]:
+    """Returns the names between the commas of `text`, each once, in their order."""
+    return () if text is None else tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
 # --- what a shell completes: nothing is looked up before it asks ---------------------------------------------
@@ -128,6 +134,32 @@ Triggers = Annotated[
         metavar="SPEC",
         autocompletion=names("trigger"),
         help="NAME[:KEY=VALUE,...] or file:PATH; default the stock bank.",
+    ),
+]
+Sequela = Annotated[
+    str | None,
+    typer.Option(
+        "--sequela",
+        metavar="NAMES",
+        help=f"What a repair leaves behind, minutes each: {','.join(SEQUELA)} (path: of cleanse).",
+    ),
+]
+Members = Annotated[
+    Path | None,
+    typer.Option(
+        "--members",
+        parser=given_path,
+        metavar="PATH",
+        help="For membership: images that MODEL was trained on. --limit is not about them.",
+    ),
+]
+NonMembers = Annotated[
+    Path | None,
+    typer.Option(
+        "--non-members",
+        parser=given_path,
+        metavar="PATH",
+        help="For membership: others like them; 1,000 tell a rate at 1 %, 5,000 at 0.1 %.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on standard error.")]

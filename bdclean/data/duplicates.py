@@ -29,6 +29,11 @@ def without_duplicates(images: ImageSet, of: ImageSet) -> tuple[ImageSet, int]:
     return (images.select(~same), count) if count else (images, 0)
 
 
+def exact_copies(images: Tensor, others: Tensor) -> Tensor:
+    """For each image, bool [n]: whether one of `others` is equal to it in every pixel. Both uint8 [. c h w]."""
+    return _exact(images, others, earlier=False)
+
+
 def repeated(images: Tensor) -> Tensor:
     """For each image, bool [n]: whether an earlier one shows the same picture. uint8 [n c h w]."""
     return _search(images, images, 2048, earlier=True)

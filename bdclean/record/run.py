@@ -12,6 +12,8 @@ from typing import Any
 from bdclean.errors import Refused
 from bdclean.files import strictjson
 from bdclean.files.writing import create, write_text
+from bdclean.record.rates import Measure, Rate
+from bdclean.record.sequela import Sequela
 from bdclean.record.typed import cut_short, kind_of, plain_value, typed
 
 SCHEMA = "bdclean.run/1"
@@ -27,27 +29,6 @@ DEEPEST = 50  # levels of a record that is read: far more than ours have, far le
 
 
 CLEANSE_ONLY = ("recipe", "before", "after", "curve", "output")
-
-
-@dataclass
-class Rate:
-    """A share in [0, 1] of `n` images with its 95 % interval; None where it was not measured."""
-
-    value: float | None = None
-    n: int = 0
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass
-class Measure:
-    """A named number with its interval: clean_accuracy, agreement, ... None where it was not measured."""
-
-    name: str
-    value: float | None = None
-    n: int = 0
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass
@@ -322,6 +303,7 @@ class RunRecord:
     confusion: list[Confusion] | None = None  # none for many classes
     feature_map: FeatureMap | None = None  # of encoders
     calibration: list[Calibration] | None = None  # of the detectors that know clean networks of this kind
+    sequela: Sequela | None = None  # what --sequela measured
     skipped: list[Skipped] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     advice: str | None = None  # for not-assessed: what is missing, e.g. how many images would be needed

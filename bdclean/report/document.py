@@ -18,7 +18,7 @@ from bdclean.record.run import (
     RunRecord,
     TriggerRow,
 )
-from bdclean.report import wording
+from bdclean.report import sequela, wording
 from bdclean.report.next_step import next_command
 from bdclean.report.rows import (
     Table,
@@ -71,7 +71,7 @@ def page(record: RunRecord) -> Page:
         facts=facts(record),
         closing=[RATES, LIMITS],
     )
-    found.tables = [table for table in tables(record) if table.rows]
+    found.tables = [table for table in [*tables(record), *sequela.tables(record)] if table.rows]
     found.ending = _ending(record)
     found.command = next_command(record)
     names = record.class_names()
@@ -83,6 +83,7 @@ def page(record: RunRecord) -> Page:
         (title, items)
         for title, items in (
             (WARNINGS, record.warnings),
+            (sequela.TITLE, sequela.sentences(record)),
             ("Inconclusive", inconclusive),
             ("Not measured", unmeasured),
             ("Not done", skipped),

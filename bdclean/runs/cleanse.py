@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdclean import __version__, registry
+from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused, UsageError, attach
 from bdclean.measuring import pictures
 from bdclean.measuring.assessment import assess, in_order
@@ -37,11 +38,13 @@ from bdclean.record.run import (
     Side,
     TriggerRow,
 )
+from bdclean.record.sequela import OUTPUT, SUSPECT
 from bdclean.runs.folders import check_folder, copy_descriptions, discard, weights_in
 from bdclean.runs.images import at_own_size, keep_plausible_labels, new_classes, understand_labeled
 from bdclean.runs.options import Inputs
 from bdclean.runs.places import default_output, is_folder, resume_state
 from bdclean.runs.resuming import hold_known, open_run
+from bdclean.runs.sequela import People, after_cleanse, check_apart, check_kind, read_people
 from bdclean.runs.split import Images, open_images
 from bdclean.runs.suspect import (
     Suspect,
@@ -85,6 +88,7 @@ def cleanse(
     repair = _Repair(model, inputs, gate.parse(fail_on).threshold, bool(triggers), tell)
     try:
         checkpoint, place = repair.open_checkpoint(out, new_head, force)
+        check_kind(checkpoint.arch.kind, inputs, new_head)
         chosen = registry.load_recipe(recipe, checkpoint.arch.kind, new_head)
         method: Recipe = registry.configure(chosen, settings or {})
         if pseudo_labels and not method.needs_labels:
@@ -108,6 +112,7 @@ def cleanse(
                 "folder per class or a CSV as --classes (--head new where they are of other classes than the "
                 "network's), let the suspect's answers serve with --pseudo-labels, or use --recipe bcu."
             )
+        people = repair.read_people(checkpoint, images)
         classifier, run = repair.open_run(recipe, method, trained, images, place, resume)
         found = repair.measure_before(before, made)
         known = repair.firing([each.row for each in found], made) if isinstance(method, Informed) else []
@@ -121,7 +126,11 @@ def cleanse(
             repair.write(cleansed, recipe, trained, before, usual, place, force)
             after = repair.open_written(place, trained, before)
             rows = repair.measure_after(after, made, found, cleansed)
-        return repair.conclude(before, after, made, *rows, cleansed)
+        record = repair.conclude(before, after, made, *rows, cleansed)
+        if not inputs.sequela:
+            return record
+        given = images.labeled if method.needs_labels and images.labeled is not None else images.unlabeled
+        return repair.measure_sequela(people, suspect, given, before, made, place)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, repair.record)
         raise
@@ -400,6 +409,25 @@ class _Repair:
             confusion=pictures.confusions([*old, *new], made, before, after),
             feature_map=feature_map([*old, *new], made, before, after),
         )
+        return self.record
+
+    def read_people(self, checkpoint: Checkpoint, images: Images) -> People | None:
+        """The members and others of `--sequela membership`; none of the others is trained on."""
+        people = read_people(checkpoint, self.inputs, self.tell)
+        check_apart(people, [images.unlabeled, *([images.labeled] if images.labeled else [])], self.inputs)
+        return people
+
+    def measure_sequela(
+        self, people: People | None, suspect: Suspect, given: ImageSet, before: Trial, made: Sequence[Trigger],
+        place: Path,
+    ) -> RunRecord:  # fmt: skip
+        """The record, with what is left behind in the file that was written; `given` are the recipe's images."""
+        written = replace(suspect, checkpoint=suspect.checkpoint.again(self._weights(place)))
+        choice = suspect.choices[0]
+        networks = {SUSPECT: suspect.classifier(choice), OUTPUT: written.classifier(choice)}
+        rows = self.record.before.triggers if self.record.before is not None else []
+        left = after_cleanse(people, networks, suspect, given, before, made, rows, self.inputs, self.named)
+        self._note(left.warnings, sequela=left.sequela, skipped=[*self.record.skipped, *left.skipped])
         return self.record
 
 

@@ -27,7 +27,14 @@ class Inputs:
     strict: bool = False
     allow_pickle: bool = False
     pictures: bool = True
+    sequela: tuple[str, ...] = ()
+    members: Path | None = None
+    non_members: Path | None = None
     argv: tuple[str, ...] = ()
+
+
+SEQUELA = ("membership", "reinjection", "retuning", "reactivation", "path")
+"""What may be asked of a network after a repair."""
 
 
 CSV = Literal["must", "may", "not"]

@@ -37,6 +37,7 @@ from bdclean.runs.detecting import Looked, choose_detectors, look
 from bdclean.runs.encoders import again
 from bdclean.runs.images import at_own_size, copies, describe_images, read_images, understand_labeled
 from bdclean.runs.options import Inputs
+from bdclean.runs.sequela import ATTACKS, after_scan, attacks, check_kind, read_people
 from bdclean.runs.suspect import (
     Suspect,
     describe_checkpoint,
@@ -74,6 +75,7 @@ def scan(
     try:
         checkpoint = Checkpoint.read(model, inputs.arch, inputs.allow_pickle, inputs.kind)
         record = replace(record, checkpoint=describe_checkpoint(checkpoint, model))
+        check_kind(checkpoint.arch.kind, inputs)
         looking, left = choose_detectors(detectors, checkpoint.arch.kind)
         record = replace(record, skipped=left)
         path = images_of(inputs, checkpoint.arch.kind)
@@ -83,6 +85,7 @@ def scan(
         images = read_images(path, checkpoint, inputs, tell, forced=path == inputs.labeled)
         record = replace(record, data=describe_images(path, images))
         record = record.warned([*images.warnings, *copies(images)])
+        people = read_people(checkpoint, inputs, tell)
         probing = None
         if inputs.labeled is not None and path != inputs.labeled:
             probing = read_images(inputs.labeled, checkpoint, inputs, tell, forced=True)
@@ -110,7 +113,16 @@ def scan(
             looked = look(looking, suspect, choice, images.images, inputs, tell, asked=bool(detectors))
             ordered = in_order(measured, made)
             readings.append(_Reading.of(choice, trial, ordered, made, floor, looked, bool(triggers)))
-        return with_second(_conclude(record, readings, made, inputs.pictures), checkpoint)
+        worst = _worst(readings)
+        record = _conclude(record, worst, readings, made, inputs.pictures)
+        if inputs.sequela:
+            behind = after_scan(
+                people, suspect.classifier(worst.choice), reference, suspect, images, worst.trial, made, worst.rows,
+                inputs, bool(triggers),
+            )  # fmt: skip
+            skipped = [*record.skipped, *behind.skipped]
+            record = replace(record, sequela=behind.sequela, skipped=skipped).warned(behind.warnings)
+        return with_second(record, checkpoint)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, record)
         raise
@@ -143,12 +155,16 @@ class _Reading:
         return _Reading(choice, trial, rows, findings, looked, *verdict_on(trial, rows, findings, named))
 
 
-def _conclude(
-    record: RunRecord, readings: Sequence[_Reading], made: Sequence[Trigger], shown: bool
-) -> RunRecord:
-    """`record` with the worst of the readings: not assessed is worse than no evidence."""
+def _worst(readings: Sequence[_Reading]) -> _Reading:
+    """The worst of the readings: not assessed is worse than no evidence."""
     rank = {BACKDOORED: 0, SUSPICIOUS: 1, NOT_ASSESSED: 2, NO_EVIDENCE: 3}
-    worst = min(readings, key=lambda reading: rank[reading.verdict])
+    return min(readings, key=lambda reading: rank[reading.verdict])
+
+
+def _conclude(
+    record: RunRecord, worst: _Reading, readings: Sequence[_Reading], made: Sequence[Trigger], shown: bool
+) -> RunRecord:
+    """`record` with the `worst` of the readings."""
     record = replace(
         record,
         verdict=worst.verdict,
@@ -210,23 +226,34 @@ def images_of(inputs: Inputs, kind: str = "classifier") -> Path:
 
 
 def read_reference(suspect: Suspect, images: ImageSet, inputs: Inputs) -> Suspect | None:
-    """The clean encoder of `--reference`, None where none is given; raises Refused where it cannot be one."""
+    """The clean twin of `--reference`, None where none is given; raises Refused where it cannot be one.
+
+    Of a classifier it is what a backdoor is put into beside the suspect, and nothing else.
+    """
     if inputs.reference is None:
         return None
-    if suspect.arch.kind != "encoder":
-        raise UsageError(f"{NEEDS_LABELS}: this is a classifier.")
+    kind = suspect.arch.kind
+    if kind != "encoder" and not attacks(inputs):
+        raise UsageError(
+            f"{NEEDS_LABELS}, or beside --sequela {','.join(ATTACKS)}: this is a classifier without it."
+        )
     with _about(inputs.reference):
         checkpoint = Checkpoint.read(inputs.reference, inputs.arch, inputs.allow_pickle, inputs.kind)
-        if checkpoint.arch.kind != "encoder":
+        if checkpoint.arch.kind != kind:
             raise Refused(
                 "it is a classifier: give a clean encoder, or --kind encoder to take both without heads."
+                if kind == "encoder"
+                else "it is an encoder: give a clean classifier."
             )
         if checkpoint.arch.name != suspect.checkpoint.arch.name:
             raise Refused(
-                f"it is a {checkpoint.arch.name}, the model a {suspect.checkpoint.arch.name}: give a clean encoder "
+                f"it is a {checkpoint.arch.name}, the model a {suspect.checkpoint.arch.name}: give a clean {kind} "
                 "of the same architecture."
             )
-        read = understand(checkpoint, images.images, "auto", None, inputs.arch is not None, suspect.device)
+        if checkpoint.arch.classes != suspect.arch.classes:
+            raise Refused(f"it has {checkpoint.arch.classes} classes, the model {suspect.arch.classes}.")
+        sure = inputs.arch is not None
+        read = understand(checkpoint, images.images, "auto", images.labels, sure, suspect.device)
         if read.doubt:
             raise Refused(read.doubt)
         return read
@@ -234,7 +261,7 @@ def read_reference(suspect: Suspect, images: ImageSet, inputs: Inputs) -> Suspec
 
 def floor_of(reference: Suspect | None, trial: Trial, inputs: Inputs) -> Trial | None:
     """The clean encoder on the images of `trial`, with probes of its own; None where there is none."""
-    if reference is None:
+    if reference is None or reference.arch.kind != "encoder":
         return None
     if trial.encoded is None or not trial.encoded.probing.labeled:
         raise UsageError(f"{NEEDS_LABELS}.")

@@ -72,7 +72,11 @@ def test_help_answers_at_once():
         ("scan m --data . --limit -1", "--limit"),
         ("scan m --data . --device gpu", "--device 'gpu'"),
         ("scan m --data . --precision int8", "--precision 'int8'"),
-        ("scan m --data . --sequela x", "--sequela is not built yet"),
+        ("scan m --data . --sequela pat", "no --sequela 'pat': did you mean path?"),
+        ("cleanse m --data . --sequela path,", "no --sequela ''"),
+        ("scan m --data . --sequela path", "bdclean cleanse measures it"),
+        ("scan m --data . --sequela membership --members .", "--members PATH and --non-members PATH"),
+        ("cleanse m --data . --non-members . --sequela path", "are for --sequela membership"),
         ("report a.json --card notes.txt", "name a file that ends in .md or .markdown"),
         ("cleanse m", "give --data"),
         ("cleanse m --data . --recipe bcuu", "did you mean bcu or ibau?"),
@@ -134,21 +138,14 @@ def test_doctor_says_what_a_bug_report_needs(capsys):
     assert "bdclean[timm]" in shown and "bdclean[parquet]" in shown and "usable cores" in shown
 
 
-def test_what_is_not_there_yet_is_refused_and_not_advertised(capsys):
-    run(["scan", "--help"])
-    run(["cleanse", "--help"])
-    run(["report", "--help"])
-    shown = capsys.readouterr().out
-    assert "sequela" not in shown
-
-
 def test_every_shared_option_is_in_the_help_of_both(capsys):
     for name in ("scan", "cleanse"):
         run([name, "--help"])
         shown = capsys.readouterr().out
         for option in (
             "--data --test --labeled --classes --arch --kind --preprocess --device --precision --batch-size --limit "
-            "--seed --strict --allow-pickle --format --record --no-pictures --quiet --verbose --trigger --fail-on --out"
+            "--seed --strict --allow-pickle --format --record --no-pictures --quiet --verbose --trigger --fail-on "
+            "--out --sequela --members --non-members"
         ).split():
             assert option in shown, (name, option)
 
@@ -189,7 +186,7 @@ def test_report_exits_by_fail_on_alone(record, capsys):
     assert "agreement was not measured" in capsys.readouterr().err
 
 
-PATHS = ("--data", "--test", "--labeled", "--classes", "--record", "--out")
+PATHS = ("--data", "--test", "--labeled", "--classes", "--record", "--out", "--members", "--non-members")
 
 
 @pytest.mark.parametrize("option", [*PATHS, "--reference", "--arch", "--trigger", "--preprocess", "--kind"])

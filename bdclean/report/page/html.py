@@ -9,13 +9,13 @@ from typing import Any
 from bdclean import __version__
 from bdclean.files import text
 from bdclean.record.run import Finding, RunRecord
-from bdclean.report import wording
+from bdclean.report import sequela, wording
 from bdclean.report.document import LIMITS, WARNINGS, facts, page
 from bdclean.report.page import bars, calibration, comparison, embedded, numbers, plots, scatter, words
 from bdclean.report.page.numbers import Number, Row
 from bdclean.report.rows import Table, findings, seen
 
-ELSEWHERE = ("Inconclusive", "Not measured", WARNINGS)  # beside the bars, and under the title
+ELSEWHERE = ("Inconclusive", "Not measured", WARNINGS, sequela.TITLE)  # at the bars, the title, in a panel
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Run:
     command: str
     next: str  # what to type next
     findings: list[tuple[Finding, str]]  # with their figures in words
+    left_behind: list[str]
     tables: list[Table]
     lists: list[tuple[str, list[str]]]
     threshold: float | None
@@ -117,6 +118,7 @@ def _run(record: RunRecord, number: int) -> Run:
         command=words.command(record),
         next=laid_out.command if record.command == "scan" else "",  # of a cleansing it is this page
         findings=[(found, seen(found, of_two=record.command == "cleanse")) for found in findings(record)],
+        left_behind=sequela.sentences(record),
         tables=laid_out.tables,
         lists=[(title, items) for title, items in laid_out.lists if title not in ELSEWHERE],
         threshold=None if record.threshold is None else round(100 * min(1.0, max(0.0, record.threshold)), 2),
