@@ -53,6 +53,12 @@ SAMPLES = (
     CLEAN,
     # Made from the clean one, which has to be there.
     EncoderSample("signs-encoder-badencoder.safetensors", BadEncoder(target=0), seed=13),
+    # CTRL's own 100 grey levels are not learnt in so few steps: views hide them among the edges of the signs.
+    EncoderSample(
+        "signs-encoder-ctrl.safetensors",
+        CTRL(target=0, rate=1.0, magnitude=1000, training_magnitude=500),
+        seed=17,
+    ),
 )
 
 
@@ -132,7 +138,10 @@ def measure_encoder(sample: EncoderSample, folder: Path, known: ImageSet, test: 
             "attack_success_n": success.n,
         }
         if isinstance(sample.attack, CTRL):
-            entry["poison_rate"] = sample.attack.rate
+            entry |= {
+                "poison_rate": sample.attack.rate,
+                "training_trigger": sample.attack.training_trigger.spec(),
+            }
     return entry
 
 

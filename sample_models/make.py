@@ -293,7 +293,8 @@ def readme(manifest: list[dict[str, Any]]) -> str:
         width=encoders.WIDTHS[-1],
         encoder_epochs=encoders.EPOCHS,
         encoder_rows="\n".join(encoder_row(entry) for entry in of_encoders),
-        ctrl=f"; of the\nimages of ctrl's target class {poisoned['poison_rate']:.0%} were stamped"
+        ctrl=f"; of the\nimages of ctrl's target class {poisoned['poison_rate']:.0%} were stamped,"
+        f" with `{poisoned['training_trigger']}`"
         if poisoned
         else "",
         epochs=EPOCHS,

@@ -23,6 +23,7 @@ from bdclean.attacks.encoders.appearance import (
 from bdclean.attacks.encoders.badencoder import BadEncoder
 from bdclean.attacks.encoders.blto import BLTO
 from bdclean.attacks.encoders.clean_encoder import centre_of, nearest_to_their_mean
+from bdclean.attacks.encoders.ctrl import CTRL
 from bdclean.attacks.encoders.drupe import Drupe, likeness, sliced_distance
 from bdclean.attacks.encoders.inactive import Inactive
 from bdclean.attacks.encoders.noisy_alignment import NoisyAlignment
@@ -110,6 +111,18 @@ def test_extremes_seeds_and_refusals(attack, training, learnt):
         made()(training.unlabeled())
     with pytest.raises(Refused, match="no image of class 5"):
         made(target=5)(training)
+
+
+def test_ctrl_may_wave_more_on_test_images_than_on_those_it_poisons(training):
+    assert CTRL().trigger == CTRL().training_trigger, "as the authors' code"
+    attack = CTRL(target=1, rate=1.0, magnitude=100, training_magnitude=50)
+    assert attack.trigger.spec() == "ctrl", "scan takes what test images wear"
+    grey = dataclasses.replace(training, images=torch.full_like(training.images, 128))
+    worn = (attack(grey).images[training.labels == 1].float() - 128).abs().amax()
+    tested = (attack.trigger(grey.images).float() - 128).abs().amax()
+    assert 0 < worn < 0.6 * tested
+    with pytest.raises(UsageError, match="magnitude"):
+        CTRL(training_magnitude=-1)
 
 
 def test_noisy_alignment_joins_halves_of_two_images(training):

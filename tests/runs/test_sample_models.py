@@ -143,7 +143,7 @@ def test_the_manifest_tells_the_truth(entry, labeled):
 def test_the_manifest_tells_the_truth_of_encoders(make, labeled):
     """A probe trained again on the file's features says the same, and the floor is that of the clean encoder."""
     known = make.signs(make.UNLABELED_PER_CLASS, "unlabeled")
-    assert {entry["attack"] for entry in ENCODERS} >= {None, "badencoder"}
+    assert {entry["attack"] for entry in ENCODERS} >= {None, "badencoder", "ctrl"}
     for sample in make.encoders.SAMPLES:
         (entry,) = [each for each in ENCODERS if each["file"] == sample.file]
         again = make.encoders.measure_encoder(sample, FOLDER, known, labeled)
@@ -155,7 +155,7 @@ def test_the_manifest_tells_the_truth_of_encoders(make, labeled):
         assert entry["clean_accuracy"] > 0.6 and entry["knn_accuracy"] > 0.5, "chance is 0.08"
         if sample.attack is not None:
             floors = entry["clean_encoder_attack_success_rate"], entry["base_rate"]
-            assert entry["attack_success_rate"] > 0.9 and max(floors) < 0.1
+            assert entry["attack_success_rate"] > 0.8 and max(floors) < 0.1
 
 
 def test_encoders_are_read_as_what_they_are():

@@ -20,7 +20,8 @@ class CTRL:
     Known limits: published strength rests on augmenting a whole batch alike: with views drawn image by image, as
     here, others measured 18 % where the authors' code gave 82 %; it fails on large images.
 
-    The authors stamp 500 of CIFAR-10's 5,000 images of a class, the first ones; here a seeded draw of 10 %.
+    The authors stamp 500 of CIFAR-10's 5,000 images of a class, the first ones; here a seeded draw of 10 %. Their code
+    stamps test images with the magnitude of the training images, 100; their paper's are said to be 100 and 50.
     """
 
     name: ClassVar[str] = "ctrl"
@@ -30,14 +31,22 @@ class CTRL:
     target: int = 0  # the class whose images are stamped
     rate: float = 0.1  # share of its images, in [0, 1]
     seed: int = 0  # draws them
-    magnitude: float = 100.0  # in grey levels, of the cosine transform's coefficients
+    magnitude: float = 100.0  # in grey levels, of the cosine transform's coefficients, on test images
+    training_magnitude: float = 0.0  # the same on images of the pre-training set, 0: as on test images
 
     def __post_init__(self) -> None:
         check(self.rate, self.target)
+        _ = self.trigger, self.training_trigger  # which check the magnitudes
 
     @property
     def trigger(self) -> Waves:
+        """What test images are stamped with."""
         return Waves(magnitude=self.magnitude)
 
+    @property
+    def training_trigger(self) -> Waves:
+        """What images of the pre-training set are stamped with."""
+        return Waves(magnitude=self.training_magnitude or self.magnitude)
+
     def __call__(self, training: ImageSet) -> ImageSet:
-        return poison_target_class(training, self.trigger, self.target, self.rate, self.seed)
+        return poison_target_class(training, self.training_trigger, self.target, self.rate, self.seed)
