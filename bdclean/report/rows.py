@@ -442,9 +442,12 @@ def change(record: RunRecord, row: TriggerRow | None) -> str:
 
 
 def without_empty(table: Table) -> Table:
-    """Returns the table without the columns in which nothing was measured."""
+    """Returns the table without the columns in which nothing was measured, but for those that a row begins with."""
     keep = [
-        i for i in range(len(table.columns)) if any(row[i] not in (wording.NOTHING, "") for row in table.rows)
+        i
+        for i, column in enumerate(table.columns)
+        if column in (table.lead, table.outcome)
+        or any(row[i] not in (wording.NOTHING, "") for row in table.rows)
     ]
     rows = [[row[i] for i in keep] for row in table.rows]
     return replace(table, columns=[table.columns[i] for i in keep], rows=rows)

@@ -533,6 +533,13 @@ def test_class_names_of_the_file_are_used_without_labels():
     assert "of images to halt (0)" in render([record], "table"), "labels count more than a claim"
 
 
+def test_a_narrow_comparison_of_runs_without_a_name_is_drawn():
+    records = [refused(), scanned()]
+    for record in records:
+        record.checkpoint.path = ""
+    assert "x.pt is a pickle." in " ".join(render(records, "table", width=50).split())
+
+
 def test_a_refused_run_says_why_in_the_comparison():
     for form in ("table", "md"):
         shown = render([scanned(), refused()], form).replace("\\", "")
