@@ -18,7 +18,8 @@ class CTRL:
     When to use it: to make an encoder poisoned through its data, with a trigger that crops and mirrors leave alone.
     What it needs: labeled images, whose labels say only which ones show the target class; long pre-training.
     Known limits: published strength rests on augmenting a whole batch alike: with views drawn image by image, as
-    here, others measured 18 % where the authors' code gave 82 %; it fails on large images.
+    here, others measured 18 % where the authors' code gave 82 %; it fails on large images. Where pre-training has
+    hundreds of steps, views hide waves of 100: `rate` 1 and a `training_magnitude` of 500 were learnt on road signs.
 
     The authors stamp 500 of CIFAR-10's 5,000 images of a class, the first ones; here a seeded draw of 10 %. Their code
     stamps test images with the magnitude of the training images, 100; their paper's are said to be 100 and 50.
