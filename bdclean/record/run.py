@@ -37,7 +37,7 @@ class Bound:
 
     Images that go to the target without a stamp are not in it. `low` is a one-sided exact bound, corrected for what
     was tried; `control` the highest control on these images, None where none was measured. From the lower bound
-    `certain` on controls do not matter (None: they always do); of a source class at least `needed` must move.
+    `certain` on controls do not matter (None: they always do); at least `needed` of the images must move.
     """
 
     source: int | None

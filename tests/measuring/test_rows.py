@@ -633,6 +633,16 @@ class Veil(Patch):
         return [Veil(100 + k) for k in range(count)]
 
 
+@pytest.mark.parametrize(("share", "outcome"), [(0.43, INCONCLUSIVE), (0.6, FAILS)])
+def test_a_change_of_the_whole_picture_must_move_half_of_the_images(share, outcome):
+    """A network without a backdoor moved 43 % under stripes, and 20 % at most under their controls."""
+    (row,) = assess(bench(Network(to(1), share=share), n=2000, threshold=0.2), [Veil()])
+    assert row.outcome == outcome and row.bounds[0].low >= 0.3
+    assert ("it fails from 50 % on" in row.reason) == (outcome == INCONCLUSIVE)
+    (patch,) = assess(bench(Network(to(1), share=share), n=2000, threshold=0.2), [Patch()])
+    assert patch.outcome == FAILS  # a patch does so much in no network without a backdoor
+
+
 @pytest.mark.parametrize(("classes", "outcome"), [(2, INCONCLUSIVE), (4, INCONCLUSIVE), (5, FAILS)])
 def test_what_changes_the_whole_picture_of_a_network_of_few_classes_obeys_its_controls(classes, outcome):
     """Stripes move all images of clean ones, as their controls do; so do real triggers: nobody can tell."""
