@@ -59,9 +59,10 @@ Of 40 networks without a backdoor (bench small-networks) under the stock bank an
 patches moved at most 0.34 of the images, and blended pictures 0.7. Waves of up to 15 grey levels moved 0.63, of up to
 30 0.96, stronger ones 0.99, with over FEW_CLASSES classes. With fewer all of a picture may move: there controls always
 matter. Waves that were a trigger moved 0.996 and more, their controls as much."""
-HALF = 0.5
-"""So much of all images must move under a change that is no small patch: one of 62 networks without a backdoor moved
-0.43 of them under stripes, and no more than 0.20 under any of 19 controls, whose frequencies it minds less."""
+MOVED = (0.5, 0.85)
+"""So much of all images must move under a change that is no small patch, and under waves: networks that had no such
+trigger moved 0.43 and 0.76 of them under stripes, beside 0.20 and 0.53 under the highest of 19 controls, whose
+frequencies they mind less. Waves that were a trigger moved 0.996 and more."""
 NEEDED = (0.7, 0.9)
 """So much of one source class must move, under a small patch and under a larger change: without a backdoor 0.60 of one
 moved under small patches, 0.9 and more under others, where controls always matter."""
@@ -287,7 +288,7 @@ def _movable(trial: Trial, target: Target | None, chosen: Tensor, stamped: Tenso
 
 @dataclass(frozen=True)
 class _Kind:
-    """What networks without a backdoor do under a change of this kind: see WAVES, HALF, NEEDED."""
+    """What networks without a backdoor do under a change of this kind: see WAVES, MOVED, NEEDED."""
 
     certain: float | None
     needed: float
@@ -301,11 +302,13 @@ class _Kind:
         if float((change != 0).any(1).float().mean()) <= SMALL:
             return _Kind(PATCH, 0.0, PICTURE, NEEDED[0])
         if trial.classes <= FEW_CLASSES:
-            return _Kind(None, HALF, None, NEEDED[1])
+            return _Kind(None, MOVED[trigger.family == "wave"], None, NEEDED[1])
         if trigger.family != "wave":
-            return _Kind(PICTURE, HALF, None, NEEDED[1])
+            return _Kind(PICTURE, MOVED[0], None, NEEDED[1])
         strength = float(change.square().mean().sqrt())
-        return _Kind(next((level for most, level in WAVES if strength <= most), None), HALF, None, NEEDED[1])
+        return _Kind(
+            next((level for most, level in WAVES if strength <= most), None), MOVED[1], None, NEEDED[1]
+        )
 
 
 def _bound(source: int | None, hits: int, n: int, level: float, kind: _Kind) -> Bound:

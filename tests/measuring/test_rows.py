@@ -633,12 +633,18 @@ class Veil(Patch):
         return [Veil(100 + k) for k in range(count)]
 
 
-@pytest.mark.parametrize(("share", "outcome"), [(0.43, INCONCLUSIVE), (0.6, FAILS)])
-def test_a_change_of_the_whole_picture_must_move_half_of_the_images(share, outcome):
-    """A network without a backdoor moved 43 % under stripes, and 20 % at most under their controls."""
-    (row,) = assess(bench(Network(to(1), share=share), n=2000, threshold=0.2), [Veil()])
+@pytest.mark.parametrize(
+    ("family", "share", "least", "outcome"),
+    [
+        ("blend", 0.43, 50, INCONCLUSIVE), ("blend", 0.6, 50, FAILS),
+        ("wave", 0.76, 85, INCONCLUSIVE), ("wave", 0.95, 85, FAILS),
+    ],
+)  # fmt: skip
+def test_a_change_of_the_whole_picture_must_move_most_of_the_images(family, share, least, outcome):
+    """Networks without such a trigger moved 43 and 76 % under stripes, and 20 and 53 % at most under their controls."""
+    (row,) = assess(bench(Network(to(1), share=share), n=2000, threshold=0.2), [Veil(family=family)])
     assert row.outcome == outcome and row.bounds[0].low >= 0.3
-    assert ("it fails from 50 % on" in row.reason) == (outcome == INCONCLUSIVE)
+    assert (f"it fails from {least} % on" in row.reason) == (outcome == INCONCLUSIVE)
     (patch,) = assess(bench(Network(to(1), share=share), n=2000, threshold=0.2), [Patch()])
     assert patch.outcome == FAILS  # a patch does so much in no network without a backdoor
 

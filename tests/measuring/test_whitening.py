@@ -31,7 +31,7 @@ def test_the_shrunk_covariance_is_the_written_out_one():
     level = sum(float(sample[k, k]) for k in range(d)) / d
     away = sum(float((sample[i, j] - (level if i == j else 0)) ** 2) for i in range(d) for j in range(d)) / d
     noise = min(sum(float((part - sample).square().sum()) for part in parts) / n**2 / d, away)
-    expected = noise / away * level * torch.eye(d) + (1 - noise / away) * sample
+    expected = noise / away * level * torch.eye(d, dtype=torch.float64) + (1 - noise / away) * sample
     assert torch.allclose(shrunk_covariance(features), expected, rtol=1e-9)
 
 
