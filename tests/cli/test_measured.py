@@ -2,12 +2,11 @@ from pathlib import Path
 
 import pytest
 
-import bdclean
 from bdclean.cli.main import run
 from bdclean.cli.measured import measured
 from bdclean.registry import RECIPES
 
-TABLES = Path(bdclean.__file__).parents[1] / "sample_models" / "tables"
+TABLES = Path(__file__).resolve().parents[2] / "sample_models" / "tables"
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if measured(name)])
