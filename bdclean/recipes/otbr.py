@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from scipy.optimize import linprog
-from scipy.sparse import eye_array, kron, vstack
+from scipy.sparse import eye, kron, vstack
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -178,7 +178,7 @@ def fuse(
 def transport(supply: np.ndarray, demand: np.ndarray, cost: np.ndarray) -> np.ndarray:
     """The plan [n m] of least `cost` [n m] that brings `supply` [n] to `demand` [m], both sums being 1."""
     n, m = cost.shape
-    rows, columns = kron(eye_array(n), np.ones((1, m))), kron(np.ones((1, n)), eye_array(m))
+    rows, columns = kron(eye(n), np.ones((1, m))), kron(np.ones((1, n)), eye(m))
     found = linprog(
         cost.ravel(),
         A_eq=vstack([rows, columns]).tocsc(),
