@@ -20,7 +20,8 @@ from bdclean.record.parsing import parse_records
 from bdclean.record.run import CheckpointEntry, Rate, RunRecord, TriggerRow
 
 ROOT = Path(bdclean.__file__).parents[1]
-SAMPLES = ROOT / "sample_models"
+CHECKOUT = Path(__file__).resolve().parents[2]
+SAMPLES = CHECKOUT / "sample_models"
 INSTALLED = Path(sys.executable).with_name("bdclean")
 
 pytestmark = pytest.mark.skipif(not INSTALLED.exists(), reason="the command is not installed beside Python")
@@ -225,4 +226,4 @@ def test_every_help_ends_with_an_example_that_can_be_typed(command, capsys):
         root = group.make_context("bdclean", [name, *words])
         group.commands[name].make_context(name, words, parent=root)  # raises on what there is not
         for word in words:
-            assert not word.startswith("sample_models/") or (ROOT / word).exists(), word
+            assert not word.startswith("sample_models/") or (CHECKOUT / word).exists(), word
