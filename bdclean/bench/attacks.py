@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 
-from bdclean.bench.cifar10 import NETWORKS, bdclean, cell, finished, save, unpack
+from bdclean.bench.cifar10 import NETWORKS, bdclean, cell, finished, recipe_flags, save, unpack
 from bdclean.bench.encoders import (
     Images,
     accuracy_of,
@@ -121,12 +121,12 @@ class Bench:
         share = "" if self.unlabeled == UNLABELED else f"-{self.unlabeled}"
         out = self.work / f"{self.file(name).stem}-{cell(recipe)}{share}.safetensors"
         if not finished(out.with_suffix(".json")):
-            method, _, settings = recipe.partition(":")
+            method = recipe.partition(":")[0]
             given = folders(self.images.folder, self.work, "train", self.unlabeled, self.seed)
             bdclean(
                 "cleanse", str(self.file(name)), *self._common(), "--data",
-                str(given if method in LABELED else flat(given)), "--test", str(self._test), "--recipe", method,
-                *(part for pair in filter(None, settings.split("/")) for part in ("--set", pair)),
+                str(given if method in LABELED else flat(given)), "--test", str(self._test),
+                *recipe_flags(recipe),
                 *(() if method in UNTOLD else _trigger(attack)), "--out", str(out), "--resume",
             )  # fmt: skip
         return out, read_record(out.with_suffix(".json"))

@@ -121,6 +121,13 @@ def bdclean(*arguments: str) -> int:
     ).returncode
 
 
+def recipe_flags(recipe: str) -> tuple[str, ...]:
+    """The flags of cleanse for a recipe as it is typed for a bench: NAME[:KEY=VALUE[/KEY=VALUE...]]."""
+    name, _, settings = recipe.partition(":")
+    pairs = filter(None, settings.split("/"))
+    return "--recipe", name, *(part for pair in pairs for part in ("--set", pair))
+
+
 def drawn(source: Path, count: int, seed: int, last: bool = False) -> list[Path]:
     """A seeded draw of `count` files of the class folders of `source`.
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bdclean import registry
-from bdclean.bench.cifar10 import bdclean, cell, drawn, finished, linked, save, unpack
+from bdclean.bench.cifar10 import bdclean, cell, drawn, finished, linked, recipe_flags, save, unpack
 from bdclean.data.imageset import ImageSet
 from bdclean.data.loading import load_images
 from bdclean.errors import Refused
@@ -215,13 +215,12 @@ class Bench:
         share = "" if self.unlabeled == UNLABELED else f"-{self.unlabeled}"
         out = self.work / f"{self.file(name).stem}-{cell(recipe)}{share}.safetensors"
         if not finished(out.with_suffix(".json")):
-            method, _, settings = recipe.partition(":")
+            method = recipe.partition(":")[0]
             given = folders(self.images.folder, self.work, "train", self.unlabeled, self.seed)
             data = given if method in ADAPTING else flat(given)
             bdclean(
                 "cleanse", str(self.file(name)), *self._common(attack), "--data", str(data), "--test", str(self._test),
-                "--recipe", method, *(("--head", "new") if method in ADAPTING else ()),
-                *(part for pair in filter(None, settings.split("/")) for part in ("--set", pair)),
+                *recipe_flags(recipe), *(("--head", "new") if method in ADAPTING else ()),
                 "--out", str(out), "--resume",
             )  # fmt: skip
         return out, read_record(out.with_suffix(".json"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdclean import registry
-from bdclean.bench.cifar10 import bdclean, cell, finished
+from bdclean.bench.cifar10 import bdclean, cell, finished, recipe_flags
 from bdclean.bench.encoders import number, read_record
 from bdclean.errors import Refused
 from bdclean.record.run import RAN, Rate, RunRecord
@@ -57,16 +57,14 @@ class Bench:
 
     def record(self, victim: Victim, recipe: str, answers: bool) -> RunRecord:
         """The record of cleansing `victim` by `recipe`, NAME[:KEY=VALUE[/KEY=VALUE...]]."""
-        name, _, settings = recipe.partition(":")
         of = f"{cell(recipe)}{'-answers' if answers else ''}{f'-seed{self.seed}' if self.seed else ''}"
         out = self.work / f"{victim.name}-{of}.safetensors"
         record = out.with_suffix(".json")
         if not finished(record):
             bdclean(
                 "cleanse", str(victim.file), "--data", str(victim.images), "--trigger", victim.trigger,
-                "--recipe", name, *(part for pair in filter(None, settings.split("/")) for part in ("--set", pair)),
-                *(("--pseudo-labels",) if answers else ()), "--seed", str(self.seed), "--no-pictures",
-                "--out", str(out), "--record", str(record), "--resume",
+                *recipe_flags(recipe), *(("--pseudo-labels",) if answers else ()), "--seed", str(self.seed),
+                "--no-pictures", "--out", str(out), "--record", str(record), "--resume",
             )  # fmt: skip
         return read_record(record)
 

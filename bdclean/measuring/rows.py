@@ -301,14 +301,14 @@ class _Kind:
         change = trigger(some).float() - some.float()
         if float((change != 0).any(1).float().mean()) <= SMALL:
             return _Kind(PATCH, 0.0, PICTURE, NEEDED[0])
+        certain: float | None = PICTURE
+        wave = trigger.family == "wave"
         if trial.classes <= FEW_CLASSES:
-            return _Kind(None, MOVED[trigger.family == "wave"], None, NEEDED[1])
-        if trigger.family != "wave":
-            return _Kind(PICTURE, MOVED[0], None, NEEDED[1])
-        strength = float(change.square().mean().sqrt())
-        return _Kind(
-            next((level for most, level in WAVES if strength <= most), None), MOVED[1], None, NEEDED[1]
-        )
+            certain = None
+        elif wave:
+            strength = float(change.square().mean().sqrt())
+            certain = next((level for most, level in WAVES if strength <= most), None)
+        return _Kind(certain, MOVED[wave], None, NEEDED[1])
 
 
 def _bound(source: int | None, hits: int, n: int, level: float, kind: _Kind) -> Bound:

@@ -84,7 +84,7 @@ class OTBR:
         if ratio is None:
             fuse = partial(self._fuse, layers, own, moved, order, run)
             plain = unlabeled.unlabeled()
-            told = ImageSet(plain.images, _answers(student, plain.images, run))
+            told = ImageSet(plain.images, run.answers(student, plain.images))
             ratio = prune_while_accurate(RATIOS, fuse, lambda: accuracy(student, told, run), self.tolerance)
         else:
             self._fuse(layers, own, moved, order, run, ratio)
@@ -188,10 +188,3 @@ def transport(supply: np.ndarray, demand: np.ndarray, cost: np.ndarray) -> np.nd
     if found.x is None:
         raise Refused(f"otbr: filters cannot be matched ({found.message}).")
     return found.x.reshape(n, m)
-
-
-def _answers(model: Classifier, images: Tensor, run: Run) -> Tensor:
-    """What `model` calls `images` uint8 [n c h w], int64 [n] on the CPU."""
-    with torch.no_grad():
-        parts = (part.to(run.device).float() / 255 for part in images.split(256))
-        return torch.cat([run.forward(model, part).argmax(1).cpu() for part in parts])

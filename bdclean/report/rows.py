@@ -236,30 +236,53 @@ def _pairs(title: str, before: Side, after: Sequence[TriggerRow], names: Sequenc
     return without_empty(Table(title, columns, rows, "", "trigger", "outcome", brief, calm))
 
 
-def matrix(records: Sequence[RunRecord]) -> Table:
-    """Returns the rate of every trigger in every run, for the triggers that do not pass everywhere."""
-    sides: list[tuple[str, dict[str, TriggerRow]]] = []
+@dataclass
+class Compared:
+    """Several runs: `columns`, number and before or after, with the rows of each by trigger in `sides`; in `known` the
+    triggers that do not pass everywhere, and how much a recipe knew of each, in the order in which they are shown."""
+
+    columns: list[tuple[str, str]]
+    sides: list[dict[str, TriggerRow]]
+    known: dict[str, int]
+
+
+def compared(records: Sequence[RunRecord]) -> Compared:
+    """Returns every trigger in every run; those that a recipe knew most of come last, and higher rates first."""
+    columns: list[tuple[str, str]] = []
+    sides: list[dict[str, TriggerRow]] = []
     for number, record in enumerate(records, 1):
         if record.before is not None:
-            sides.append((f"#{number} before", by_trigger(record.before.triggers)))
+            columns.append((f"#{number}", "before"))
+            sides.append(by_trigger(record.before.triggers))
         if record.rows():
-            after = " after" if record.before is not None else ""
-            sides.append((f"#{number}{after}", by_trigger(record.rows())))
-    names = list(dict.fromkeys(name for _, rows in sides for name in rows))
-    chosen = [n for n in names if any(n in rows and rows[n].outcome != PASSES for _, rows in sides)]
-    known = {name: max(knowledge(rows[name]) for _, rows in sides if name in rows) for name in chosen}
-    highest = {
-        name: max(headline(rows[name])[0].value or 0.0 for _, rows in sides if name in rows)
-        for name in chosen
-    }
-    chosen.sort(key=lambda name: (known[name], -highest[name]))
+            columns.append((f"#{number}", "after" if record.before is not None else ""))
+            sides.append(by_trigger(record.rows()))
+    found: dict[str, list[TriggerRow]] = {}
+    for side in sides:
+        for name, row in side.items():
+            found.setdefault(name, []).append(row)
+    shown = {name: rows for name, rows in found.items() if any(row.outcome != PASSES for row in rows)}
+    known = {name: max(map(knowledge, rows)) for name, rows in shown.items()}
+
+    def place(name: str) -> tuple[int, float]:
+        rates = [headline(row)[0].value for row in shown[name]]
+        return known[name], -max(-1.0 if rate is None else rate for rate in rates)
+
+    return Compared(columns, sides, {name: known[name] for name in sorted(known, key=place)})
+
+
+def matrix(records: Sequence[RunRecord]) -> Table:
+    """Returns the rate of every trigger in every run, for the triggers that do not pass everywhere."""
+    found = compared(records)
+    heads = [f"{number} {when}".rstrip() for number, when in found.columns]
+    sides = list(zip(heads, found.sides, strict=True))
     cells = [
         [
             name,
-            ("", "seen", "unlearned")[known[name]],
+            ("", "seen", "unlearned")[known],
             *(wording.rate(headline(rows[name])[0] if name in rows else None) for _, rows in sides),
         ]
-        for name in chosen
+        for name, known in found.known.items()
     ]
     note = (
         "ASR in percent. Triggers that pass in every run are left out. Seen: a recipe trained on this family; "
@@ -269,9 +292,9 @@ def matrix(records: Sequence[RunRecord]) -> Table:
         ", ".join(
             f"{side} {wording.percent(headline(rows[name])[0].value)}" for side, rows in sides if name in rows
         )
-        for name in chosen
+        for name in found.known
     ]
-    columns = ["trigger", "family", *(name for name, _ in sides)]
+    columns = ["trigger", "family", *heads]
     return without_empty(Table("Triggers", columns, cells, note, "trigger", "family", brief))
 
 

@@ -42,7 +42,7 @@ from bdclean.record.sequela import OUTPUT, SUSPECT
 from bdclean.runs.folders import check_folder, copy_descriptions, discard, weights_in
 from bdclean.runs.images import at_own_size, keep_plausible_labels, new_classes, understand_labeled
 from bdclean.runs.options import Inputs
-from bdclean.runs.places import default_output, is_folder, resume_state
+from bdclean.runs.places import default_output, is_folder
 from bdclean.runs.resuming import hold_known, open_run
 from bdclean.runs.sequela import People, after_cleanse, check_apart, check_kind, read_people
 from bdclean.runs.split import Images, open_images
@@ -119,12 +119,12 @@ def cleanse(
         hold_known(run, known)
         cleansed = repair.run(recipe, method, classifier, trained, images, known, run)
         repair.write(cleansed, recipe, trained, before, usual, place, force)
-        after = repair.open_written(place, trained, before)
+        after = repair.open_written(place, trained, before, run)
         rows = repair.measure_after(after, made, found, cleansed)
         if isinstance(method, Informed) and (still := repair.firing(rows[1], made)):
             cleansed = repair.insist(recipe, method, trained, images, still, cleansed, run)
             repair.write(cleansed, recipe, trained, before, usual, place, force)
-            after = repair.open_written(place, trained, before)
+            after = repair.open_written(place, trained, before, run)
             rows = repair.measure_after(after, made, found, cleansed)
         record = repair.conclude(before, after, made, *rows, cleansed)
         if not inputs.sequela:
@@ -347,14 +347,14 @@ class _Repair:
         """The file of the output that holds the weights."""
         return weights_in(place, self.model) if self.to_folder else place
 
-    def open_written(self, place: Path, suspect: Suspect, before: Trial) -> Trial:
+    def open_written(self, place: Path, suspect: Suspect, before: Trial, run: Run) -> Trial:
         """The output, read back; one that gives no numbers does not stay where a result would be looked for."""
         try:
             return after_writing(self._weights(place), suspect, before, self.inputs)
         except Refused as error:
-            state = resume_state(place)
-            for left in (self._weights(place), state, state.with_suffix(".json")):
-                left.unlink(missing_ok=True)
+            self._weights(place).unlink(missing_ok=True)
+            if run.saved is not None:
+                run.saved.discard()
             if self.to_folder:
                 discard(place, self.model)
             self._note(output=None)

@@ -96,8 +96,10 @@ def read_people(checkpoint: Checkpoint, inputs: Inputs, tell: Tell) -> People | 
 
 def check_apart(people: People | None, cleansing: Iterable[ImageSet], inputs: Inputs) -> None:
     """Raises UsageError where an image that cleanses is a non-member: the output was trained on it."""
-    for images in cleansing if people is not None else ():
-        both = int(exact_copies(images.images, people.non_members.images).sum()) if people is not None else 0
+    if people is None:
+        return
+    for images in cleansing:
+        both = int(exact_copies(images.images, people.non_members.images).sum())
         if both:
             raise UsageError(
                 f"{both:,} of the images to cleanse with are among those of --non-members {inputs.non_members}: the "

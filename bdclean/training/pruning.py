@@ -18,13 +18,7 @@ Amount = TypeVar("Amount", int, float)
 def accuracy(model: Classifier, labeled: ImageSet, run: Run, size: int = 256) -> float:
     """The share of `labeled` that `model` is right on, in evaluation mode, in which it stays."""
     assert labeled.labels is not None
-    model.eval()
-    with torch.no_grad():
-        answers = [
-            run.forward(model, part.to(run.device).float() / 255).argmax(1).cpu()
-            for part in labeled.images.split(size)
-        ]
-    return float((torch.cat(answers) == labeled.labels).float().mean())
+    return float((run.answers(model.eval(), labeled.images, size) == labeled.labels).float().mean())
 
 
 def prune_while_accurate(

@@ -75,6 +75,12 @@ class Run:
         with self.precision.autocast(self.device):
             return model(self.precision.layout(pixels))
 
+    def answers(self, model: nn.Module, images: Tensor, size: int = 256) -> Tensor:
+        """The classes that `model` gives `images` uint8 [n c h w], `size` at a time: int64 [n] on the CPU."""
+        with torch.no_grad():
+            parts = (part.to(self.device).float() / 255 for part in images.split(size))
+            return torch.cat([self.forward(model, part).argmax(1).cpu() for part in parts])
+
     def keep(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """The tensor of that name from the resume state, else `make()`, kept in the resume state from now on."""
         if self.saved is None:

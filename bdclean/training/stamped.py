@@ -47,11 +47,11 @@ def look_stamped(model: nn.Module, stamps: Sequence[Stamp], images: Tensor, run:
     found = torch.zeros(len(images), dtype=torch.bool)
     if not stamps:
         return found
-    answers = _answers(model, images, run)
+    answers = run.answers(model, images)
     shown, before = spread_out(images, SHOWN), spread_out(answers, SHOWN)
     for stamp in stamps:
         under = stamp(shown)
-        after = _answers(model, under, run)
+        after = run.answers(model, under)
         sent = after[after != before]
         if not len(sent):
             continue
@@ -61,7 +61,7 @@ def look_stamped(model: nn.Module, stamps: Sequence[Stamp], images: Tensor, run:
             continue
         others = (answers != target).nonzero().squeeze(1)
         without = _taken_out(stamp, shown, under, images, there, others, run)
-        left = torch.stack([_answers(model, each, run) != target for each in without])
+        left = torch.stack([run.answers(model, each) != target for each in without])
         found[there] |= left.double().mean(0) > 0.5
     return found if float(found.double().mean()) <= MOST else torch.zeros_like(found)
 
@@ -78,9 +78,3 @@ def _taken_out(
     generator = torch.Generator().manual_seed(run.seed)
     pasted = (others[torch.randint(len(others), there.shape, generator=generator)] for _ in range(PASTED))
     return [torch.where(place, images[other], images[there]) for other in pasted]
-
-
-def _answers(model: nn.Module, images: Tensor, run: Run) -> Tensor:
-    """The classes of `images` uint8 [n c h w], int64 [n] on the CPU."""
-    parts = (part.to(run.device).float() / 255 for part in images.split(256))
-    return torch.cat([run.forward(model, part).argmax(1).cpu() for part in parts])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bdclean.record.run import PASSES, RunRecord, TriggerRow
+from bdclean.record.run import RunRecord, TriggerRow
 from bdclean.report import wording
 from bdclean.report.document import sentence
 from bdclean.report.page import bars, numbers, words
 from bdclean.report.page.numbers import Number
-from bdclean.report.rows import TITLES, by_trigger, headline, knowledge, same, worst_row
+from bdclean.report.rows import TITLES, compared, headline, same, worst_row
 
 
 @dataclass
@@ -53,21 +53,12 @@ def lines(records: Sequence[RunRecord]) -> list[Line]:
 
 def grid(records: Sequence[RunRecord]) -> Grid:
     """Returns every trigger in every run; those that a recipe knew most of come last."""
-    columns: list[tuple[str, str]] = []
-    sides: list[dict[str, TriggerRow]] = []
-    for number, record in enumerate(records, 1):
-        if record.before is not None:
-            columns.append((f"#{number}", "before"))
-            sides.append(by_trigger(record.before.triggers))
-        if record.rows():
-            columns.append((f"#{number}", "after" if record.before is not None else ""))
-            sides.append(by_trigger(record.rows()))
-    names = list(dict.fromkeys(name for rows in sides for name in rows))
-    chosen = [name for name in names if any(name in rows and rows[name].outcome != PASSES for rows in sides)]
-    known = {name: max(knowledge(rows[name]) for rows in sides if name in rows) for name in chosen}
-    chosen.sort(key=lambda name: (known[name], -max(_value(rows.get(name)) for rows in sides)))
-    titles = ("", *TITLES[1:])
-    return Grid(columns, [(n, titles[known[n]], [_shade(rows.get(n)) for rows in sides]) for n in chosen])
+    found, titles = compared(records), ("", *TITLES[1:])
+    rows = [
+        (name, titles[known], [_shade(side.get(name)) for side in found.sides])
+        for name, known in found.known.items()
+    ]
+    return Grid(found.columns, rows)
 
 
 def _line(record: RunRecord, number: int) -> Line:
@@ -96,11 +87,6 @@ def _line(record: RunRecord, number: int) -> Line:
         Number("", value, interval, "", numbers.cell(before)[0] if before else "", change, change_interval),
         "" if worst is not None else sentence(record),
     )
-
-
-def _value(row: TriggerRow | None) -> float:
-    value = None if row is None else headline(row)[0].value
-    return -1.0 if value is None else value
 
 
 def _shade(row: TriggerRow | None) -> Shade:
