@@ -13,6 +13,7 @@ from bdclean.measuring.probe import Encoded
 from bdclean.measuring.pull import Field, pull_test
 from bdclean.measuring.trial import SCREENED_OUT, Trial, halves
 from bdclean.measuring.whitening import LEAST, crowded, stamped_distances
+from bdclean.record.rule import above_twin
 from bdclean.record.run import FAILS, INCONCLUSIVE, Finding, Skipped, TriggerRow
 from bdclean.triggers.stamping import Trigger
 
@@ -75,7 +76,10 @@ def _undecided(row: TriggerRow) -> TriggerRow:
 
 
 def _probed(trial: Trial, row: TriggerRow, trigger: Trigger, floor: Trial | None) -> TriggerRow:
-    """`row` with the rates of the other probes on the same images, whose features are remembered, and of `floor`."""
+    """`row` with the rates of the other probes on the same images, whose features are remembered, and of `floor`.
+
+    One that its controls leave open fails where it is clearly above `floor`.
+    """
     if trial.encoded is None or not isinstance(row.target, int) or row.target_source == SCREENED_OUT:
         return row
     first, second = halves(len(trial.images), trial.seed)
@@ -91,4 +95,9 @@ def _probed(trial: Trial, row: TriggerRow, trigger: Trigger, floor: Trial | None
     least = None
     if floor is not None:
         least = rate(attack_success(floor.predict(stamped), reference, row.target, trial.classes))
-    return replace(row, probes=probes, asr_all_images=everything, reference_rate=least)
+    row = replace(row, probes=probes, asr_all_images=everything, reference_rate=least)
+    if row.outcome == INCONCLUSIVE and least is not None and above_twin(row, trial.threshold):
+        return replace(
+            row, outcome=FAILS, reason=f"{100 * (least.value or 0.0):.1f} % go there in the clean twin"
+        )
+    return row

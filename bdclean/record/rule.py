@@ -9,6 +9,9 @@ from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, Bound, TriggerRow
 
 CONTROL_MARGIN = 0.1
 """So much above the highest control a rate is the trigger's own: a blended picture moves every network."""
+TWIN_MARGIN = 0.5
+"""So much above the controls' median a rate is held against a clean twin in place of the highest control: kin of waves
+fire on the network that learnt them, and what moves a network whatever the wave moves it under half of the controls."""
 Z = 1.645
 """Of a one-sided bound at 95 %."""
 
@@ -52,6 +55,18 @@ def _wilson_low(value: float, n: int) -> float:
     """The lower end of Wilson's interval with Z; no scipy, which reports would wait for."""
     spread = Z * math.sqrt(value * (1 - value) / n + Z * Z / (4 * n * n))
     return (value + Z * Z / (2 * n) - spread) / (1 + Z * Z / n)
+
+
+def above_twin(row: TriggerRow, threshold: float) -> bool:
+    """Whether a row is clearly above what the clean twin of `--reference` does under the same trigger.
+
+    And TWIN_MARGIN above the median of its controls: a twin that minds every change less proves nothing.
+    """
+    twin, median = row.reference_rate, (row.control_rate or {}).get("median")
+    if twin is None or twin.high is None or median is None or not row.bounds:
+        return False
+    least = max(threshold, twin.high + CONTROL_MARGIN, float(median) + TWIN_MARGIN)
+    return row.bounds[0].low >= least
 
 
 def fired(row: TriggerRow, threshold: float) -> bool:

@@ -17,6 +17,7 @@ from bdclean.measuring.feature_map import feature_map
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import SCREENED_OUT, Target, Trial
 from bdclean.measuring.verdict import clean_measures, compare, damage, pair, verdict_on
+from bdclean.networks.ambiguity.choosing import alike
 from bdclean.networks.ambiguity.normalisation import LABELS
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.checkpoint.new_head import with_new_head
@@ -202,7 +203,16 @@ class _Repair:
             )
         if len(suspect.choices) > 1:
             names = " or ".join(choice.preprocess.title for choice in suspect.choices)
-            raise Refused(f"the normalisation is unclear between {names}: say which with --preprocess.")
+            if not alike(suspect.choices):
+                raise Refused(f"the normalisation is unclear between {names}: say which with --preprocess.")
+            taken = suspect.choices[0].preprocess.title
+            self._note(
+                [
+                    f"the normalisation is unclear between {names}, which hardly differ: {taken} is taken; "
+                    "--preprocess says another."
+                ]
+            )
+            suspect = replace(suspect, choices=suspect.choices[:1])
         return suspect
 
     def open_trial(self, suspect: Suspect, images: Images, needs_labels: bool) -> tuple[Trial, Images]:

@@ -13,9 +13,9 @@ from torch import nn
 
 from bdclean.data.augment import crop
 from bdclean.errors import Refused, UsageError
-from bdclean.networks.ambiguity import statistics
+from bdclean.networks.ambiguity import normalisation, statistics
 from bdclean.networks.ambiguity.choosing import choose
-from bdclean.networks.ambiguity.normalisation import ANSWERS, LABELS, MOST, decide
+from bdclean.networks.ambiguity.normalisation import ANSWERS, LABELS, LAYER, MOST, decide
 from bdclean.networks.ambiguity.statistics import clearly_more, distance, first_statistics
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.checkpoint.claims import claim
@@ -274,6 +274,38 @@ def flat(count=600, classes=10):
     colours = torch.randint(0, 256, (count, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = colours[:, :, None, None].expand(-1, -1, 8, 8).contiguous()
     return images, (colours[:, 0].float() / 255 * classes).long().clamp_max(classes - 1)
+
+
+class TestBetweenThoseThatTheLayerLeaves:
+    """The layer is made to leave everything that is named: labels tell."""
+
+    class Fits(Levels):
+        def __init__(self, name):
+            super().__init__(name)
+            self.norm = nn.BatchNorm2d(3)
+            seen = NAMED[name].normalise(flat()[0])
+            self.norm.running_var, self.norm.running_mean = torch.var_mean(seen, (0, 2, 3))
+
+        def forward(self, x):
+            self.norm(x)
+            return super().forward(x)
+
+    @pytest.mark.parametrize("said", [None, "half", "imagenet"])
+    def test_labels_tell(self, said, monkeypatch):
+        monkeypatch.setattr(normalisation, "limit", lambda *_: math.inf)
+        images, labels = flat()
+        network = self.Fits("half").eval()
+        without = decide(network, images, NAMED.get(said))
+        assert len(without[0]) > 1 and without[2] == LAYER
+        kept, _, by = decide(network, images, NAMED.get(said), labels)
+        assert kept[0] == NAMED["half"] and len(kept) < len(without[0]) and by == LABELS
+        assert kept[1:] == ([NAMED["imagenet"]] if said == "imagenet" else [])
+
+    def test_labels_that_say_nothing_leave_them(self, monkeypatch):
+        monkeypatch.setattr(normalisation, "limit", lambda *_: math.inf)
+        images, labels = flat()
+        network, nonsense = self.Fits("half").eval(), labels[torch.randperm(len(labels))]
+        assert decide(network, images, None, nonsense) == decide(network, images, None)
 
 
 class TestWithoutANormalisationLayer:

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from bdclean.record import gate
-from bdclean.record.rule import decisive, fails, fails_at, fired, judge
+from bdclean.record.rule import above_twin, decisive, fails, fails_at, fired, judge
 from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, Bound, Rate, RunRecord, TriggerRow
 from bdclean.report.rows import evidence
 
@@ -84,3 +84,23 @@ def test_a_report_names_the_class_that_a_trigger_moves():
     assert decisive(found) == source and decisive(row()) is None
     said = evidence(found)
     assert "97.0 % of the 30 images of class 3" in said and "class 0" in said and "5.0 %" in said
+
+
+@pytest.mark.parametrize(
+    ("twin", "median", "low", "above"),
+    [
+        (0.0, 0.15, 0.78, True),
+        (0.0, 0.3, 0.78, False),  # whatever wave moves the network
+        (0.69, 0.1, 0.78, False),  # it moves the twin as well
+        (0.0, 0.0, 0.19, False),
+        (None, 0.0, 0.9, False),
+        (0.0, None, 0.9, False),
+    ],
+)
+def test_a_row_is_held_against_a_clean_twin_where_kin_fire_too(twin, median, low, above):
+    found = row(
+        bounds=[replace(WHOLE, low=low, control=0.8, needed=0.85)],
+        control_rate=None if median is None else {"median": median, "highest": 0.8, "count": 19},
+        reference_rate=None if twin is None else Rate(twin, 500, twin, twin),
+    )
+    assert above_twin(found, 0.2) is above

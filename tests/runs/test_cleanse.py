@@ -198,9 +198,9 @@ def test_labels_wherever_they_are_tell_how_the_network_is_read(tmp_path):
     )
 
 
-def unclear(monkeypatch):
-    """Two plausible normalisations: the right one, and one under which the backdoor shows less."""
-    kinds = [parse_preprocess(name) for name in ("raw255", "half")]
+def unclear(monkeypatch, *names):
+    """Plausible normalisations: by default the right one, and one under which the backdoor shows less."""
+    kinds = [parse_preprocess(name) for name in names or ("raw255", "half")]
     found = [Choice(kind, 0.9, "first normalisation layer") for kind in kinds]
     monkeypatch.setattr(suspect, "choose", lambda *_: found)
     monkeypatch.setattr(suspect, "read_off", lambda checkpoint, *_: Reading(checkpoint.arch, [], None, None))
@@ -230,6 +230,21 @@ def test_cleanse_asks_where_the_normalisation_is_unclear(monkeypatch, tmp_path):
             tell=quiet,
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_cleanse_takes_the_likeliest_of_normalisations_that_hardly_differ(monkeypatch, tmp_path):
+    unclear(monkeypatch, "half", "mean=0.51/0.51/0.51,std=0.49/0.49/0.49")
+    record = cleanse(
+        SAMPLES / "signs-badnets.safetensors",
+        Inputs(data=SAMPLES / "images" / "labeled", limit=300, device="cpu"),
+        recipe="clp",
+        triggers=("badnets:size=3",),
+        out=tmp_path / "out.safetensors",
+        tell=quiet,
+    )
+    assert record.checkpoint.preprocess == "half" and (tmp_path / "out.safetensors").exists()
+    (said,) = [w for w in record.warnings if "normalisation is unclear" in w]
+    assert "hardly differ: half is taken" in said
 
 
 @pytest.mark.slow

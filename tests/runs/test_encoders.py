@@ -14,6 +14,7 @@ from bdclean.cli.main import run
 from bdclean.errors import Refused, UsageError
 from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.progress import quiet
+from bdclean.record.rule import fails
 from bdclean.record.run import RunRecord
 from bdclean.runs.cleanse import cleanse
 from bdclean.runs.options import Inputs
@@ -48,6 +49,20 @@ def test_with_labels_probes_show_the_backdoor():
     assert row.reference_rate.n == row.asr.n and row.reference_rate.value < row.asr.value - 0.3
     again = RunRecord.from_json(record.to_json())
     assert again == record
+
+
+@pytest.mark.slow
+def test_waves_that_their_kin_set_off_too_are_held_against_the_clean_twin():
+    record = scanned(
+        "signs-encoder-ctrl.safetensors",
+        UNLABELED,
+        ("ctrl:magnitude=1000",),
+        labeled=LABELED,
+        reference=SAMPLES / ENCODER,
+    )
+    (row,) = record.triggers
+    assert not any(fails(bound, 0.2) for bound in row.bounds)  # by controls alone
+    assert record.verdict == "backdoored" and "0.0 % go there in the clean twin" in row.reason
 
 
 @pytest.mark.slow

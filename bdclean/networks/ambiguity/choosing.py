@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from bdclean.networks.ambiguity.normalisation import decide, looked_at
+from bdclean.networks.ambiguity.normalisation import BESIDE, decide, looked_at
 from bdclean.networks.checkpoint.claims import claim
 from bdclean.networks.normalisation import Preprocess, parse_preprocess
 
@@ -60,6 +61,11 @@ def choose(
         return of_encoder(network, images[order], said, checkpoint.arch.usual_preprocess)
     kept, margin, source = decide(network, images[order], said[0] if said else None, known)
     return [Choice(p, margin, said[1] if said is not None and p == said[0] else source) for p in kept]
+
+
+def alike(choices: Sequence[Choice]) -> bool:
+    """Whether the plausible normalisations hardly differ, so that the likeliest may stand for all."""
+    return all(choice.preprocess.gap(choices[0].preprocess) <= BESIDE for choice in choices[1:])
 
 
 def contradiction(
