@@ -28,7 +28,8 @@ from bdclean.record.run import (
 ONE_ANSWER = 0.95
 """From this share of images on that get the same answer, nothing can be said of the class that they get."""
 MOST_LOST = 0.1
-"""Of a probe's accuracy: beyond it an encoder is damaged."""
+"""Of accuracy: beyond it an encoder is damaged, by a probe's, and up to it a classifier is not, whose answers moved: one
+that was right on 57 % kept 80 % of its answers and was right on 56."""
 LEAST_AGREEMENT = 0.8
 """Below this agreement with the suspect on clean images the output is damaged: whatever else, it is no good result."""
 NAMED_CLASSES = 10
@@ -187,12 +188,13 @@ def damage(measures: Sequence[Measure], before: Trial, after: Trial) -> list[str
             f"{now} is right on {100 * lost:.0f} % fewer images than a probe on the suspect: it is damaged, do not use "
             "it; try more images or other settings."
         ]
-    kept = values["agreement"]
-    if kept is None or kept >= LEAST_AGREEMENT:
+    kept, change = values["agreement"], values.get("clean_accuracy_change")
+    if kept is None or kept >= LEAST_AGREEMENT or (change is not None and -change <= MOST_LOST):
         return []
+    told = "" if before.labeled else ", or images with labels, which may tell that it is as accurate"
     return [
         f"the written network keeps only {100 * kept:.0f} % of the suspect's answers on clean images: "
-        "it is damaged, do not use it; try other settings or more images."
+        f"it is damaged, do not use it; try other settings or more images{told}."
     ]
 
 

@@ -1,0 +1,34 @@
+"""When a written network counts as damaged."""
+
+import pytest
+import torch
+
+from bdclean.measuring.trial import Trial
+from bdclean.measuring.verdict import clean_measures, compare, damage
+
+
+def trial(reference, clean, labeled, own=False):
+    images = torch.zeros(len(reference), 3, 4, 4, dtype=torch.uint8)
+    return Trial(lambda x: clean[: len(x)], images, reference, clean, 10, labeled, own, 0.2, 0)
+
+
+@pytest.mark.parametrize(
+    ("labeled", "right_after", "damaged"),
+    [
+        (True, 57, False),  # other images are right, as many
+        (True, 50, False),
+        (True, 40, True),
+        (False, 57, True),  # nothing tells that the answers that moved are as good
+    ],
+)
+def test_answers_that_move_are_damage_unless_labels_say_that_they_are_as_good(labeled, right_after, damaged):
+    labels = torch.zeros(100, dtype=torch.int64)
+    suspect = (torch.arange(100) >= 57).long()  # right on the first 57
+    written = (torch.arange(100).flip(0) >= right_after).long()  # right on the last so many
+    reference = labels if labeled else suspect
+    before = trial(reference, suspect, labeled, own=not labeled)
+    after = trial(reference, written, labeled)
+    measures = [*clean_measures(after), *compare(before, after, [], [])]
+    said = damage(measures, before, after)
+    assert bool(said) is damaged
+    assert all(("labels" in sentence) is not labeled for sentence in said)
