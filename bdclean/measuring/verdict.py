@@ -28,8 +28,8 @@ from bdclean.record.run import (
 ONE_ANSWER = 0.95
 """From this share of images on that get the same answer, nothing can be said of the class that they get."""
 MOST_LOST = 0.1
-"""Of accuracy: beyond it an encoder is damaged, by a probe's, and up to it a classifier is not, whose answers moved: one
-that was right on 57 % kept 80 % of its answers and was right on 56."""
+"""Of accuracy: beyond it an encoder is damaged, by a probe's, and up to it a classifier is not, whose answers moved:
+one that was right on 57 % of the images kept 80 % of its answers and was right on 56 %."""
 LEAST_AGREEMENT = 0.8
 """Below this agreement with the suspect on clean images the output is damaged: whatever else, it is no good result."""
 NAMED_CLASSES = 10
