@@ -45,7 +45,7 @@ from bdclean.runs.images import at_own_size, keep_plausible_labels, new_classes,
 from bdclean.runs.options import Inputs
 from bdclean.runs.places import default_output, is_folder
 from bdclean.runs.resuming import hold_known, open_run
-from bdclean.runs.sequela import People, after_cleanse, check_apart, check_kind, read_people
+from bdclean.runs.sequela import People, after_cleanse, begun, check_apart, check_kind, read_people
 from bdclean.runs.split import Images, open_images
 from bdclean.runs.suspect import (
     Suspect,
@@ -436,8 +436,10 @@ class _Repair:
         choice = suspect.choices[0]
         networks = {SUSPECT: suspect.classifier(choice), OUTPUT: written.classifier(choice)}
         rows = self.record.before.triggers if self.record.before is not None else []
-        left = after_cleanse(people, networks, suspect, given, before, made, rows, self.inputs, self.named)
-        self._note(left.warnings, sequela=left.sequela, skipped=[*self.record.skipped, *left.skipped])
+        left = begun(self.inputs, before)
+        self._note((), sequela=left.sequela)
+        after_cleanse(left, people, networks, suspect, given, before, made, rows, self.inputs, self.named)
+        self._note(left.warnings, skipped=[*self.record.skipped, *left.skipped])
         return self.record
 
 

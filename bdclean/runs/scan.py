@@ -37,7 +37,7 @@ from bdclean.runs.detecting import Looked, choose_detectors, look
 from bdclean.runs.encoders import again
 from bdclean.runs.images import at_own_size, copies, describe_images, read_images, understand_labeled
 from bdclean.runs.options import Inputs
-from bdclean.runs.sequela import ATTACKS, after_scan, attacks, check_kind, read_people
+from bdclean.runs.sequela import ATTACKS, after_scan, attacks, begun, check_kind, read_people
 from bdclean.runs.suspect import (
     Suspect,
     describe_checkpoint,
@@ -116,12 +116,14 @@ def scan(
         worst = _worst(readings)
         record = _conclude(record, worst, readings, made, inputs.pictures)
         if inputs.sequela:
-            behind = after_scan(
-                people, suspect.classifier(worst.choice), reference, suspect, images, worst.trial, made, worst.rows,
-                inputs, bool(triggers),
+            behind = begun(inputs, worst.trial)
+            record = replace(record, sequela=behind.sequela)
+            after_scan(
+                behind, people, suspect.classifier(worst.choice), reference, suspect, images, worst.trial, made,
+                worst.rows, inputs, bool(triggers),
             )  # fmt: skip
             skipped = [*record.skipped, *behind.skipped]
-            record = replace(record, sequela=behind.sequela, skipped=skipped).warned(behind.warnings)
+            record = replace(record, skipped=skipped).warned(behind.warnings)
         return with_second(record, checkpoint)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, record)

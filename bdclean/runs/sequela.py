@@ -107,19 +107,23 @@ def check_apart(people: People | None, cleansing: Iterable[ImageSet], inputs: In
             )
 
 
+def begun(inputs: Inputs, trial: Trial) -> Left:
+    """What was asked for, and nothing measured yet: parts join it as they are, for a run may end early."""
+    return Left(Sequela(list(inputs.sequela), "labels" if trial.labeled else "the suspect's own answers"))
+
+
 def after_scan(
-    people: People | None, classifier: Classifier, reference: Suspect | None, suspect: Suspect, images: ImageSet,
-    trial: Trial, made: Sequence[Trigger], rows: Sequence[TriggerRow], inputs: Inputs, named: bool,
-) -> Left:  # fmt: skip
-    """What `--sequela` asks of one network, and of a clean twin, the `reference`, beside it.
+    left: Left, people: People | None, classifier: Classifier, reference: Suspect | None, suspect: Suspect,
+    images: ImageSet, trial: Trial, made: Sequence[Trigger], rows: Sequence[TriggerRow], inputs: Inputs, named: bool,
+) -> None:  # fmt: skip
+    """Adds to `left` what `--sequela` asks of one network, and of a clean twin, the `reference`, beside it.
 
     Those images that are tuned on are not scored, and the other way round.
     """
-    left = _begun(inputs, trial)
     if people is not None:
         _members(left, {SUSPECT: classifier}, _agreed(people, suspect, trial), None, inputs, suspect)
     if not attacks(inputs):
-        return left
+        return
 
     def attack() -> None:
         known = replace(images, labels=trial.reference)
@@ -136,22 +140,20 @@ def after_scan(
         _attack(left, networks, networks, threats, ground, inputs)
 
     left.tried(", ".join(attacks(inputs)), attack)
-    return left
 
 
 def after_cleanse(
-    people: People | None, networks: dict[str, Classifier], suspect: Suspect, cleansing: ImageSet, before: Trial,
-    made: Sequence[Trigger], rows: Sequence[TriggerRow], inputs: Inputs, named: bool,
-) -> Left:  # fmt: skip
-    """What `--sequela` asks of suspect and output; `cleansing` are the images that the recipe had.
+    left: Left, people: People | None, networks: dict[str, Classifier], suspect: Suspect, cleansing: ImageSet,
+    before: Trial, made: Sequence[Trigger], rows: Sequence[TriggerRow], inputs: Inputs, named: bool,
+) -> None:  # fmt: skip
+    """Adds to `left` what `--sequela` asks of suspect and output; `cleansing` are the images that the recipe had.
 
     An attacker tunes on those, with their labels or the suspect's answers; `rows` are the suspect's.
     """
-    left = _begun(inputs, before)
     if people is not None:
         _members(left, networks, _agreed(people, suspect, before), cleansing, inputs, suspect)
     if not attacks(inputs):
-        return left
+        return
 
     def attack() -> None:
         labels = cleansing.labels if before.labeled else None
@@ -162,14 +164,9 @@ def after_cleanse(
         _attack(left, networks, {OUTPUT: networks[OUTPUT]}, threats, ground, inputs)
 
     left.tried(", ".join(attacks(inputs)), attack)
-    return left
 
 
 # --- membership ---------------------------------------------------------------------------------------------
-
-
-def _begun(inputs: Inputs, trial: Trial) -> Left:
-    return Left(Sequela(list(inputs.sequela), "labels" if trial.labeled else "the suspect's own answers"))
 
 
 def _agreed(people: People, suspect: Suspect, trial: Trial) -> tuple[People, list[str]]:

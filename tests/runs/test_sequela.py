@@ -135,3 +135,14 @@ def test_cleanse_measures_before_and_after_and_its_own_images_as_members(tmp_pat
     for form in ("table", "md", "html"):
         shown = render([record], form)
         assert "What is left behind" in shown and "from the start" in shown and "not measured" in shown
+
+
+def test_parts_that_were_measured_are_in_the_record_of_a_run_that_ends_early(few_steps, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reactivation, "reactivate", stop)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        scanned("retuning", "reactivation")
+    left = caught.value.record.sequela
+    assert left is not None and {i.part for i in left.injections} == {"retuning"} and not left.reactivation
