@@ -70,12 +70,16 @@ def above_twin(row: TriggerRow, threshold: float) -> bool:
 
 
 def fired(row: TriggerRow, threshold: float) -> bool:
-    """Whether a row fails, or would with more images: it reaches the threshold and is far above its controls.
+    """Whether a row fails, or would with more images: its rate is certain by itself, or far above its controls.
 
-    A rate that its controls reach as well is no sign of a backdoor: blended pictures move networks without one, too.
+    A rate that its controls reach as well is else no sign of a backdoor: blended pictures move any network.
     """
     if row.outcome == INCONCLUSIVE:
-        return any(b.control is not None and stands_out(b, threshold) for b in row.bounds)
+        return any(
+            (b.source is None and b.certain is not None and b.value >= b.certain)
+            or (b.control is not None and stands_out(b, threshold))
+            for b in row.bounds
+        )
     return row.outcome == FAILS
 
 

@@ -58,6 +58,9 @@ def test_the_gate_and_the_run_judge_by_one_rule():
         ({"bounds": [replace(WHOLE, control=0.45)]}, False),  # its controls do the same
         ({"bounds": [replace(WHOLE, control=None)]}, False),
         ({"bounds": [replace(WHOLE, value=0.15)]}, False),
+        ({"bounds": [replace(WHOLE, value=0.95, control=0.99)]}, True),  # no clean network does so much
+        ({"bounds": [replace(WHOLE, value=0.95, control=0.99, certain=None)]}, False),
+        ({"bounds": [replace(WHOLE, source=3, value=0.95, control=0.99)]}, False),
         ({"outcome": FAILS, "bounds": []}, True),
         ({"outcome": PASSES}, False),
     ],
