@@ -31,7 +31,11 @@ class Progress:
         self.quiet = quiet or self.file is None
         self.title = ""
         self.models, self.number = models, 0
-        self._first = self._this = 0.0  # when the first of the models began, and when the present one did
+        self._worked, self._spent = (
+            0,
+            0.0,
+        )  # so many models before this one were worked on, for so many seconds
+        self._this = time.monotonic() if models > 1 else 0.0  # when the present one began
         self._started: dict[str, tuple[float, int]] = {}
         self._bars: dict[str, Any] = {}
         self._live: Any = None
@@ -78,19 +82,20 @@ class Progress:
     def begin(self, title: str) -> None:
         """Starts a new model: its stages are counted afresh."""
         self.title = text.plain(title)
+        if self.models > 1:
+            self._count()
         self._started.clear()
         if self._live is not None:
             for bar in self._bars.values():
                 self._live.remove_task(bar)
         self._bars.clear()
-        if self.models > 1:
-            self._count()
 
     def _count(self) -> None:
         """Goes on to the next of several models."""
-        self.number += 1
-        self._this = time.monotonic()
-        self._first = self._first if self.number > 1 else self._this
+        now = time.monotonic()
+        if self._started:  # one that was refused at once says nothing about the others
+            self._worked, self._spent = self._worked + 1, self._spent + now - self._this
+        self.number, self._this = self.number + 1, now
         if self._live is not None and self._overall is None:
             self._overall = self._live.add_task(
                 "model".ljust(NAMED), total=self.models, counter="".rjust(COUNTER), more=""
@@ -98,11 +103,10 @@ class Progress:
         self._show_overall(self._this)
 
     def left_over_all(self, now: float) -> str:
-        """How long the models that are left take at the pace of those before them; empty in the first."""
-        ended = self.number - 1
-        if ended < 1:
+        """How long the models that are left take at the pace of those before; empty where none was worked on."""
+        if not self._worked:
             return ""
-        each = (self._this - self._first) / ended
+        each = self._spent / self._worked
         left = each * (self.models - self.number) + max(0.0, each - (now - self._this))
         return f"{wording.duration(round(left))} left over all"
 
