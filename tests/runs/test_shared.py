@@ -1,8 +1,10 @@
 """Several models of one command read their images once, and nobody can tell from their records."""
 
 import dataclasses
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,17 @@ def test_the_set_that_was_used_longest_ago_goes_first(tmp_path):
     assert told.images == 4 * 24
 
 
+def test_images_of_many_models_do_not_pile_up(tmp_path):
+    root, shared, seen = folders(tmp_path / "images"), Shared(100_000), []
+    for k in range(40):
+        images = load_images(root, (8, 8 + k), head_classes=k + 2, shared=shared).images
+        seen.append((weakref.ref(images), images.numel()))
+    del images
+    gc.collect()
+    alive = sum(size for found, size in seen if found() is not None)
+    assert 0 < alive == shared.held <= 100_000
+
+
 def test_room_is_made_before_a_set_is_decoded():
     shared, held = Shared(100), []
 
@@ -161,20 +174,16 @@ def test_scans_that_share_images_end_in_the_same_records(tmp_path):
     inputs = Inputs(data=images, limit=128, device="cpu", pictures=True)
     cases = [
         (signs, inputs),
-        (SAMPLES / "signs-clean.safetensors", inputs),
         (white, inputs),
         (signs, dataclasses.replace(inputs, preprocess="mean=0.5/0.5/0.5,std=0.5/0.5/0.5,size=24/24")),
-        (signs, inputs),
     ]
     shared, told = Shared(), Told()
 
     def look(model, inputs, shared, tell):
         return told_of(scan(model, inputs, triggers=("badnets",), tell=tell, shared=shared))
 
-    together = [look(model, inputs, shared, told) for model, inputs in cases]
     alone = [look(model, inputs, None, quiet) for model, inputs in cases]
-    assert together == alone
-    assert together[0] == together[-1], "what is shared was not written to"
+    assert [look(model, inputs, shared, told) for model, inputs in cases] == alone
     assert told.images < len(cases) * 128
     shutil.rmtree(images)
-    assert look(*cases[1], shared, quiet) == alone[1]
+    assert look(*cases[0], shared, quiet) == alone[0], "nothing is read again, and nothing was written to"
