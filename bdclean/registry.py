@@ -336,7 +336,8 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
 def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
     """Returns name and settings of a SPEC, `NAME[:KEY=VALUE,...]`, split at the first colon.
 
-    `file:PATH[,KEY=VALUE,...]` gives its PATH, which may hold colons and commas, as the setting `path`.
+    `file:PATH[,KEY=VALUE,...]` gives its PATH, which may hold colons and commas, as the setting `path`; settings may
+    also follow a colon, as they do behind any other name.
     """
     name, _, rest = spec.partition(":")
     name = name.strip()
@@ -349,6 +350,9 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
     while len(parts) > 1 and re.fullmatch(r"\s*[a-z][a-z_]*=.*", parts[-1]):
         pairs.insert(0, parts.pop())
     path = ",".join(parts).removeprefix("path=")
+    if (ending := re.fullmatch(r"(.+):([a-z][a-z_]*=[^:/\\]*)", path, re.DOTALL)) is not None:
+        path = ending[1]
+        pairs.insert(0, ending[2])
     if not path:
         raise UsageError("file needs a path: write file:PATH.")
     settings = parse_settings(pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from bdclean.bench import (
@@ -38,7 +39,14 @@ MAKERS = {"known_networks": known_networks.main, "small-networks": small_network
 """These make what the package ships, and networks for others to measure: no tables."""
 
 
+FORKING = ("faults", "fuzz", "speed")
+"""These start and kill processes as only a POSIX system does."""
+
+
 def main() -> int:
+    if sys.argv[1:2] and sys.argv[1] in FORKING and not hasattr(os, "fork"):
+        print(f"{sys.argv[1]} needs a POSIX system: run it on Linux or macOS.", file=sys.stderr)
+        return 3
     if sys.argv[1:2] and sys.argv[1] in MAKERS:
         return MAKERS[sys.argv[1]](sys.argv[2:])
     if len(sys.argv) < 2 or sys.argv[1] not in DRIVERS:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bdclean.cli.console import warn
 from bdclean.cli.description import describe
 from bdclean.errors import Refused, UsageError
 from bdclean.files.text import closest, decoded, no_path, shown
@@ -91,20 +93,36 @@ def check_sequela(inputs: Inputs, *, of_two: bool) -> None:
 
 
 def expand_models(models: Sequence[str]) -> list[str]:
-    """Returns the paths, those of standard input in the place of `-`: one a line, without empty lines and comments.
+    """Returns the paths, those of standard input in the place of `-`; one that is given again is left out, and said.
 
     Raises UsageError where there is none, and on one that names nothing.
     """
     paths: list[str] = []
     for model in models:
-        if model == "-":
-            lines = re.split(r"\r\n|\n|\r", decoded(sys.stdin.buffer.read(), "surrogateescape"))
-            paths += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        else:
-            paths.append(model)
+        paths += _listed(sys.stdin.buffer.read()) if model == "-" else [model]
     if not paths:
         raise UsageError("no model: standard input names none.")
     check_paths("MODEL", paths)
+    for path, count in Counter(paths).items():
+        if count > 1:
+            warn(f"{shown(path)} is named {count} times and looked at once.")
+    return list(dict.fromkeys(paths))
+
+
+def _listed(raw: bytes) -> list[str]:
+    """The paths of a list: one a line, or each before a null, as `find -print0` writes them.
+
+    Spaces around a path, empty lines and comments (#) are left out, unless a file has just that name.
+    """
+    text = decoded(raw, "surrogateescape")
+    if "\0" in text:
+        return [path for path in text.split("\0") if path]
+    paths = []
+    for line in re.split(r"\r\n|\n|\r", text):
+        if line.strip() and os.path.lexists(line):
+            paths.append(line)
+        elif line.strip() and not line.lstrip().startswith("#"):
+            paths.append(line.strip())
     return paths
 
 

@@ -36,14 +36,16 @@ def run_all(
     found: list[RunRecord] = []
     codes: list[int] = []
     at_once = shown.form == "jsonl" and shown.out is None
+    several = len(models) > 1
+    progress = Progress(quiet, models=len(models))
     for number, model in enumerate(models, 1):
-        several = len(models) > 1
-        with Progress(quiet) as progress:
-            progress.begin(f"{model} ({number} of {len(models)})" if several else "")
+        with progress:
+            progress.begin(model if several else "")
             with kept_for_the_result():
                 record = guarded(command, model, partial(work, model, progress))
         record = project.judge(record) if project is not None else record
-        found.append(record)
+        if not at_once:  # of many models, pictures would pile up that were printed long ago
+            found.append(record)
         code = judge.exit_code(record)
         codes.append(code)
         prefix = f"{model}: " if several else ""

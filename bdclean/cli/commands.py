@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,6 +47,7 @@ from bdclean.errors import Refused, UsageError
 
 if TYPE_CHECKING:
     from bdclean.cli.progress import Progress
+    from bdclean.data.shared import Shared
     from bdclean.record.gate import Gate
     from bdclean.record.run import RunRecord
 
@@ -203,6 +205,12 @@ def scan(
             check_place(place, files)
         records = Records.at(record_place(record), files)
 
+        @cache
+        def shared() -> Shared:  # among the models; made late, because it imports torch
+            from bdclean.data.shared import Shared
+
+            return Shared()
+
         def one(path: str, progress: Progress) -> RunRecord:
             check_there(path, inputs, triggers)
             from bdclean.data.processors import use_usable
@@ -217,6 +225,7 @@ def scan(
                 detectors=detectors,
                 fail_on=tuple(fail_on or (gate.DEFAULT,)),
                 tell=progress,
+                shared=shared() if len(paths) > 1 else None,
             )
 
         return run_all("scan", paths, one, judge, shown, records, quiet, project)

@@ -94,7 +94,7 @@ def kept_for_the_result() -> Iterator[None]:
     A user's network may print when it is imported, built or run, and scripts read the result from standard output.
     """
     with contextlib.ExitStack() as stack:
-        aside = sys.stderr or stack.enter_context(open(os.devnull, "w"))
+        aside = sys.stderr or stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         if sys.stdout is not None:
             sys.stdout.flush()
         output = os.dup(1)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -20,7 +21,7 @@ def run(argv: list[str]) -> int:
     """Runs one command line and returns its exit code; nothing is raised."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", encoding=_encoding(stream))
     # Ctrl-C is Python's own; what nohup and its like told this process to ignore stays ignored.
     others = [n for n in ENDING if n != signal.SIGINT and signal.getsignal(n) != signal.SIG_IGN]
     previous = {number: signal.signal(number, _terminate) for number in others}
@@ -40,6 +41,12 @@ def run(argv: list[str]) -> int:
                 signal.getsignal(number) == _terminate
             ):  # one that came stays ignored until the process has ended
                 signal.signal(number, handler)
+
+
+def _encoding(stream: TextIO) -> str | None:
+    """UTF-8 for what Windows redirects, None for what stays: its own encodings lack characters of pages and tables."""
+    keeps = sys.platform != "win32" or stream.isatty() or "PYTHONIOENCODING" in os.environ
+    return None if keeps else "utf-8"
 
 
 def _ended(error: BaseException, argv: list[str]) -> int:

@@ -20,15 +20,26 @@ STAGE, NAMED, BAR, COUNTER = 20, 36, 14, 13  # columns of a live line, the same 
 
 
 class Progress:
-    """What use cases call as `tell(stage, done, total, **measures)`; shows rate and time left."""
+    """What use cases call as `tell(stage, done, total, **measures)`; shows rate and time left.
 
-    def __init__(self, quiet: bool = False, file: TextIO | None = None) -> None:
+    One counts all `models` of a command, of which each `begin`s: shown are which it is and the time left over all. It
+    may be entered again for each of them, so that what is printed between two finds no bars in its way.
+    """
+
+    def __init__(self, quiet: bool = False, file: TextIO | None = None, models: int = 1) -> None:
         self.file = file if file is not None else sys.stderr
         self.quiet = quiet or self.file is None
         self.title = ""
+        self.models, self.number = models, 0
+        self._worked, self._spent = (
+            0,
+            0.0,
+        )  # so many models before this one were worked on, for so many seconds
+        self._this = time.monotonic() if models > 1 else 0.0  # when the present one began
         self._started: dict[str, tuple[float, int]] = {}
         self._bars: dict[str, Any] = {}
         self._live: Any = None
+        self._overall: Any = None
         self._spoke = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -65,17 +76,48 @@ class Progress:
                 OSError
             ):  # the terminal may be gone; the run's record is still to be written
                 self._live.stop()
-            self._live = None
+            self._live = self._overall = None
         self._bars.clear()
 
     def begin(self, title: str) -> None:
         """Starts a new model: its stages are counted afresh."""
         self.title = text.plain(title)
+        if self.models > 1:
+            self._count()
         self._started.clear()
         if self._live is not None:
             for bar in self._bars.values():
                 self._live.remove_task(bar)
         self._bars.clear()
+
+    def _count(self) -> None:
+        """Goes on to the next of several models."""
+        now = time.monotonic()
+        if self._started:  # one that was refused at once says nothing about the others
+            self._worked, self._spent = self._worked + 1, self._spent + now - self._this
+        self.number, self._this = self.number + 1, now
+        if self._live is not None and self._overall is None:
+            self._overall = self._live.add_task(
+                "model".ljust(NAMED), total=self.models, counter="".rjust(COUNTER), more=""
+            )
+        self._show_overall(self._this)
+
+    def left_over_all(self, now: float) -> str:
+        """How long the models that are left take at the pace of those before; empty where none was worked on."""
+        if not self._worked:
+            return ""
+        each = self._spent / self._worked
+        left = each * (self.models - self.number) + max(0.0, each - (now - self._this))
+        return f"{wording.duration(round(left))} left over all"
+
+    def _show_overall(self, now: float) -> None:
+        if self._overall is None:
+            return
+        counter = f"{self.number}/{self.models}".rjust(COUNTER)
+        self._live.update(
+            self._overall, completed=self.number - 1, total=self.models, counter=counter,
+            more=self.left_over_all(now),
+        )  # fmt: skip
 
     def __call__(self, stage: str, done: int, total: int, **measures: Any) -> None:
         now = time.monotonic()
@@ -92,14 +134,21 @@ class Progress:
                     self._bars[stage] = self._live.add_task(named, total=total, counter="", more="")
                 counter = f"{done}/{total}".rjust(COUNTER)
                 self._live.update(self._bars[stage], completed=done, total=total, counter=counter, more=more)
+                self._show_overall(now)
             elif now - self._spoke >= EVERY:
                 self._spoke = now
-                start = f"{self.title}: " if self.title else ""
-                print(
-                    f"{start}{text.plain(stage)} {done}/{total}  {more}".rstrip(), file=self.file, flush=True
-                )
+                line = f"{self._start(now)}{text.plain(stage)} {done}/{total}  {more}".rstrip()
+                print(line, file=self.file, flush=True)
         except OSError:
             self.quiet = True  # nobody reads it any more; the run goes on
+
+    def _start(self, now: float) -> str:
+        """What a plain line begins with: which model of how many, and the time left over all."""
+        start = f"{self.title}: " if self.title else ""
+        if self.models < 2:
+            return start
+        left = self.left_over_all(now)
+        return f"model {self.number}/{self.models}{f' ({left})' if left else ''} {start}"
 
     def _named(self, stage: str) -> str:
         """The stage in STAGE columns; of several models with the end of the model's name before it, in NAMED."""

@@ -140,11 +140,9 @@ def _check_bytes(count: int) -> None:
 
 def _read(place: Slice) -> bytes:
     _check_bytes(place.size)
-    file = os.open(place.path, os.O_RDONLY)
-    try:
-        return os.pread(file, place.size, place.offset)
-    finally:
-        os.close(file)
+    with open(place.path, "rb") as file:
+        file.seek(place.offset)
+        return file.read(place.size)
 
 
 def _pixels(image: Image.Image, size: tuple[int, int], resize: Resize, channels: int) -> np.ndarray:

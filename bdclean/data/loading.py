@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from bdclean.data.imageset import ImageSet
 from bdclean.data.labels.labelling import label_listing
 from bdclean.data.processors import usable
 from bdclean.data.scratch import allocate
+from bdclean.data.shared import Pixels, Shared
 from bdclean.data.sources.listing import Listing
-from bdclean.data.sources.opening import open_images
 from bdclean.errors import Refused
 from bdclean.files.text import plain
 
@@ -46,6 +47,7 @@ def load_images(
     tell: Tell | None = None,
     threads: int | None = None,
     memory: int | None = None,
+    shared: Shared | None = None,
 ) -> ImageSet:
     """The images of a folder or archive (see `open_images`) at `size` (height, width), brought to it by `resize`.
 
@@ -56,36 +58,54 @@ def load_images(
     them.
     `labeled` refuses where there are no labels; `classes` is a file of class names or labels, or the names,
     `claimed` the names that the checkpoint gives; unless `csv_must`, a file of labels may name none of the images.
-    More than `memory` bytes of pixels go to a scratch file (default: a share of what is free). Raises Refused for
-    what holds no images.
+    More than `memory` bytes of pixels go to a scratch file (default: a share of what is free). What `shared` has read
+    alike is taken from there, with the same result. Raises Refused for what holds no images.
     """
-    listing = open_images(Path(path))
+    path, shared = Path(path), shared or Shared(0)
+    classes = classes if classes is None or isinstance(classes, (str, Path)) else tuple(classes)
+    drawn = (path, size, channels, resize, limit, seed, strict)
+    asked = (drawn, labeled, classes, claimed, head_classes, csv_must)
+    if (known := shared.found(asked)) is not None:
+        return known
+    listing = shared.listing(path)
     labels = label_listing(listing, classes, claimed, head_classes, labeled, csv_must)
-    notes = labels.notes
     order = np.random.default_rng(seed).permutation(len(listing.names))
     if labels.kept is not None:
         order = order[labels.kept[order]]
-    wanted = min(limit, len(order)) if limit else len(order)
-    room, on_disk = allocate((wanted, channels, *size), memory)
-    chosen, skipped = _decode_drawn(listing, order, room.numpy(), resize, strict, tell, threads)
-    where = plain(listing.where)
-    if not len(chosen):
-        name, reason = skipped[0]
-        raise Refused(
-            f"none of the {len(skipped)} images in {where} can be read, the first is {name}: {reason}."
+    shape = (min(limit, len(order)) if limit else len(order), channels, *size)
+
+    def decode() -> Pixels:
+        room, on_disk = allocate(shape, memory)
+        chosen, skipped = _decode_drawn(listing, order, room.numpy(), resize, strict, tell, threads)
+        if not len(chosen):
+            name, reason = skipped[0]
+            raise Refused(
+                f"none of the {len(skipped)} images in {plain(listing.where)} can be read, the first is {name}: "
+                f"{reason}."
+            )
+        paths = tuple(plain(listing.names[i]) for i in chosen.tolist())
+        return Pixels(room[: len(chosen)], chosen, paths, tuple(skipped), shape[0], on_disk)
+
+    # labels may leave images out, and then others are drawn
+    under = (drawn, None if labels.kept is None else np.packbits(labels.kept).tobytes())
+    pixels = shared.pixels(under, prod(shape), decode)
+    notes = labels.notes
+    if len(pixels.chosen) < pixels.wanted:
+        notes.append(
+            f"{len(pixels.chosen)} images of the {pixels.wanted} wanted could be read from {plain(listing.where)}."
         )
-    if len(chosen) < wanted:
-        notes.append(f"{len(chosen)} images of the {wanted} wanted could be read from {where}.")
-    return ImageSet(
-        images=room[: len(chosen)],
-        labels=None if labels.values is None else torch.from_numpy(labels.values[chosen]),
+    found = ImageSet(
+        images=pixels.images,
+        labels=None if labels.values is None else torch.from_numpy(labels.values[pixels.chosen]),
         classes=labels.classes,
-        paths=tuple(plain(listing.names[i]) for i in chosen.tolist()),
-        skipped=tuple(skipped),
+        paths=pixels.paths,
+        skipped=pixels.skipped,
         warnings=tuple(notes),
         labels_source=labels.source,
-        on_disk=on_disk,
+        on_disk=pixels.on_disk,
     )
+    shared.put(asked, under, found)
+    return found
 
 
 def _decode_drawn(

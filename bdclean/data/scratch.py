@@ -91,6 +91,6 @@ def available() -> int:
 
 def _text(path: str) -> str:
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="ascii", errors="replace")
     except OSError:
         return ""

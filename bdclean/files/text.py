@@ -82,7 +82,8 @@ def decoded(raw: bytes, errors: str = "strict") -> str:
 
 def _bytes(path: str, expected: str) -> bytes:
     # Without O_NONBLOCK, to open a pipe that nobody writes to would wait forever; a shell's <(...) has its writer.
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as file:
         kind = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(kind) and not stat.S_ISFIFO(kind):
             raise Refused(f"{path} is neither a file nor a pipe: expected {expected}.")

@@ -14,6 +14,7 @@ from bdclean.data.labels.agreement import agreement
 from bdclean.data.labels.classfile import FileLabels, read_class_file
 from bdclean.data.labels.labelling import claimed_names, label_listing
 from bdclean.data.loading import load_images
+from bdclean.data.shared import Shared
 from bdclean.data.sources.opening import open_images as open_listing
 from bdclean.errors import Refused
 from bdclean.measuring.trial import Predict, make_predictor
@@ -40,11 +41,19 @@ ONE_ANSWER = 0.9
 
 
 def read_images(
-    path: Path, checkpoint: Checkpoint, inputs: Inputs, tell: Tell, *, forced: bool = False, csv: CSV = "must"
+    path: Path,
+    checkpoint: Checkpoint,
+    inputs: Inputs,
+    tell: Tell,
+    *,
+    forced: bool = False,
+    csv: CSV = "must",
+    shared: Shared | None = None,
 ) -> ImageSet:
     """The images of `path` at the network's input size; `forced`: their folders are labels, or the run is refused.
 
     `csv`: whether `--classes`, where it is a CSV of labels, must name some of these images, may, or is not about them.
+    `shared`: what other runs of this command have read.
     """
     classes = inputs.classes
     if csv == "not" and classes is not None and isinstance(read_class_file(classes), FileLabels):
@@ -55,6 +64,7 @@ def read_images(
         limit=inputs.limit, seed=inputs.seed, strict=inputs.strict,
         labeled=forced, classes=classes, claimed=claimed_names(checkpoint.metadata, checkpoint.config),
         head_classes=checkpoint.arch.classes, csv_must=csv == "must", tell=tell,
+        shared=shared,
     )  # fmt: skip
     if len(images) < LEAST_IMAGES:
         raise Refused(
@@ -75,7 +85,9 @@ def new_classes(path: Path, inputs: Inputs) -> tuple[str, ...]:
     return labels.classes
 
 
-def at_own_size(checkpoint: Checkpoint, path: Path, inputs: Inputs) -> Checkpoint:
+def at_own_size(
+    checkpoint: Checkpoint, path: Path, inputs: Inputs, shared: Shared | None = None
+) -> Checkpoint:
     """`checkpoint` with the image size that it was trained at, by some of the images of `path`; see `own_size`."""
     claimed = claimed_size(checkpoint)
     oblong = claimed is not None and claimed[0] != claimed[1]
@@ -84,7 +96,8 @@ def at_own_size(checkpoint: Checkpoint, path: Path, inputs: Inputs) -> Checkpoin
     few = replace(inputs, limit=min(64, inputs.limit or 64), labeled=None, classes=None)
 
     def load(arch: Arch) -> Tensor:
-        return as_trained(read_images(path, replace(checkpoint, arch=arch), few, quiet).images, arch)
+        images = read_images(path, replace(checkpoint, arch=arch), few, quiet, shared=shared)
+        return as_trained(images.images, arch)
 
     return own_size(checkpoint, load, inputs.preprocess, claimed[0] if claimed is not None else None)
 

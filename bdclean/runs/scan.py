@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bdclean.data.imageset import ImageSet
+from bdclean.data.shared import Shared
 from bdclean.errors import Refused, UsageError, attach
 from bdclean.files.text import shown
 from bdclean.measuring import pictures
@@ -63,10 +64,12 @@ def scan(
     detectors: tuple[str, ...] = (),
     fail_on: tuple[str, ...] = (),
     tell: Tell,
+    shared: Shared | None = None,
 ) -> RunRecord:
     """Measure `triggers` (the stock bank where none is given) on `model`, and run `detectors` (else the quick ones).
 
-    Raises BdcleanError carrying the record.
+    Images that are in `shared` are not read again; with and without it the records are the same. Raises BdcleanError
+    carrying the record.
     """
     record = RunRecord(
         "scan", seed=inputs.seed, argv=list(inputs.argv), precision="fp32",
@@ -79,16 +82,17 @@ def scan(
         looking, left = choose_detectors(detectors, checkpoint.arch.kind)
         record = replace(record, skipped=left)
         path = images_of(inputs, checkpoint.arch.kind)
-        checkpoint = at_own_size(checkpoint, path, inputs)
+        checkpoint = at_own_size(checkpoint, path, inputs, shared)
         record = record.warned(checkpoint.warnings)
         made = make_triggers(triggers, input_size(checkpoint, inputs), checkpoint.arch.kind)
-        images = read_images(path, checkpoint, inputs, tell, forced=path == inputs.labeled)
+        forced = path == inputs.labeled
+        images = read_images(path, checkpoint, inputs, tell, forced=forced, shared=shared)
         record = replace(record, data=describe_images(path, images))
         record = record.warned([*images.warnings, *copies(images)])
-        people = read_people(checkpoint, inputs, tell)
+        people = read_people(checkpoint, inputs, tell, shared)
         probing = None
         if inputs.labeled is not None and path != inputs.labeled:
-            probing = read_images(inputs.labeled, checkpoint, inputs, tell, forced=True)
+            probing = read_images(inputs.labeled, checkpoint, inputs, tell, forced=True, shared=shared)
         device = resolve_device(inputs.device)
         record = replace(record, device=str(device))
         suspect, images, doubts = understand_labeled(checkpoint, images, inputs, device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bdclean.data.duplicates import exact_copies
 from bdclean.data.imageset import ImageSet
+from bdclean.data.shared import Shared
 from bdclean.data.splitting import split
 from bdclean.errors import Refused, UsageError
 from bdclean.measuring.sequela import membership, path, reactivation, reinjection, retuning
@@ -72,7 +73,9 @@ def check_kind(kind: str, inputs: Inputs, new_head: bool = False) -> None:
         raise UsageError("--sequela is for classifiers: this is an encoder.")
 
 
-def read_people(checkpoint: Checkpoint, inputs: Inputs, tell: Tell) -> People | None:
+def read_people(
+    checkpoint: Checkpoint, inputs: Inputs, tell: Tell, shared: Shared | None = None
+) -> People | None:
     """The images of `--members` and `--non-members`, None where they are not asked for.
 
     Raises UsageError where one picture, to the pixel at the network's size, is in both: it cannot be both.
@@ -82,7 +85,7 @@ def read_people(checkpoint: Checkpoint, inputs: Inputs, tell: Tell) -> People | 
     assert inputs.members is not None and inputs.non_members is not None
     asked = replace(inputs, limit=MOST)
     sets = [
-        read_images(given, checkpoint, asked, tell, csv="may")
+        read_images(given, checkpoint, asked, tell, csv="may", shared=shared)
         for given in (inputs.members, inputs.non_members)
     ]
     both = int(exact_copies(sets[0].images, sets[1].images).sum())

@@ -1,8 +1,10 @@
 import errno
+import gc
 import hashlib
 import json
 import threading
 import time
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -92,6 +94,40 @@ def test_json_lines_come_a_model_at_a_time(capsys):
 
     run_all("scan", ["a", "b"], work, gate.parse(()), Shown("jsonl", None, False), Records(), True)
     assert seen[0] == "" and parse_records(seen[1], "x")[0].checkpoint.path == "a"
+
+
+def test_records_that_were_printed_do_not_pile_up(capsys):
+    kept, alive = [], []
+
+    def work(model, progress):
+        gc.collect()
+        alive.append(sum(found() is not None for found in kept))
+        record = result(model)
+        kept.append(weakref.ref(record))
+        return record
+
+    run_all("scan", list("abcdef"), work, gate.parse(()), Shown("jsonl", None, False), Records(), True)
+    assert max(alive) <= 1 and len(capsys.readouterr().out.splitlines()) == 6
+
+
+def test_progress_counts_all_models_also_past_those_that_fail(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("bdclean.cli.progress.time.monotonic", lambda: now[0])
+
+    def work(model, progress):
+        if model == "b":
+            raise Refused("b is broken.")
+        now[0] += 30
+        progress("images", 1, 2)
+        return result(model)
+
+    run_all("scan", list("abcd"), work, gate.parse(()), Shown("jsonl", None, False), Records(), False)
+    assert capsys.readouterr().err.splitlines() == [
+        "model 1/4 a: images 1/2",
+        "bdclean: b: b is broken.",
+        "model 3/4 (30 s left over all) c: images 1/2",
+        "model 4/4 (0 s left over all) d: images 1/2",
+    ]
 
 
 def test_a_lone_failure_leaves_standard_output_empty_for_people_and_full_for_scripts(capsys):

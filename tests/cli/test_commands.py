@@ -17,6 +17,7 @@ from bdclean.cli import arguments
 from bdclean.cli.main import run
 from bdclean.errors import Refused, UsageError
 from bdclean.networks.normalisation import NAMED
+from bdclean.networks.recognition.user_code import load
 from bdclean.record.parsing import parse_records
 from bdclean.record.run import Measure, Problem, Rate, RunRecord, TriggerRow
 from bdclean.runs import places
@@ -315,6 +316,65 @@ def test_models_come_from_standard_input(monkeypatch):
     ]
     with pytest.raises(UsageError, match="names none"):
         arguments.expand_models(["-"])
+
+
+def listed(monkeypatch, raw):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+    return arguments.expand_models(["-"])
+
+
+def test_a_file_whose_name_looks_like_a_comment_or_ends_in_a_space_is_not_lost(monkeypatch):
+    for name in ("#1.safetensors", "a b .safetensors ", "c.safetensors"):
+        Path(name).touch()
+    raw = b"#1.safetensors\n#2.safetensors\na b .safetensors \r\n  c.safetensors\t\n"
+    assert listed(monkeypatch, raw) == ["#1.safetensors", "a b .safetensors ", "c.safetensors"]
+
+
+def test_names_between_nulls_keep_every_character(monkeypatch):
+    raw = b"./a\nb.safetensors\0./ c.safetensors\0./#d\xff.safetensors\0"
+    names = ["./a\nb.safetensors", "./ c.safetensors", os.fsdecode(b"./#d\xff.safetensors")]
+    assert listed(monkeypatch, raw) == names
+
+
+def test_a_list_that_windows_redirected_is_read(monkeypatch):
+    raw = "C:\\m\\\xe4.safetensors\r\n\r\n\\\\server\\share\\b.safetensors\r\n".encode("utf-16")
+    assert listed(monkeypatch, raw) == ["C:\\m\\\xe4.safetensors", "\\\\server\\share\\b.safetensors"]
+
+
+def test_a_model_that_is_named_again_is_looked_at_once_and_that_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"b\na\r\nb\n")))
+    assert arguments.expand_models(["a", "-", "c"]) == ["a", "b", "c"]
+    assert capsys.readouterr().err.splitlines() == [
+        "bdclean: a is named 2 times and looked at once.",
+        "bdclean: b is named 2 times and looked at once.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["C:\\models\\a.safetensors", "C:/models/a.safetensors", "\\\\server\\share\\a.safetensors", "D:a"],
+)
+def test_a_path_of_windows_is_no_url(path):
+    arguments.check_paths("MODEL", [path])
+    assert arguments.expand_models([path]) == [path]
+
+
+def test_code_on_a_drive_of_windows_is_found_behind_its_last_colon():
+    inputs = Inputs(data=Path("."), arch="C:\\nets\\own.py:Net")
+    with pytest.raises(UsageError, match=r"--arch: C:\\nets\\own.py does not exist"):
+        arguments.check_there(".", inputs, ())
+    with pytest.raises(UsageError, match=r"--arch: C:\\nets\\own.py does not exist"):
+        load("C:\\nets\\own.py:Net")
+    with pytest.raises(UsageError, match="is not FILE.py:NAME"):
+        load("C:\\nets\\own.py")
+
+
+def test_what_windows_redirects_is_utf_8(monkeypatch):
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    assert run(["ls"]) == 0 and sys.stdout.encoding == "cp1252"
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert run(["ls"]) == 0 and sys.stdout.encoding == "utf-8"
 
 
 @pytest.mark.parametrize(

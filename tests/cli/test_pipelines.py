@@ -83,6 +83,44 @@ def test_a_folder_of_models_is_told_apart_behind_a_pipe():
 
 
 @pytest.mark.slow
+def test_a_list_with_all_that_lists_have_gives_a_line_for_each_model():
+    """Written by Windows: a name that is missing, one with spaces, one twice, folders, a file that is no model."""
+    for name in ("mine/a b.safetensors", "folder/model.safetensors"):
+        Path(name).parent.mkdir()
+        Path(name).symlink_to(SAMPLES / "signs-badnets.safetensors")
+    Path("empty").mkdir()
+    Path("torn.safetensors").write_bytes(b"\xff" * 30)
+    names = [
+        "gone.safetensors",
+        "mine/a b.safetensors",
+        "",
+        "empty",
+        "torn.safetensors",
+        "mine/a b.safetensors",
+        "folder",
+    ]
+    Path("list.txt").write_bytes("".join(f"{name}\r\n" for name in names).encode())
+    done = shell(
+        f"bdclean scan - --data {SAMPLES}/images/labeled --limit 128 --trigger badnets --no-pictures --format jsonl "
+        "--record runs/ < list.txt"
+    )
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1
+    assert [(record["checkpoint"]["path"], record["verdict"]) for record in records] == [
+        ("gone.safetensors", "not-assessed"),
+        ("mine/a b.safetensors", "backdoored"),
+        ("empty", "not-assessed"),
+        ("torn.safetensors", "not-assessed"),
+        ("folder", "backdoored"),
+    ]
+    said = [line for line in done.stderr.splitlines() if line.startswith("bdclean: ")]
+    assert said[0] == "bdclean: mine/a b.safetensors is named 2 times and looked at once."
+    for name in ("gone.safetensors", "empty", "torn.safetensors"):
+        assert sum(line.startswith(f"bdclean: {name}: ") for line in said) == 1
+    assert len(list(Path("runs").iterdir())) == 5 and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_a_cleansing_is_reported_behind_a_pipe():
     done = shell(
         f"bdclean cleanse {SAMPLES}/signs-badnets.safetensors --data {SAMPLES}/images/unlabeled --recipe clp "

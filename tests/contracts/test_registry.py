@@ -92,6 +92,17 @@ def test_a_field_without_default_is_asked_for():
         ("badnets:size=3,position=bottom-right", ("badnets", {"size": "3", "position": "bottom-right"})),
         ("blend:source=a:b=c.png", ("blend", {"source": "a:b=c.png"})),
         ("file:C:/x,y.png", ("file", {"path": "C:/x,y.png"})),
+        ("file:C:\\triggers\\t.png", ("file", {"path": "C:\\triggers\\t.png"})),
+        ("file:C:\\triggers\\t.png:size=3", ("file", {"path": "C:\\triggers\\t.png", "size": "3"})),
+        (
+            "file:\\\\server\\share\\t.png:size=3,position=top-left,alpha=0.5",
+            (
+                "file",
+                {"path": "\\\\server\\share\\t.png", "size": "3", "position": "top-left", "alpha": "0.5"},
+            ),
+        ),
+        ("file:runs:lr=0.1/t.png", ("file", {"path": "runs:lr=0.1/t.png"})),
+        ("wanet:grid=C:\\grids\\g.npz", ("wanet", {"grid": "C:\\grids\\g.npz"})),
         (
             "file:a,b.png,alpha=0.2,position=1/2",
             ("file", {"path": "a,b.png", "alpha": "0.2", "position": "1/2"}),

@@ -308,6 +308,42 @@ def test_progress_on_a_pipe_is_an_occasional_plain_line(monkeypatch):
     ]
 
 
+def test_progress_over_several_models_says_which_it_is_and_what_is_left_over_all(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("bdclean.cli.progress.time.monotonic", lambda: now[0])
+    file = io.StringIO()
+    progress = Progress(file=file, models=4)
+    for model, seconds in (("a", 40.0), ("b", 20.0), ("c", 90.0)):
+        with progress:
+            progress.begin(model)
+            for done in (1, 2):
+                now[0] += seconds / 2
+                progress("images", done, 2)
+    assert file.getvalue().splitlines() == [
+        "model 1/4 a: images 1/2",
+        "model 1/4 a: images 2/2  0.1/s",
+        "model 2/4 (1 min 50 s left over all) b: images 1/2",  # 40 s each: two more, and 30 s of this one
+        "model 2/4 (1 min 40 s left over all) b: images 2/2  0.1/s",
+        "model 3/4 (30 s left over all) c: images 1/2",  # 30 s each: this one has taken longer already
+        "model 3/4 (30 s left over all) c: images 2/2  0.0/s",
+    ]
+
+
+def test_models_that_take_less_than_a_line_are_told_now_and_then_all_the_same(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("bdclean.cli.progress.time.monotonic", lambda: now[0])
+    file = io.StringIO()
+    progress = Progress(file=file, models=30)
+    for number in range(30):
+        with progress:
+            progress.begin(f"m{number}")
+            now[0] += 1.0
+            progress("images", 1, 1)
+    lines = file.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["10/30", "20/30", "30/30"]
+    assert lines[0].startswith("model 10/30 (20 s left over all) m9: images 1/1")
+
+
 def test_quiet_progress_says_nothing():
     file = io.StringIO()
     with Progress(True, file) as progress:
@@ -327,12 +363,12 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("title", ["", "models/a-rather-long-name-of-a-network.safetensors (2 of 5)"])
+@pytest.mark.parametrize("title", ["", "models/a-rather-long-name-of-a-network.safetensors"])
 def test_a_live_line_keeps_bar_and_counter_in_their_places_at_80_columns(monkeypatch, title):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")
     file, frames = Terminal(), []
-    with Progress(file=file) as progress:
+    with Progress(file=file, models=5 if title else 1) as progress:
         progress.begin(title)
         for done, loss in ((1, 1234.5678), (50, 0.25), (4999, 1 / 3)):
             progress(
@@ -345,7 +381,10 @@ def test_a_live_line_keeps_bar_and_counter_in_their_places_at_80_columns(monkeyp
     places = {(re.search("[\u2500-\u257f]", line).start(), line.index("/5000")) for line in frames}
     assert len(places) == 1, "nothing jumps"
     assert all(line.count("\u2501") + line.count("\u2578") + line.count("\u257a") >= 13 for line in frames)
-    assert (" (2 of 5): distillation" in frames[0]) == bool(title)
+    assert ("-network.safetensors: distillation" in frames[0]) == bool(title)
+    overall = [line for line in lines if line.startswith("model ")]
+    assert bool(overall) == bool(title) and all(len(line) <= 80 for line in overall)
+    assert all("1/5" in line for line in overall[-1:])
     assert "loss 1.23e+03" in frames[0] or title
 
 

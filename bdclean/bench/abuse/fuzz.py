@@ -15,7 +15,6 @@ import json
 import mmap
 import os
 import random
-import resource
 import shlex
 import signal
 import struct
@@ -33,6 +32,11 @@ import torch
 from bdclean.bench.abuse.parsers import Laxer, Parser, library_reads, parsers
 from bdclean.errors import BdcleanError
 from bdclean.files.tensorfile import LARGEST_HEADER
+
+try:
+    import resource
+except ImportError:  # no POSIX system: `python -m bdclean.bench` says that this does not run there
+    resource = None  # type: ignore[assignment]
 
 CHUNK = 2000  # cases of one child process
 SLOW = 10.0  # seconds of processor time after which a case is a hang

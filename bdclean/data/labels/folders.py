@@ -97,7 +97,7 @@ def labels_plausible(predictions: Tensor, labels: Tensor, classes: int) -> bool:
 @cache
 def imagenet_folders() -> tuple[str, ...]:
     """The folder names of ImageNet's 1,000 classes (WordNet's numbers) in the order of the heads trained on them."""
-    return tuple(files("bdclean.data.labels").joinpath("imagenet.txt").read_text().split())
+    return tuple(files("bdclean.data.labels").joinpath("imagenet.txt").read_text(encoding="ascii").split())
 
 
 def match_names(folders: Sequence[str], names: tuple[str, ...]) -> dict[str, int] | None:

@@ -75,7 +75,7 @@ def kind_of(value: object) -> str:
 def load(spec: str) -> object:
     """What NAME is in the user's file or module."""
     place, _, name = spec.rpartition(":")
-    if not place or not name:
+    if not place or not name or name.endswith(".py"):  # the colon of a drive: C:\\nets\\own.py
         raise UsageError(f"--arch {spec} is not FILE.py:NAME or package.module:NAME.")
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else _from_package(place)
