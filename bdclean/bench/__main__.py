@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from bdclean import ranks
 from bdclean.bench import (
     attacks,
     calibrate,
@@ -39,6 +40,13 @@ MAKERS = {"known_networks": known_networks.main, "small-networks": small_network
 
 
 def main() -> int:
+    if ranks.own().count > 1:
+        if ranks.first():
+            print(
+                "bdclean.bench: run it without torchrun, its processes would not share the work.",
+                file=sys.stderr,
+            )
+        return ranks.linger(3)
     if sys.argv[1:2] and sys.argv[1] in MAKERS:
         return MAKERS[sys.argv[1]](sys.argv[2:])
     if len(sys.argv) < 2 or sys.argv[1] not in DRIVERS:

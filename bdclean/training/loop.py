@@ -25,7 +25,7 @@ from bdclean.data.placing import place, take
 from bdclean.data.scratch import allocate, available
 from bdclean.errors import ENDING, Interrupted, Refused
 from bdclean.networks.building import load
-from bdclean.training import resume
+from bdclean.training import parallel, resume
 from bdclean.training.memory import Roomy, keep_freed_memory
 from bdclean.training.resume import Position, Saved
 from bdclean.training.run import Run, seed_for
@@ -147,7 +147,9 @@ def _passes(step: Step, state: State, batch: Batch, seed: int) -> tuple[bool, Me
 def _roomy(state: State, run: Run) -> Roomy:
     changing = [*state.model.buffers(), *state.extra.values()]
     host = available() if run.device.type == "cpu" else None
-    return Roomy(state.model.parameters(), changing, host, lambda size: allocate((size,), 0)[0])
+    return Roomy(
+        state.model.parameters(), changing, host, lambda size: allocate((size,), 0)[0], alone=not run.together
+    )
 
 
 def _interrupted(number: int, state: State, done: int, saved: Saved | None) -> Interrupted:
@@ -215,6 +217,8 @@ class _Course:
     def take(self, differentiated: bool, measures: Measures) -> None:
         """Step along the gradients, if there are any; at the end of a row, look whether all is well."""
         if differentiated:
+            if self.run.together:
+                parallel.average(p for group in self.state.optimiser.param_groups for p in group["params"])
             self.state.optimiser.step()
         self.unread.append(measures)
         self.position.done += 1
