@@ -79,6 +79,10 @@ class Run:
             images = self.precision.layout(pixels)
             return parallel.passed(model, images) if self.together else model(images)
 
+    def whole(self, share: Tensor, images: int) -> Tensor:
+        """What `forward` of so many `images` left on its way [n ...], of which a hook sees the `share` of this process."""
+        return parallel.whole(share, images) if self.together else share
+
     def answers(self, model: nn.Module, images: Tensor, size: int = 256) -> Tensor:
         """The classes that `model` gives `images` uint8 [n c h w], `size` at a time: int64 [n] on the CPU."""
         with torch.no_grad():
