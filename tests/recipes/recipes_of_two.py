@@ -16,7 +16,9 @@ from bdclean.training import parallel
 from bdclean.training.run import Precision, Run
 
 RUNS = [
-    *((name, "classifier", settings) for name, settings in QUICK.items() if name != "auto"),  # which is inoculate
+    *(
+        (name, "classifier", settings) for name, settings in QUICK.items() if name != "auto"
+    ),  # which is inoculate
     *((name, "encoder", settings) for name, settings in QUICK_ENCODER.items()),
     ("distill", "encoder", QUICK_ENCODER["distill"] | QUICK_TEACHER | {"teacher": "ft"}),
 ]

@@ -1,35 +1,16 @@
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from training.by_two import by_two
 
-PROGRAM = Path(__file__).with_name("two_processes.py")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each of two processes says of what they computed together."""
     place = tmp_path_factory.mktemp("two") / "found.json"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(2):
-        said = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": 2,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        env = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in said.items()}}
-        started.append(subprocess.Popen([sys.executable, str(PROGRAM), str(place)], env=env))
-    assert [process.wait(100) for process in started] == [0, 0]
-    return [json.loads(place.with_name(f"{place.name}.{rank}").read_text()) for rank in range(2)]
+    return by_two(Path(__file__).with_name("two_processes.py"), place)
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "coupled", "dropout", "three images"])
