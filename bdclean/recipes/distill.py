@@ -131,7 +131,9 @@ class Distill:
             alone = replace(run, together=False)  # these optimise by other gradients than those of a loss
             if self.teacher == "fp":
                 layers = [f"{ENCODER}.{name}" for name in arch.stages[-1].modules]
-                return FinePruning(self.pruned, epochs=self.teacher_epochs)(model, layers, images, alone, stage)
+                return FinePruning(self.pruned, epochs=self.teacher_epochs)(
+                    model, layers, images, alone, stage
+                )
             if self.teacher == "anp":
                 return NeuronPruning(self.pruned, steps=self.anp_steps)(model, images, alone, stage)
             harden = DistanceHardening(epochs=self.moth_epochs, fit_steps=self.moth_steps)

@@ -143,8 +143,8 @@ def check_parallel(recipe: str, method: Recipe) -> None:
     """Raises Refused where torchrun started several processes and the recipe does not say that they can share it."""
     if parallel.joined() and not getattr(method, "data_parallel", False):
         raise Refused(
-            f"{recipe} cannot be shared by several processes: run it without torchrun, or use a recipe that can "
-            "(bdclean ls recipe NAME says so)."
+            f"{recipe} cannot be shared by several processes: run it without torchrun, or use one that "
+            "bdclean ls recipe NAME calls data parallel."
         )
 
 

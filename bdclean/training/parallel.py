@@ -15,10 +15,11 @@ With one process each function does what it is handed, and nothing else.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -74,6 +75,7 @@ def join(device: str) -> None:
             "nccl" if cuda else "gloo", store=group, rank=rank.number, world_size=rank.count, timeout=PATIENCE
         )
     _store = store
+    atexit.register(_leave)  # NCCL warns of a group that is left to end with the process
 
 
 def joined() -> bool:
@@ -125,11 +127,18 @@ def settle(model: int, problem: str | None) -> bool:
         _store.wait([mark], timedelta(seconds=ranks.GRACE))
         return problem != Lost.__name__
     except RuntimeError:
-        dist.destroy_process_group()
+        _leave()
         return False
 
 
-@contextmanager
+def _leave() -> None:
+    """Closes the connections to the others."""
+    with contextlib.suppress(RuntimeError, AssertionError):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
 def _lost() -> Iterator[None]:
     """Turns what the transport raises where another process has ended into a sentence, with its reason if it left one.
 
@@ -139,11 +148,9 @@ def _lost() -> Iterator[None]:
         yield
     except RuntimeError as error:
         count, known = ranks.own().count, {}
-        try:
+        with contextlib.suppress(RuntimeError):  # torchrun itself has ended
             if _store is not None and _store.check(["failed"]):
                 known = json.loads(_store.get("failed"))
-        except RuntimeError:
-            pass  # torchrun itself has ended
         if known.get("code") == 70:
             raise RuntimeError(f"in another process: {known['said']}\n{known['trace']}") from None
         why = (

@@ -80,7 +80,7 @@ class Run:
             return parallel.passed(model, images) if self.together else model(images)
 
     def whole(self, share: Tensor, images: int) -> Tensor:
-        """What `forward` of so many `images` left on its way [n ...], of which a hook sees the `share` of this process."""
+        """What `forward` of so many `images` left on its way, [n ...], of which a hook saw this process's `share`."""
         return parallel.whole(share, images) if self.together else share
 
     def answers(self, model: nn.Module, images: Tensor, size: int = 256) -> Tensor:

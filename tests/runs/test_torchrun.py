@@ -11,11 +11,23 @@ import pytest
 SAMPLES = Path(__file__).resolve().parents[2] / "sample_models"
 DYING = str(Path(__file__).with_name("dying.py"))
 MODEL, LABELED = str(SAMPLES / "signs-badnets.safetensors"), str(SAMPLES / "images" / "labeled")
-SHARED = ["--trigger", "badnets", "--trigger", "blend", "--device", "cpu"]
-SCAN = ["scan", MODEL, "--data", LABELED, "--limit", "300", "--detector", "stripes", *SHARED]
+SHARED = ["--trigger", "badnets", "--device", "cpu"]
+SCAN = [
+    "scan",
+    MODEL,
+    "--data",
+    LABELED,
+    "--limit",
+    "300",
+    "--detector",
+    "stripes",
+    "--trigger",
+    "blend",
+    *SHARED,
+]
 CLEANSE = [
-    "cleanse", MODEL, "--data", LABELED, "--limit", "400", "--recipe", "ft", "--set", "epochs=2",
-    "--set", "batch_size=64", "--precision", "fp32", *SHARED,
+    "cleanse", MODEL, "--data", LABELED, "--limit", "300", "--recipe", "ft", "--set", "epochs=2",
+    "--set", "batch_size=50", "--precision", "fp32", *SHARED,
 ]  # fmt: skip
 
 

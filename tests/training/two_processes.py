@@ -33,7 +33,8 @@ def network(dropped=0.0):
     torch.manual_seed(0)
     return nn.Sequential(
         Pixels(), nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, 2),
-        nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.Flatten(), nn.Dropout(dropped), nn.Linear(8 * 5 * 5, 7), nn.BatchNorm1d(7), nn.Linear(7, 5),
+        nn.BatchNorm2d(8, affine=False), nn.ReLU(), nn.Flatten(), nn.Dropout(dropped),
+        nn.Linear(8 * 5 * 5, 7), nn.BatchNorm1d(7), nn.Linear(7, 5),
     )  # fmt: skip
 
 
