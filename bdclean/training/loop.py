@@ -111,7 +111,10 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
     with deferred_signals() as caught:
         while course.position.done < state.steps:
             batch, seed = course.batch(images, labels)
-            course.take(*roomy(partial(_passes, step, state, batch, seed), state.stage))
+            try:
+                course.take(*roomy(partial(_passes, step, state, batch, seed), state.stage))
+            except parallel.Lost as error:  # in the midst of a step: what was saved last is what there is
+                raise parallel.Lost(f"{str(error).rstrip('.')}{_kept(run.saved)}.") from error
             done, now = course.position.done, time.monotonic()
             rate = max(0, done - first) * min(state.batch_size, len(images)) / (now - started)
             run.tell(state.stage, done, state.steps, **course.latest(), images_per_second=rate)
@@ -153,8 +156,16 @@ def _roomy(state: State, run: Run) -> Roomy:
 
 
 def _interrupted(number: int, state: State, done: int, saved: Saved | None) -> Interrupted:
-    kept = f"; its state is in {saved.path}, go on with --resume" if saved is not None else ""
-    return Interrupted(f"interrupted at step {done} of {state.steps} of {state.stage}{kept}.", 128 + number)
+    return Interrupted(
+        f"interrupted at step {done} of {state.steps} of {state.stage}{_kept(saved)}.", 128 + number
+    )
+
+
+def _kept(saved: Saved | None) -> str:
+    """The end of a sentence that says what there is to go on from."""
+    if saved is None or not saved.path.exists():
+        return ""
+    return f"; its state is in {saved.path}, go on with --resume"
 
 
 class _Course:

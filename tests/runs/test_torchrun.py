@@ -119,6 +119,7 @@ def test_where_one_process_dies_the_other_ends_with_a_sentence_and_leaves_what_r
     record = read("out.json")
     assert done.returncode != 0 and done.stdout == ""
     assert len(said(done)) == 1 and record["problem"]["message"] in said(done)[0]
+    assert "go on with --resume" in said(done)[0] or "as torchrun does" in said(done)[0]
     assert record["problem"]["exit_code"] in (3, 143) and record["verdict"] == "not-assessed"
     assert "Traceback" not in done.stderr.split("torch/distributed")[0]
     assert sorted(os.listdir()) == [

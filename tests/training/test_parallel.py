@@ -37,3 +37,7 @@ def test_what_one_refuses_all_refuse(found):
 
 def test_what_may_differ_is_the_first_process_s(found):
     assert [each["first's"] for each in found] == ["rank 0", "rank 0"]
+
+
+def test_the_first_process_is_told_why_another_cannot_go_on(found):
+    assert [each["told"] for each in found] == [["no room for a share.", False], ["", False]]

@@ -101,6 +101,18 @@ def refusal():
     return "nothing"
 
 
+def failure():
+    """What the first process hears, while it waits, of the other, which cannot go on; nothing works after it."""
+    if ranks.first():
+        try:
+            parallel.wait()
+        except parallel.Lost as error:
+            return [str(error), parallel.settle(1, "Lost")]
+    ranks.GRACE = 0.5
+    parallel.give_reason(Refused(""), "no room for a share.", 3)
+    return ["", parallel.settle(1, "Refused")]
+
+
 def main():
     parallel.join("cpu")
     whole = network().eval()
@@ -127,6 +139,7 @@ def main():
         "refusal": refusal(),
         "first's": parallel.from_first(f"rank {ranks.own().number}"),
     }
+    found["told"] = failure()
     Path(f"{sys.argv[1]}.{ranks.own().number}").write_text(json.dumps(found))
 
 
