@@ -38,6 +38,8 @@ PATIENCE = timedelta(days=1)
 """How long a process waits for the others. What the first does alone (writing) takes seconds, and what they do apart
 (reading images) about as long in each: it is not to be mistaken for a dead process, which is noticed at once, as its
 connections close and torchrun ends the others."""
+MEETING = timedelta(minutes=10)
+"""How long torchrun is looked for at the start: one that was killed meanwhile would be looked for in vain."""
 
 _store: dist.Store | None = None
 _apart = False
@@ -69,7 +71,7 @@ def join(device: str) -> None:
     if cuda:
         torch.cuda.set_device(rank.local)
     with _lost():
-        store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
         group = dist.PrefixStore("group", store)
         dist.init_process_group(
             "nccl" if cuda else "gloo", store=group, rank=rank.number, world_size=rank.count, timeout=PATIENCE
