@@ -8,9 +8,12 @@ def main() -> None:
     """Runs the command line and exits with the code that README lists."""
     try:
         _fill_closed_streams()
+        from bdclean import ranks
+
+        ranks.hush()
         from bdclean.cli.main import run
 
-        code = run(sys.argv[1:])
+        code = ranks.linger(run(sys.argv[1:]))
         _end_output()
     except BaseException as error:
         code = _broken(error)

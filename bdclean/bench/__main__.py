@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from bdclean import ranks
 from bdclean.bench import (
     attacks,
     calibrate,
@@ -47,6 +48,13 @@ def main() -> int:
     if sys.argv[1:2] and sys.argv[1] in FORKING and not hasattr(os, "fork"):
         print(f"{sys.argv[1]} needs a POSIX system: run it on Linux or macOS.", file=sys.stderr)
         return 3
+    if ranks.own().count > 1:
+        if ranks.first():
+            print(
+                "bdclean.bench: run it without torchrun, its processes would not share the work.",
+                file=sys.stderr,
+            )
+        return ranks.linger(3)
     if sys.argv[1:2] and sys.argv[1] in MAKERS:
         return MAKERS[sys.argv[1]](sys.argv[2:])
     if len(sys.argv) < 2 or sys.argv[1] not in DRIVERS:

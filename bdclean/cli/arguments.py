@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bdclean import ranks
 from bdclean.cli.console import warn
 from bdclean.cli.description import describe
 from bdclean.errors import Refused, UsageError
@@ -99,6 +100,10 @@ def expand_models(models: Sequence[str]) -> list[str]:
     """
     paths: list[str] = []
     for model in models:
+        if model == "-" and ranks.own().count > 1:
+            raise UsageError(
+                "several processes cannot share standard input: under torchrun, name the models."
+            )
         paths += _listed(sys.stdin.buffer.read()) if model == "-" else [model]
     if not paths:
         raise UsageError("no model: standard input names none.")
@@ -137,22 +142,6 @@ def check_given(name: str, value: str) -> None:
     """Raises UsageError where an option was given nothing."""
     if not value.strip():
         raise UsageError(f"--{name} is empty: is a variable unset?")
-
-
-def speaks_alone() -> bool:
-    """Whether no other process does this work; of several that torchrun started each would do all and write it.
-
-    Raises Refused in the first of them, so that the sentence stands once, and returns False in the others.
-    """
-    number = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    if not all(text.isdigit() for text in number.values()) or int(number["WORLD_SIZE"]) < 2:
-        return True
-    if number["RANK"] != "0":
-        return False
-    raise Refused(
-        f"torchrun started {number['WORLD_SIZE']} processes, and bdclean does not share its work among several yet: "
-        "run it without torchrun."
-    )
 
 
 def check_there(model: str, inputs: Inputs, triggers: Sequence[str]) -> None:
@@ -201,3 +190,7 @@ def check_inputs(inputs: Inputs) -> None:
         raise UsageError(f"--seed {inputs.seed} is too large: give less than 2^63.")
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", inputs.device):
         raise UsageError(f"--device {inputs.device!r} is not known: give auto, cpu, cuda or cuda:N.")
+    if inputs.device.startswith("cuda:") and ranks.own().count > 1:
+        raise UsageError(
+            f"--device {inputs.device} is one device, and torchrun gives each process its own: give cuda."
+        )

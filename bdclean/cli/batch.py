@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -9,13 +10,14 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from bdclean import ranks
 from bdclean.cli.console import Shown, kept_for_the_result, warn, where_to_look
 from bdclean.cli.defects import problem_of, trace
 from bdclean.cli.doctor import versions
 from bdclean.cli.places import Records
 from bdclean.cli.progress import Progress
 from bdclean.cli.project import Project
-from bdclean.errors import Refused, attach
+from bdclean.errors import ENDING, Refused, attach
 from bdclean.files.weights import digest
 from bdclean.record import gate
 from bdclean.record.gate import Gate
@@ -43,6 +45,12 @@ def run_all(
             progress.begin(model if several else "")
             with kept_for_the_result():
                 record = guarded(command, model, partial(work, model, progress))
+        settled = _settle(number, record)
+        if not ranks.first():  # of several processes of torchrun the first alone tells
+            codes.append(record.problem.exit_code if record.problem else 0)
+            if settled:
+                continue
+            break
         record = project.judge(record) if project is not None else record
         if not at_once:  # of many models, pictures would pile up that were printed long ago
             found.append(record)
@@ -63,12 +71,26 @@ def run_all(
         if at_once:
             codes += _show(shown, [record])
         # Ctrl-C means all of them; wrong usage would be wrong for the next model, too.
-        if code >= 128 or (code == 2 and number == 1):
+        if code >= 128 or (code == 2 and number == 1) or not settled:
             break
+    if not ranks.first():
+        return max(codes)
     lone = len(found) == 1 and found[0].problem is not None and shown.form in ("table", "md")
     if not at_once and (shown.out is not None or not lone):
         codes += _show(shown, found)
     return gate.exit_code(codes)
+
+
+def _settle(number: int, record: RunRecord) -> bool:
+    """Whether all processes of torchrun have come to the end of the `number`-th model, and can begin the next."""
+    parallel = sys.modules.get("bdclean.training.parallel")
+    if parallel is None or ranks.own().count == 1:
+        return True
+    settled: bool = parallel.settle(number, record.problem.kind if record.problem else None)
+    if not settled:
+        for each in ENDING:  # torchrun ends all where one has ended; what is known is told first
+            signal.signal(each, signal.SIG_IGN)
+    return settled
 
 
 def _show(shown: Shown, records: Sequence[RunRecord]) -> list[int]:
@@ -104,6 +126,8 @@ def guarded(command: str, model: str, work: Callable[[], RunRecord]) -> RunRecor
         record.checkpoint.path = record.checkpoint.path or model
         record.verdict = NOT_ASSESSED
         record.outcome, record.problem = problem_of(error)
+        if not ranks.first() and (parallel := sys.modules.get("bdclean.training.parallel")) is not None:
+            parallel.give_reason(error, record.problem.message, record.problem.exit_code)
         if record.outcome == FAILED:
             trace(error)
     record.started = record.started or started

@@ -178,7 +178,6 @@ def scan(
             check_there,
             check_triggers,
             expand_models,
-            speaks_alone,
         )
         from bdclean.cli.batch import run_all
         from bdclean.cli.console import Shown
@@ -186,8 +185,6 @@ def scan(
         from bdclean.record import gate
         from bdclean.report.formats import choose_format
 
-        if not speaks_alone():
-            return Refused.exit_code
         judge = gate.parse(fail_on or ())
         place = report_place(out)
         shown = Shown(choose_format(form, place), place, verbose)
@@ -215,8 +212,10 @@ def scan(
             check_there(path, inputs, triggers)
             from bdclean.data.processors import use_usable
             from bdclean.runs.scan import scan as work
+            from bdclean.training.parallel import join
 
             use_usable()
+            join(inputs.device)
             return work(
                 Path(path),
                 inputs,
@@ -323,7 +322,6 @@ def cleanse(
             check_sequela,
             check_there,
             check_triggers,
-            speaks_alone,
         )
         from bdclean.cli.batch import run_all
         from bdclean.cli.console import Shown
@@ -334,8 +332,6 @@ def cleanse(
         from bdclean.report.formats import choose_format
         from bdclean.runs.places import default_output, is_folder, record_beside, resume_state
 
-        if not speaks_alone():
-            return Refused.exit_code
         judge = gate.parse(fail_on or ())
         shown = Shown(choose_format(form), None, verbose)
         shown.check()
@@ -370,8 +366,10 @@ def cleanse(
             check_there(path, inputs, triggers)
             from bdclean.data.processors import use_usable
             from bdclean.runs.cleanse import cleanse as work
+            from bdclean.training.parallel import join
 
             use_usable()
+            join(inputs.device)
             return work(
                 Path(path),
                 inputs,

@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from bdclean import ranks
 from bdclean.cli.catalogue import _columns
 from bdclean.cli.version import named
 from bdclean.files.weights import memory
@@ -96,6 +97,8 @@ def _torch(torch: Any) -> list[tuple[str, str]]:
     flags = _cpu_flags()
     native = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags]
     rows.append(("cpu", f"{usable()} usable cores, {torch.get_num_threads()} threads, {_capability(torch)}"))
+    if (count := ranks.own().count) > 1:
+        rows.append(("processes", f"{count}, started by torchrun"))
     rows.append(("cpu bf16", ", ".join(native) if native else "emulated, slower than fp32"))
     return rows
 

@@ -11,6 +11,9 @@ It says "backdoored: badnets sends 100.0 ... % of images to ahead-only (0)",
 and exits 1. Of many models, a record a line:
     find models -name '*.safetensors' | bdclean scan - --data images \\
         --format jsonl --record runs/
+On the four GPUs of a machine (torchrun itself exits 1 wherever bdclean does
+not exit 0: the record, or what torchrun says, tells more):
+    torchrun --nproc-per-node 4 -m bdclean scan model.safetensors --data images
 """
 CLEANSE = """\b
 Example, in a clone of the repository (minutes on two cores):
@@ -19,6 +22,8 @@ Example, in a clone of the repository (minutes on two cores):
         --test sample_models/images/labeled --out signs.safetensors
 It says "no-evidence: (was: backdoored, badnets 100.0 -> 0.0 %)", writes
 signs.safetensors with its record signs.json, and exits 0.
+On several GPUs, with recipes that "bdclean ls recipe NAME" calls data
+parallel: torchrun --nproc-per-node 4 -m bdclean cleanse ..., as for scan.
 """
 REPORT = """\b
 Example, for what a scan or cleanse has recorded:

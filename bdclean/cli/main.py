@@ -10,15 +10,22 @@ from typing import Any, TextIO
 
 import typer
 
+from bdclean import ranks
 from bdclean.cli.commands import app
 from bdclean.cli.console import warn, where_to_look
 from bdclean.errors import ENDING, BdcleanError, Interrupted, Refused
+
+SHARED = ("scan", "cleanse")
+"""The commands whose work several processes of torchrun share out; the first alone does the others."""
+
 
 # --- running and exiting ------------------------------------------------------------------------------------
 
 
 def run(argv: list[str]) -> int:
     """Runs one command line and returns its exit code; nothing is raised."""
+    if not ranks.first() and argv[:1] not in [[name] for name in SHARED]:
+        return 0
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace", encoding=_encoding(stream))
@@ -76,4 +83,7 @@ def _ended(error: BaseException, argv: list[str]) -> int:
 def _terminate(number: int, frame: Any) -> None:
     # A terminal that closes hangs up twice, the kernel's and the shell's: the second must not cut the record short.
     signal.signal(number, signal.SIG_IGN)
-    raise Interrupted("terminated." if number == signal.SIGTERM else "hung up.", 128 + number)
+    said = "terminated" if number == signal.SIGTERM else "hung up"
+    if ranks.own().count > 1:
+        said += ", as torchrun does where another of its processes has ended"
+    raise Interrupted(f"{said}.", 128 + number)

@@ -90,7 +90,12 @@ Preprocess = Annotated[
         "fashion-mnist; or mean=a/b/c,std=a/b/c. Behind any of them ,size=h/w.",
     ),
 ]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="NAME", help="auto, cpu, cuda or cuda:N; torchrun gives each process its own."
+    ),
+]
 Precision = Annotated[str, typer.Option("--precision", metavar="NAME", help="auto, fp32, bf16 or fp16.")]
 BatchSize = Annotated[
     int | None,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TypeVar
 
+from bdclean import ranks
 from bdclean.errors import Refused
 
 try:
@@ -30,8 +31,8 @@ def replace(path: Path, write: Callable[[IO[bytes]], T]) -> T:
     is made again. Raises Refused where the system refuses, and leaves nothing half-written behind.
     """
     with _said(path):
-        if is_special(path):
-            with open(path, "wb") as stream:
+        if is_special(path) or not ranks.first():
+            with open(path if ranks.first() else os.devnull, "wb") as stream:
                 return write(stream)
         target = Path(os.path.realpath(path))
         with _filled(target, write) as (partial, written):
@@ -46,8 +47,8 @@ def create(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
     time each gets its own.
     """
     with _said(path):
-        if is_special(path):
-            with open(path, "wb") as stream:
+        if is_special(path) or not ranks.first():
+            with open(path if ranks.first() else os.devnull, "wb") as stream:
                 write(stream)
             return path
         target = Path(os.path.realpath(path))
@@ -134,6 +135,8 @@ def _begun(path: Path) -> tuple[Path, IO[bytes]]:
 
 def sweep(path: Path) -> None:
     """Deletes the half-written files that killed runs left of `path`; one that is still being written stays."""
+    if not ranks.first():
+        return
     path = Path(os.path.realpath(path))
     start = _start_of_parts(path)
     with contextlib.suppress(OSError):
@@ -151,7 +154,7 @@ def alone(path: Path) -> Iterator[None]:
     The system holds the lock on `path`.lock and lets go of it when the process dies, however it does: a file that a
     killed run left behind keeps nobody out. Where the system or its file system knows no locks, nothing is kept out.
     """
-    if not LOCKS:
+    if not LOCKS or not ranks.first():
         yield
         return
     place = Path(f"{os.path.realpath(path)}.lock")

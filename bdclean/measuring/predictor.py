@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bdclean.errors import Refused, out_of_memory
 from bdclean.training.memory import keep_freed_memory
+from bdclean.training.parallel import shared
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ class Predictor:
     device: torch.device
     batch_size: int = 250
     seen: int = 0
-    """How many images ran through the model so far."""
+    """How many images ran through the model so far, in this process."""
 
     def __post_init__(self) -> None:
         self.model = self.model.to(memory_format=torch.channels_last)
@@ -44,11 +45,11 @@ class Predictor:
 
     def __call__(self, images: Tensor) -> Tensor:
         """`images` uint8 [n c h w] -> int64 [n] on the CPU. Raises Refused for answers that are no numbers."""
-        return self._run(images, lambda logits: logits.argmax(dim=1))
+        return shared(lambda few: self._run(few, lambda logits: logits.argmax(dim=1)), images)
 
     def outputs(self, images: Tensor) -> Tensor:
         """`images` uint8 [n c h w] -> what the network gives, float32 [n k] on the CPU; raises like a call."""
-        return self._run(images, Tensor.float)
+        return shared(lambda few: self._run(few, Tensor.float), images)
 
     def _run(self, images: Tensor, kept: Callable[[Tensor], Tensor]) -> Tensor:
         """What is `kept` of the network's answers to each batch, all together."""

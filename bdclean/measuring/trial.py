@@ -14,6 +14,7 @@ from bdclean.measuring.predictor import Predictor
 from bdclean.measuring.probe import Encoded
 from bdclean.networks.classifier import Classifier
 from bdclean.progress import Tell, quiet
+from bdclean.training.parallel import shared
 from bdclean.triggers.stamping import Stamp
 
 PROBED = 2
@@ -93,7 +94,12 @@ def stamped_predictions(trial: Trial, stamp: Stamp, chosen: Tensor) -> Tensor:
     if not len(chosen):
         return torch.zeros(0, dtype=torch.int64)
     few = max(1, min(STAMPED_AT_ONCE, STAMPED_PIXELS // trial.images[0, 0].numel()))
-    return torch.cat([trial.predict(stamp(trial.images[part])) for part in chosen.split(few)])
+
+    def predicted(chosen: Tensor) -> Tensor:
+        return torch.cat([trial.predict(stamp(trial.images[part])) for part in chosen.split(few)])
+
+    # What an encoder's features remember must be the same in every process: they share out passes alone.
+    return shared(predicted, chosen) if trial.encoded is None else predicted(chosen)
 
 
 def control_predictions(trial: Trial, control: Stamp, chosen: Tensor) -> Tensor:

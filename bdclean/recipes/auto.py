@@ -37,6 +37,7 @@ class Auto:
     source: ClassVar[str] = "bdclean's own"
     needs_labels: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = registry.FAMILIES
+    data_parallel: ClassVar[bool] = True
 
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
@@ -70,6 +71,7 @@ class AutoEncoder:
     source: ClassVar[str] = "bdclean's own"
     needs_labels: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = ()
+    data_parallel: ClassVar[bool] = True
 
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run

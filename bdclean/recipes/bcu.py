@@ -40,6 +40,7 @@ class BCU:
     source: ClassVar[str] = "arXiv 2211.12044"
     needs_labels: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = ()
+    data_parallel: ClassVar[bool] = True
 
     ratios: tuple[float, ...] = (0.01, 0.01, 0.03, 0.09, 0.27)  # re-drawn shares from stem to last stage
     head_ratio: float = 0.10
@@ -80,15 +81,14 @@ class BCU:
             return self.rate * (1 + math.cos(math.pi * epoch(step) / self.epochs)) / 2
 
         def step(batch: Batch) -> tuple[Tensor, Measures]:
-            images = run.precision.layout(augment(batch.images, batch.generator))
+            images = augment(batch.images, batch.generator)
             rise = (epoch(batch.step) + 1) / self.epochs
             temperature = self.temperature_start + (self.temperature_end - self.temperature_start) * min(
                 1.0, rise
             )
-            with run.precision.autocast(run.device):
-                with torch.no_grad():
-                    answers = teacher(images)
-                logits = student(images)
+            with torch.no_grad():
+                answers = run.forward(teacher, images)
+            logits = run.forward(student, images)
             agreement = (logits.argmax(1) == answers.argmax(1)).float().mean()
             return distillation_kl(logits, answers, temperature), {"agreement": agreement}
 

@@ -40,6 +40,7 @@ class BCUEncoder:
     source: ClassVar[str] = "arXiv 2211.12044"
     needs_labels: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = ()
+    data_parallel: ClassVar[bool] = True
 
     ratios: tuple[float, ...] = (0.01, 0.01, 0.03, 0.09, 0.27)  # re-drawn shares from stem to last stage
     centred: bool = True  # features without the suspect's mean: the cosine of any two is over 0.95 otherwise

@@ -48,6 +48,7 @@ class CBD:
     source: ClassVar[str] = "OpenReview 0Hfv9xPBSPQ (abstract)"
     needs_labels: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = ()
+    data_parallel: ClassVar[bool] = True
 
     epochs: float = 20
     batch_size: int = 128
@@ -129,7 +130,7 @@ def _asking(model: Classifier, seen: Seen, run: Run) -> Features:
 
     def ask(pixels: Tensor) -> tuple[Tensor, Tensor]:
         answers = run.forward(model, pixels)
-        features = seen.features if seen.features is not None else answers
+        features = answers if seen.features is None else run.whole(seen.features, len(pixels))
         return features.float(), answers.float()
 
     return ask

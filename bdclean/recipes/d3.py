@@ -40,6 +40,7 @@ class D3:
     source: ClassVar[str] = "arXiv 2411.09585"
     needs_labels: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ()
+    data_parallel: ClassVar[bool] = True
 
     epochs: float = 100
     batch_size: int = 256

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -53,6 +53,7 @@ class Distill:
     source: ClassVar[str] = "arXiv 2403.03846"
     needs_labels: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = ()
+    data_parallel: ClassVar[bool] = True
 
     teacher: Literal["raw", "ft", "fp", "anp", "moth"] = "raw"
     student: Literal["raw", "void", "warmup"] = "warmup"
@@ -127,13 +128,16 @@ class Distill:
         def adapt() -> list[dict[str, float]]:
             if self.teacher == "ft":
                 return fine_tune(model, images, run, stage, self.teacher_epochs)
+            alone = replace(run, together=False)  # these optimise by other gradients than those of a loss
             if self.teacher == "fp":
                 layers = [f"{ENCODER}.{name}" for name in arch.stages[-1].modules]
-                return FinePruning(self.pruned, epochs=self.teacher_epochs)(model, layers, images, run, stage)
+                return FinePruning(self.pruned, epochs=self.teacher_epochs)(
+                    model, layers, images, alone, stage
+                )
             if self.teacher == "anp":
-                return NeuronPruning(self.pruned, steps=self.anp_steps)(model, images, run, stage)
+                return NeuronPruning(self.pruned, steps=self.anp_steps)(model, images, alone, stage)
             harden = DistanceHardening(epochs=self.moth_epochs, fit_steps=self.moth_steps)
-            return harden(model, images, run, stage)
+            return harden(model, images, alone, stage)
 
         keep_trained(model, stage, adapt, run)
         said = f"{stage} on {len(images)} labeled images"

@@ -40,6 +40,7 @@ class FST:
     source: ClassVar[str] = "arXiv 2310.01875"
     needs_labels: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ()
+    data_parallel: ClassVar[bool] = True
 
     epochs: float = 10
     batch_size: int = 128

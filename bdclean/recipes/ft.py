@@ -34,6 +34,7 @@ class FT:
     source: ClassVar[str] = "arXiv 2212.09067 (method), 2211.12044 (settings of its baseline)"
     needs_labels: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ()
+    data_parallel: ClassVar[bool] = True
 
     epochs: float = 100
     batch_size: int = 256

@@ -87,6 +87,7 @@ class Inoculate:
     )
     needs_labels: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = registry.FAMILIES
+    data_parallel: ClassVar[bool] = True
 
     epochs: float = 12
     least_steps: int = 300  # with few images, more epochs than that

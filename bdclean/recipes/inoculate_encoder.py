@@ -65,6 +65,7 @@ class InoculateEncoder:
     source: ClassVar[str] = "bdclean's own; kin: 2403.03846, 2406.03508"
     needs_labels: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = ()
+    data_parallel: ClassVar[bool] = True
 
     epochs: float = 60
     least_steps: int = 500  # with few images, more epochs than that

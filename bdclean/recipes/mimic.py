@@ -48,6 +48,7 @@ class Mimic:
     source: ClassVar[str] = "arXiv 2406.03508"
     needs_labels: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = ()
+    data_parallel: ClassVar[bool] = True
 
     mi: Literal["teacher", "student", "uniform", "random"] = "teacher"
     estimator: Literal["dv", "infonce", "club"] = "dv"
@@ -123,5 +124,6 @@ def pooled(model: Classifier, arch: Arch, images: Tensor, run: Run) -> tuple[lis
             found = run.forward(model, part.to(run.device).float() / 255)
             features.append(F.normalize(found.float(), dim=1).cpu())
             for tap in arch.taps:
-                maps[tap].append(F.adaptive_avg_pool2d(seen.maps[tap].float(), POOLED).flatten(1).cpu())
+                pooled_maps = F.adaptive_avg_pool2d(seen.maps[tap].float(), POOLED).flatten(1)
+                maps[tap].append(run.whole(pooled_maps, len(part)).cpu())
     return [torch.cat(maps[tap]) for tap in arch.taps], torch.cat(features)

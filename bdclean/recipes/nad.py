@@ -47,6 +47,7 @@ class NAD:
     source: ClassVar[str] = "arXiv 2101.05930"
     needs_labels: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ()
+    data_parallel: ClassVar[bool] = True
 
     teacher_epochs: float = 10
     epochs: float = 20
@@ -118,7 +119,8 @@ class NAD:
                     run.forward(teacher, shown)
                 logits = run.forward(student, shown).float()
                 apart = sum(
-                    weight * attention(ours.maps[tap], theirs.maps[tap]) for tap, weight in weights.items()
+                    weight * attention(*(run.whole(each.maps[tap], len(shown)) for each in (ours, theirs)))
+                    for tap, weight in weights.items()
                 )
                 right = (logits.argmax(1) == batch.labels).float().mean()
                 loss = F.cross_entropy(logits, batch.labels) + apart

@@ -40,6 +40,7 @@ class Pretrain:
     source: ClassVar[str] = "SimCLR 2002.05709, MoCo v2 2003.04297, BYOL 2006.07733"
     needs_labels: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = ()
+    data_parallel: ClassVar[bool] = True
 
     method: Literal["simclr", "moco", "byol"] = "simclr"
     start: Literal["suspect", "void"] = "suspect"

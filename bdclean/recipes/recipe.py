@@ -38,7 +38,12 @@ class Cleansed:
 
 
 class Recipe(Protocol):
-    """A frozen dataclass whose fields are its settings. It never sees a trigger, a target class or held-out images."""
+    """A frozen dataclass whose fields are its settings. It never sees a trigger, a target class or held-out images.
+
+    One that says `data_parallel: ClassVar[bool] = True` may be run by several processes of torchrun at once. That asks
+    of it: all that is random comes from the batch's generator or the run's; weights are trained by the gradients of a
+    loss that a step of `fit` returns; what a hook sees in `run.forward` is put together by `run.whole`.
+    """
 
     name: ClassVar[str]
     source: ClassVar[str]

@@ -49,6 +49,7 @@ class SAU:
     source: ClassVar[str] = "arXiv 2307.10562"
     needs_labels: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ()
+    data_parallel: ClassVar[bool] = True
 
     epochs: float = 100
     batch_size: int = 256

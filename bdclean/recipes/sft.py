@@ -35,6 +35,7 @@ class SFT:
     source: ClassVar[str] = "arXiv 2212.09067"
     needs_labels: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ()
+    data_parallel: ClassVar[bool] = True
 
     epochs: float = 100
     first_epochs: float = 40  # length of the phase with the high peak

@@ -55,6 +55,7 @@ from bdclean.runs.suspect import (
     resolve_device,
 )
 from bdclean.runs.trials import after_writing, open_trial
+from bdclean.training import parallel
 from bdclean.training.run import Run
 from bdclean.triggers.bank import make_triggers
 from bdclean.triggers.stamping import Trigger
@@ -94,6 +95,7 @@ def cleanse(
         method: Recipe = registry.configure(chosen, settings or {})
         if pseudo_labels and not method.needs_labels:
             raise UsageError(f"{recipe} needs no labels: leave --pseudo-labels out.")
+        check_parallel(recipe, method)
         usual = checkpoint.arch.input[1:]
         checkpoint = repair.at_own_size(checkpoint)
         made = make_triggers(triggers, input_size(checkpoint, inputs), checkpoint.arch.kind)
@@ -135,6 +137,15 @@ def cleanse(
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, repair.record)
         raise
+
+
+def check_parallel(recipe: str, method: Recipe) -> None:
+    """Raises Refused where torchrun started several processes and the recipe does not say that they can share it."""
+    if parallel.joined() and not getattr(method, "data_parallel", False):
+        raise Refused(
+            f"{recipe} cannot be shared by several processes: run it without torchrun, or use one that "
+            "bdclean ls recipe NAME calls data parallel."
+        )
 
 
 class _Repair:
@@ -351,6 +362,7 @@ class _Repair:
         if self.to_folder:
             copy_descriptions(self.model, place)
         digest = suspect.checkpoint.write(cleansed.model, self._weights(place), provenance, force)
+        parallel.wait()  # for the first process to have written it
         self._note(output=OutputEntry(str(place), digest, suspect.new_head))
 
     def _weights(self, place: Path) -> Path:

@@ -18,6 +18,7 @@ from bdclean.runs.options import Inputs
 from bdclean.runs.places import resume_state
 from bdclean.runs.split import Images
 from bdclean.runs.suspect import Suspect
+from bdclean.training.parallel import from_first, joined, processes
 from bdclean.training.resume import Saved
 from bdclean.training.run import Precision, Run, probe_precision
 from bdclean.triggers.stamping import Trigger
@@ -38,6 +39,7 @@ def open_run(
         "seed": inputs.seed,
         "precision": inputs.precision,
         "device": str(suspect.device),
+        "processes": processes(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "bdclean": __version__,
@@ -45,14 +47,15 @@ def open_run(
         "architecture": suspect.arch.name,
         "new_head": suspect.new_head.classes if suspect.new_head is not None else None,
     }
-    saved = Saved(resume_state(out), arguments)
+    saved = Saved(resume_state(out), from_first(arguments))
     if resume and saved.open():
         precision = Precision.parse(str(saved.notes.get("precision")))
     else:
         # timing decides, so what was decided belongs to the state: a resumed run must not decide anew
-        precision = probe_precision(classifier, images.unlabeled.images, suspect.device, inputs.precision)
+        probed = probe_precision(classifier, images.unlabeled.images, suspect.device, inputs.precision)
+        precision = from_first(probed)
         saved.notes["precision"] = precision.name
-    return Run(suspect.device, precision, inputs.seed, tell, saved)
+    return Run(suspect.device, precision, inputs.seed, tell, saved, together=joined())
 
 
 def hold_known(run: Run, known: Sequence[Trigger]) -> None:

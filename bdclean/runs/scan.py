@@ -49,6 +49,7 @@ from bdclean.runs.suspect import (
     understand,
 )
 from bdclean.runs.trials import open_trial
+from bdclean.training import parallel
 from bdclean.triggers.bank import make_triggers
 from bdclean.triggers.stamping import Trigger
 
@@ -205,7 +206,8 @@ def passes(trials: Sequence[Trial]) -> float | None:
     predictors = [trial.predict for trial in trials if isinstance(trial.predict, Predictor)]
     if not predictors:
         return None
-    return round(sum(predictor.seen for predictor in predictors) / len(trials[0].images), 2)
+    seen = parallel.total(sum(predictor.seen for predictor in predictors))
+    return round(seen / len(trials[0].images), 2)
 
 
 def with_second(record: RunRecord, checkpoint: Checkpoint) -> RunRecord:

@@ -25,6 +25,7 @@ from bdclean.networks.recognition.identify import accepts
 from bdclean.networks.recognition.variants import SIZED
 from bdclean.record.run import CheckpointEntry, NewHead
 from bdclean.runs.options import Inputs
+from bdclean.training import parallel
 from bdclean.training.pretraining.augmentations import Views
 
 CLAIMED = ("metadata", "config.json", AUTHORS)
@@ -37,7 +38,9 @@ ROUNDS = 3
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `--device` names; raises Refused where it is not there."""
+    """The device that `--device` names; raises Refused where it is not there. torchrun gives each process its own."""
+    if name != "cpu" and parallel.joined() and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)

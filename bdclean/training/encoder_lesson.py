@@ -131,7 +131,8 @@ class EncoderLesson:
             loss = loss + terms.contrast * nt_xent(projected[:n], projected[n:], terms.temperature)
         if terms.maps is not None:
             for tap, weight in terms.map_weights.items():
-                loss = loss + weight * terms.maps(self.ours.maps[tap][:n], self.theirs.maps[tap])
+                ours = self.run.whole(self.ours.maps[tap], len(shown))[:n]
+                loss = loss + weight * terms.maps(ours, self.run.whole(self.theirs.maps[tap], n))
         return loss, measures
 
 

@@ -25,7 +25,7 @@ from bdclean.data.placing import place, take
 from bdclean.data.scratch import allocate, available
 from bdclean.errors import ENDING, Interrupted, Refused
 from bdclean.networks.building import load
-from bdclean.training import resume
+from bdclean.training import parallel, resume
 from bdclean.training.memory import Roomy, keep_freed_memory
 from bdclean.training.resume import Position, Saved
 from bdclean.training.run import Run, seed_for
@@ -111,7 +111,10 @@ def fit(step: Step, state: State, run: Run) -> list[dict[str, float]]:
     with deferred_signals() as caught:
         while course.position.done < state.steps:
             batch, seed = course.batch(images, labels)
-            course.take(*roomy(partial(_passes, step, state, batch, seed), state.stage))
+            try:
+                course.take(*roomy(partial(_passes, step, state, batch, seed), state.stage))
+            except parallel.Lost as error:  # in the midst of a step: what was saved last is what there is
+                raise parallel.Lost(f"{str(error).rstrip('.')}{_kept(run.saved)}.") from error
             done, now = course.position.done, time.monotonic()
             rate = max(0, done - first) * min(state.batch_size, len(images)) / (now - started)
             run.tell(state.stage, done, state.steps, **course.latest(), images_per_second=rate)
@@ -147,12 +150,22 @@ def _passes(step: Step, state: State, batch: Batch, seed: int) -> tuple[bool, Me
 def _roomy(state: State, run: Run) -> Roomy:
     changing = [*state.model.buffers(), *state.extra.values()]
     host = available() if run.device.type == "cpu" else None
-    return Roomy(state.model.parameters(), changing, host, lambda size: allocate((size,), 0)[0])
+    return Roomy(
+        state.model.parameters(), changing, host, lambda size: allocate((size,), 0)[0], alone=not run.together
+    )
 
 
 def _interrupted(number: int, state: State, done: int, saved: Saved | None) -> Interrupted:
-    kept = f"; its state is in {saved.path}, go on with --resume" if saved is not None else ""
-    return Interrupted(f"interrupted at step {done} of {state.steps} of {state.stage}{kept}.", 128 + number)
+    return Interrupted(
+        f"interrupted at step {done} of {state.steps} of {state.stage}{_kept(saved)}.", 128 + number
+    )
+
+
+def _kept(saved: Saved | None) -> str:
+    """The end of a sentence that says what there is to go on from."""
+    if saved is None or not saved.path.exists():
+        return ""
+    return f"; its state is in {saved.path}, go on with --resume"
 
 
 class _Course:
@@ -215,6 +228,8 @@ class _Course:
     def take(self, differentiated: bool, measures: Measures) -> None:
         """Step along the gradients, if there are any; at the end of a row, look whether all is well."""
         if differentiated:
+            if self.run.together:
+                parallel.average(p for group in self.state.optimiser.param_groups for p in group["params"])
             self.state.optimiser.step()
         self.unread.append(measures)
         self.position.done += 1

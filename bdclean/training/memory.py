@@ -33,10 +33,14 @@ class Roomy:
     calls keep activations on the host.
     On the host itself, whose kernel ends a process that takes too much without a word, what waits for the backward
     pass is counted and goes to disk beyond SHARE of `host`, the bytes that are free there (None on other devices).
-    `disk` gives room for so many bytes, uint8 [n].
+    `disk` gives room for so many bytes, uint8 [n]. Of several processes (`alone` is not so) none repeats a step that
+    the others do not.
     """
 
-    def __init__(self, weights: Iterable[Tensor], changing: Iterable[Tensor], host: int | None, disk: Disk):
+    def __init__(
+        self, weights: Iterable[Tensor], changing: Iterable[Tensor], host: int | None, disk: Disk, alone: bool = True
+    ) -> None:  # fmt: skip
+        self.alone = alone
         self.weights, self.changing, self.host, self.disk = list(weights), list(changing), host, disk
         self.spilling = False
         self.ledger: _Ledger | None = None
@@ -46,6 +50,14 @@ class Roomy:
         """What `passes` returns. Raises Refused where that does not do either, or the step cannot be repeated."""
         if self.host is not None:
             return self._on_host(passes, name, self.host)
+        if not self.alone:
+            try:
+                return passes()
+            except torch.OutOfMemoryError:
+                raise Refused(
+                    f"{name} does not fit into the devices' memory: start more processes, or lower batch_size with "
+                    "--set."
+                ) from None
         if self.spilling:
             return self._call(passes, name)
         versions = [w._version for w in self.weights]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdclean import ranks
 from bdclean.errors import Refused, out_of_memory
 from bdclean.files.tensorfile import lay_out, read_header, read_tensors, write_file
 from bdclean.files.writing import write_text
@@ -97,12 +98,14 @@ class Saved:
 
     def discard(self) -> None:
         """Remove the state from the disk, if there is one."""
-        for left in (self.path, self.json_path):
+        for left in (self.path, self.json_path) if ranks.first() else ():
             left.unlink(missing_ok=True)
 
     def save(self, position: Position, tensors: Mapping[str, Tensor]) -> None:
         """Replace the state on disk atomically; a kill at any moment leaves the old state or the new one."""
         self.position = position
+        if not ranks.first():
+            return
         everything = {**tensors, **{f"kept.{name}": tensor for name, tensor in self.kept.items()}}
         everything = {name: tensor.detach().cpu().contiguous() for name, tensor in everything.items()}
         found = {

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bdclean.progress import Tell, quiet
+from bdclean.training import parallel
 from bdclean.training.resume import Saved
 
 
@@ -60,6 +61,8 @@ class Run:
     saved: Saved | None = None
     within: str = ""
     """Stands before the names of stages, generators and kept tensors, so that a part can be done again."""
+    together: bool = False
+    """Whether passes are shared out among the processes of torchrun: see `parallel`."""
 
     def under(self, name: str) -> Run:
         """The same run for a part of it that does again, under another `name`, what was done before."""
@@ -73,7 +76,12 @@ class Run:
     def forward(self, model: nn.Module, pixels: Tensor) -> Tensor:
         """Logits of `model` on float `pixels` [n c h w], in the run's precision and memory layout."""
         with self.precision.autocast(self.device):
-            return model(self.precision.layout(pixels))
+            images = self.precision.layout(pixels)
+            return parallel.passed(model, images) if self.together else model(images)
+
+    def whole(self, share: Tensor, images: int) -> Tensor:
+        """What `forward` of so many `images` left on its way, [n ...], of which a hook saw this process's `share`."""
+        return parallel.whole(share, images) if self.together else share
 
     def answers(self, model: nn.Module, images: Tensor, size: int = 256) -> Tensor:
         """The classes that `model` gives `images` uint8 [n c h w], `size` at a time: int64 [n] on the CPU."""
@@ -81,13 +89,17 @@ class Run:
             parts = (part.to(self.device).float() / 255 for part in images.split(size))
             return torch.cat([self.forward(model, part).argmax(1).cpu() for part in parts])
 
+    def agreed(self, made: Tensor) -> Tensor:
+        """`made`; of several processes all get the first one's: what their rounding parts could lead them apart."""
+        return parallel.from_first(made.detach().cpu()).to(made.device) if self.together else made
+
     def keep(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """The tensor of that name from the resume state, else `make()`, kept in the resume state from now on."""
         if self.saved is None:
-            return make()
+            return self.agreed(make())
         name = self.within + name
         if name not in self.saved.kept:
-            self.saved.kept[name] = make().detach()
+            self.saved.kept[name] = self.agreed(make().detach())
         return self.saved.kept[name].to(self.device)
 
 

@@ -113,7 +113,7 @@ def choose_augmentation(suspect: nn.Module, images: Tensor, run: Run) -> Augment
     plain = answers(images)
     shifted = (answers(crop(images, generator, padding)) == plain).float().mean()
     mirrored = (answers(images.flip(3)) == plain).float().mean()
-    return Augmentation(padding, bool(mirrored >= shifted - MIRROR_TOLERANCE))
+    return Augmentation(padding, bool(run.agreed(mirrored >= shifted - MIRROR_TOLERANCE)))
 
 
 STATISTICS_PIXELS = 1 << 20

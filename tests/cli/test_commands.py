@@ -16,6 +16,7 @@ import bdclean
 from bdclean.cli import arguments
 from bdclean.cli.main import run
 from bdclean.errors import Refused, UsageError
+from bdclean.files.writing import alone, write_text
 from bdclean.networks.normalisation import NAMED
 from bdclean.networks.recognition.user_code import load
 from bdclean.record.parsing import parse_records
@@ -212,20 +213,44 @@ def test_a_model_or_record_that_is_empty_or_a_url_is_wrong_usage(capsys, monkeyp
     assert "'--data': https://a.b/c.tar is a URL" in capsys.readouterr().err
 
 
+@pytest.fixture
+def of_two(monkeypatch):
+    """Makes this process the one of that rank of two that torchrun started, where the others never come."""
+
+    def ranked(rank):
+        said = {
+            "WORLD_SIZE": 2,
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": 1,
+        }
+        for name, value in said.items():
+            monkeypatch.setenv(name, str(value))
+
+    return ranked
+
+
 @pytest.mark.parametrize("command", ["scan", "cleanse"])
-def test_several_processes_of_torchrun_say_once_that_they_are_not_built_yet(command, monkeypatch, capsys):
-    line = [command, "m.safetensors", "--data", "."]
-    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("RANK", "0")):
-        monkeypatch.setenv(name, value)
-    assert run(line) == 3
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and "run it without torchrun" in captured.err
-    monkeypatch.setenv("RANK", "1")
-    assert run(line) == 3
-    assert capsys.readouterr() == ("", "") and not list(Path().iterdir())
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert run(line) == 3
-    assert "does not exist" in capsys.readouterr().err
+def test_what_several_processes_cannot_share_is_wrong_usage(command, of_two, capsys):
+    of_two(0)
+    assert run([command, "m.safetensors", "--data", ".", "--device", "cuda:1"]) == 2
+    assert "torchrun gives each process its own: give cuda" in capsys.readouterr().err
+    assert run(["scan", "-", "--data", "."]) == 2
+    assert "under torchrun, name the models" in capsys.readouterr().err
+
+
+def test_of_several_processes_the_first_alone_lists_reports_and_writes(of_two, record, capsys):
+    line = ["report", str(record), "--out", "out.md"]
+    of_two(1)
+    for command in (line, ["ls", "recipes"], ["doctor"], ["--version"]):
+        assert run(command) == 0
+    assert capsys.readouterr() == ("", "") and not Path("out.md").exists()
+    write_text(Path("out.md"), "of another process")
+    with alone(Path("out.md")):
+        assert not Path("out.md").exists() and not Path("out.md.lock").exists()
+    of_two(0)
+    assert run(line) == 0 and Path("out.md").exists()
 
 
 def test_a_torn_record_leaves_the_others_in_the_report(record, capsys):
