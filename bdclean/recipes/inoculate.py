@@ -63,8 +63,9 @@ class Inoculate:
     corruptions are random counterfeits of triggers, the most harmful of many such draws, small adversaries found on the
     student, and inverted triggers: where a class of the suspect is reached by an unusually small mask, or by unusually
     little that is added to the picture, or where stripes send most images to it, that change itself, refitted on the
-    student at each use. Before it ends it looks at the student in the same way; where a class stands out, it goes on
-    from there, twice at most. Given images that carry an inverted trigger are set aside.
+    student at each use, and squares near a mask, in its colours. Before it ends it looks at the student in the same
+    way; where a class stands out, it goes on from there, twice at most. Given images that carry an inverted trigger are
+    set aside.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
     Known limits: what it was measured with is in README. Stripes that are not along an axis, and warps, are met by
@@ -359,7 +360,8 @@ class _Lesson:
         if foes < n:
             found.append(corruptions.corrupt(pixels[foes:], self.families, batch.generator))
         if self.pursuit is not None:
-            found.append(self.pursuit.stamp(self.forward, pixels[n - hunted :], batch.step))
+            under = self.pursuit.stamp(self.forward, pixels[n - hunted :], batch.step, batch.generator)
+            found.append(under)
         return found
 
     def _attacked(self, batch: Batch, pixels: Tensor, probabilities: Tensor) -> Tensor:

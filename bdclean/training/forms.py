@@ -59,6 +59,8 @@ class Form:
     goal: float
     least: float
     """The success rate under which a change is never unusually small."""
+    parts: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    """Of masks: parameters [k ...] to opacities [k 1 h w] and patterns [k c h w], in [0, 1]."""
 
 
 def mask(height: int, width: int, channels: int = 3) -> Form:
@@ -95,7 +97,7 @@ def mask(height: int, width: int, channels: int = 3) -> Form:
         said="a mask of {:.1f} pixels",
         steps=1.0, rate=0.3, last_rate=0.2, push=0.2, reach=6.9,
         weight=1e-2 * 1024 / (height * width),  # ten times Neural Cleanse's first weight: there are fewer steps
-        goal=0.95, least=0.8,
+        goal=0.95, least=0.8, parts=halves,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bdclean.training.adversaries import worst_square
 from bdclean.training.inversion import GROWN, RAISE, Outlier
 
 
@@ -32,8 +33,19 @@ class Pursuit:
     def _first(trigger: Outlier) -> Tensor:
         return trigger.parameters[None].clamp(-trigger.form.reach, trigger.form.reach)
 
-    def stamp(self, model: Callable[[Tensor], Tensor], pixels: Tensor, turn: int, steps: int = 2) -> Tensor:
-        """`pixels` [n c h w] in [0, 1] under the trigger whose turn it is, after `steps` sign steps on `model`."""
+    def stamp(
+        self,
+        model: Callable[[Tensor], Tensor],
+        pixels: Tensor,
+        turn: int,
+        generator: torch.Generator,
+        steps: int = 2,
+    ) -> Tensor:
+        """`pixels` [n c h w] in [0, 1] under the trigger whose turn it is, after `steps` sign steps on `model`.
+
+        Every other turn of a mask it is a square of its kin: a mask is the least that a network answers to, which may
+        be a part of the trigger, or beside it.
+        """
         k = turn % len(self.triggers)
         trigger, change, weight = self.triggers[k], self.tensors[f"change.{k}"], self.tensors[f"weight.{k}"]
         form, targets = trigger.form, torch.full((len(pixels),), trigger.target, device=pixels.device)
@@ -48,4 +60,7 @@ class Pursuit:
             change -= form.push * gradient.sign()
             rising = float((logits.argmax(1) == targets).float().mean()) > form.goal
             weight.mul_(RAISE if rising else 1 / RAISE).clamp_(1e-6, 1.0)
+        if form.parts is not None and turn // len(self.triggers) % 2:
+            mask, pattern = form.parts(change)
+            return worst_square(model, pixels, mask[0, 0], pattern[0], trigger.target, generator)
         return form.stamp(change, pixels)[0]

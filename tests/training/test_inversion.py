@@ -59,6 +59,10 @@ def run():
     return Run(CPU, Precision(), 0)
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 @pytest.fixture(scope="module")
 def inverted():
     return invert(Planted(), pictures(), MASK, torch.arange(CLASSES), run(), steps=120, batch_size=32)
@@ -259,13 +263,13 @@ def test_a_pursuit_follows_the_student_and_starts_anew_when_the_trigger_has_grow
     pursuit, model = Pursuit([outlier(inverted, at, limit)], CPU), Planted()
     pixels = pictures(16).float() / 255
     kept, first = pixels.clone(), pursuit.tensors["change.0"].clone()
-    stamped = pursuit.stamp(model, pixels, 0)
+    stamped = pursuit.stamp(model, pixels, 0, seeded())
     assert torch.equal(pixels, kept) and 0 <= stamped.min() and stamped.max() <= 1
     assert not stamped.requires_grad
     assert (model(stamped).argmax(1) == TARGET).float().mean() > 0.8
     cleansed, sizes = Planted(False), []
     for turn in range(40):
-        pursuit.stamp(cleansed, pixels, turn)
+        pursuit.stamp(cleansed, pixels, turn, seeded())
         sizes.append(float(MASK.sizes(pursuit.tensors["change.0"])))
     anew = [k for k in range(1, 40) if sizes[k] < sizes[k - 1] / 1.5]
     assert anew and all(sizes[k - 1] > min(limit, GROWN * float(MASK.sizes(first))) for k in anew)
@@ -288,13 +292,14 @@ def test_a_pursuits_state_is_all_in_its_tensors(inverted):
     ]
     whole, first = Pursuit(found, CPU), Pursuit(found, CPU)
     for turn in range(5):
-        whole.stamp(model, pixels, turn)
-        first.stamp(model, pixels, turn)
+        whole.stamp(model, pixels, turn, seeded(turn))
+        first.stamp(model, pixels, turn, seeded(turn))
     resumed = Pursuit(found, CPU)
     for name, tensor in resumed.tensors.items():
         tensor.copy_(first.tensors[name])
     for turn in range(5, 8):
-        assert torch.equal(resumed.stamp(model, pixels, turn), whole.stamp(model, pixels, turn))
+        again = resumed.stamp(model, pixels, turn, seeded(turn))
+        assert torch.equal(again, whole.stamp(model, pixels, turn, seeded(turn)))
 
 
 def test_stripes_that_send_to_a_class_are_told_from_those_that_do_not():
