@@ -51,7 +51,8 @@ def hush() -> None:
     for stream in (1, 2):
         os.dup2(nothing, stream)
     os.close(nothing)
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 
 
 def linger(code: int) -> int:
@@ -62,6 +63,7 @@ def linger(code: int) -> int:
     """
     if code and not first():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         time.sleep(GRACE)
     return code
