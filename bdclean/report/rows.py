@@ -408,6 +408,9 @@ def evidence(row: TriggerRow, names: Sequence[str] | None = None) -> str:
     if isinstance(highest, (int, float)):
         count = (row.control_rate or {}).get("count")
         control = f"the highest of {count} controls {wording.percent(highest)} %"
+    if source is None and row.reference_rate is not None and row.reference_rate.value is not None:
+        twin = f"in the clean twin {wording.percent(row.reference_rate.value)} %"
+        control = f"{control}, {twin}" if control else twin
     sentence = f"{row.trigger} sends {moved} to {wording.label(row.target, names)}"
     return f"{sentence}, {control}." if control else f"{sentence}."
 

@@ -107,3 +107,8 @@ def test_a_row_is_held_against_a_clean_twin_where_kin_fire_too(twin, median, low
         reference_rate=None if twin is None else Rate(twin, 500, twin, twin),
     )
     assert above_twin(found, 0.2) is above
+
+
+def test_a_report_names_what_the_clean_twin_does():
+    said = evidence(row(outcome=FAILS, reference_rate=Rate(0.031, 500, 0.02, 0.05)))
+    assert said.endswith(", in the clean twin 3.1 %.")
