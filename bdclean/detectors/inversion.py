@@ -31,9 +31,9 @@ class Inversion:
     is an outlier.
     When to use it: to look for patches, and for what is added to the whole picture, without knowing the trigger.
     What it needs: 100 images or more, without labels; three classes or more.
-    Known limits: no finding decides a verdict by itself, only its rank among clean networks, and none is shipped for
-    it yet. Of more than 100 classes only the 100 are inverted that random counterfeits draw images to. Warps are not
-    found, stripes badly: see `stripes`.
+    Known limits: no finding decides a verdict by itself, only with its rank among clean networks. Of more than
+    100 classes only the 100 are inverted that random counterfeits draw images to. Warps are not found, stripes badly:
+    see `stripes`.
 
     After Neural Cleanse (Wang et al. 2019, IEEE S&P); departures stand in `training.inversion`.
     """
