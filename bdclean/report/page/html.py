@@ -11,7 +11,17 @@ from bdclean.files import text
 from bdclean.record.run import Finding, RunRecord
 from bdclean.report import sequela, wording
 from bdclean.report.document import LIMITS, WARNINGS, facts, page
-from bdclean.report.page import bars, calibration, comparison, embedded, numbers, plots, scatter, words
+from bdclean.report.page import (
+    bars,
+    calibration,
+    comparison,
+    embedded,
+    numbers,
+    plots,
+    scatter,
+    tradeoff,
+    words,
+)
 from bdclean.report.page.numbers import Number, Row
 from bdclean.report.rows import Table, findings, seen
 
@@ -86,6 +96,7 @@ def render(records: Sequence[RunRecord]) -> str:
         title=f"{len(runs)} runs" if several else f"{runs[0].heading}: {runs[0].name}",
         compared=comparison.lines(records) if several else [],
         grid=comparison.grid(records) if several else None,
+        tradeoffs=tradeoff.panels(records) if several else [],
         rule=words.RULE,
         limits=LIMITS,
         version=__version__,
