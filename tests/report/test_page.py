@@ -39,6 +39,7 @@ from bdclean.report.page import embedded, words
 from bdclean.report.page.embedded import png
 from bdclean.report.page.plots import curves
 from bdclean.report.page.scatter import MOST_COLOURS, MOST_POINTS, SIDE, scatter
+from bdclean.report.page.tradeoff import panels
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "wbr"}
 HOSTILE = (
@@ -373,8 +374,19 @@ def test_several_runs_start_with_a_comparison_the_worst_first_and_not_measured_b
     order = re.findall(r'class="chip (\w+)"', table[: table.index("</table>")])
     assert order == ["bad", "none", "none", "none", "none", "calm"]
     page = Page(pages["many"])
-    links = [a["href"] for t, a in page.elements if t == "a" and a["href"].startswith("#run")]
-    assert sorted(set(links)) == [f"#run-{k}" for k in range(1, 7)]
+    links = {a["href"] for t, a in page.elements if t == "a" and a["href"].startswith("#run")}
+    assert {f"#run-{k}" for k in range(1, 7)} <= links
+
+
+@pytest.mark.parametrize("name", ["cleanse", "many"])
+def test_each_run_begins_with_its_contents(pages, name):
+    page = Page(pages[name])
+    headings = [
+        a["id"] for tag, a in page.elements if tag in ("h2", "h3") and a.get("id", "").startswith("run-")
+    ]
+    links = [a["href"][1:] for t, a in page.elements if t == "a" and re.fullmatch(r"#run-\d+-\d+", a["href"])]
+    assert len(headings) > 4 and links == headings
+    assert sum(tag == "nav" for tag, _ in page.elements) == len({place.rsplit("-", 1)[0] for place in links})
 
 
 def test_the_page_is_the_same_byte_for_byte_in_any_process(pages, tmp_path):
@@ -561,3 +573,14 @@ def test_a_score_is_drawn_among_those_of_clean_networks():
     assert places == [12.0, 156.0, 228.0, 588.0] and mark.startswith("M444.0 ")
     assert "1 of 4 clean networks score as high; too few to calibrate" in " ".join(page.text)
     assert "clean networks score" not in render([scanned()], "html")
+
+
+def test_runs_of_one_model_stand_in_one_drawing_of_accuracy_against_attack_success():
+    other, blind = scanned(), scanned()
+    other.checkpoint.sha256, blind.checkpoint.sha256, blind.measures = "ef" * 32, "01" * 32, []
+    one, two = panels([cleansed(), scanned(), other, blind])  # one has no accuracy
+    assert [point.begun for point in one.points] == [True, False, False] and len(two.points) == 1
+    ((start, end),) = one.moves
+    assert start.x > end.x and start.y < end.y  # a lower rate is further left, a lower accuracy lower
+    assert end.xs[0] < end.x < end.xs[1] and end.ys[1] < end.y < end.ys[0]
+    assert one.points[1].title == "run 1, after: attack success 2.1 %, accuracy 83.1 %"

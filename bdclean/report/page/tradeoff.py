@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bdclean.record.run import Measure, Rate, RunRecord
 from bdclean.report import wording
 from bdclean.report.page import numbers, words
-from bdclean.report.rows import same, worst_row
+from bdclean.report.rows import of_source, same, speaking_source, worst_row
 
 SIDE, MARGIN = 180, 14  # of a drawing, in its units
 
@@ -51,24 +51,25 @@ def panels(records: Sequence[RunRecord]) -> list[Panel]:
 
 def _points(record: RunRecord, number: int) -> list[Point]:
     """The network that was read, and that which was written; empty where one of them lacks a rate."""
-    now, accuracy = worst_row(record.rows()), record.measure("clean_accuracy")
+    first = worst_row(record.before.triggers) if record.before is not None else None
+    now = same(record.rows(), first) if first is not None else worst_row(record.rows())
+    accuracy = record.measure("clean_accuracy")
     if record.before is None:
         sides = [(now, accuracy, "")]
     else:
-        first = worst_row(record.before.triggers)
-        now = same(record.rows(), first) if first is not None else None
         sides = [(first, numbers.of_suspect(record, "clean_accuracy"), "before"), (now, accuracy, "after")]
+    source = speaking_source(now, first) if now is not None else None
     points = [
-        _point(row.asr, right, f"run {number}{f', {side}' if side else ''}", side == "before")
+        _point(of_source(row, source), right, f"run {number}{f', {side}' if side else ''}", side == "before")
         for row, right, side in sides
-        if row is not None and right is not None
+        if row is not None
     ]
     known = [point for point in points if point is not None]
     return known if len(known) == len(sides) else []
 
 
-def _point(asr: Rate, accuracy: Rate | Measure, said: str, begun: bool) -> Point | None:
-    if asr.value is None or accuracy.value is None:
+def _point(asr: Rate | None, accuracy: Measure | None, said: str, begun: bool) -> Point | None:
+    if asr is None or asr.value is None or accuracy is None or accuracy.value is None:
         return None
     title = (
         f"{said}: attack success {wording.percent(asr.value)} %, accuracy {wording.percent(accuracy.value)} %"
