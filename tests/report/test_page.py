@@ -583,4 +583,4 @@ def test_runs_of_one_model_stand_in_one_drawing_of_accuracy_against_attack_succe
     ((start, end),) = one.moves
     assert start.x > end.x and start.y < end.y  # a lower rate is further left, a lower accuracy lower
     assert end.xs[0] < end.x < end.xs[1] and end.ys[1] < end.y < end.ys[0]
-    assert one.points[1].title == "run 1, after: attack success 2.1 %, accuracy 83.1 %"
+    assert one.points[1].title == "run 1, after: attack success 3.5 %, accuracy 83.1 %"
