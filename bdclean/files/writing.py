@@ -31,13 +31,20 @@ def replace(path: Path, write: Callable[[IO[bytes]], T]) -> T:
     is made again. Raises Refused where the system refuses, and leaves nothing half-written behind.
     """
     with _said(path):
-        if is_special(path) or not ranks.first():
-            with open(path if ranks.first() else os.devnull, "wb") as stream:
+        if (straight := _straight(path)) is not None:
+            with open(straight, "wb") as stream:
                 return write(stream)
         target = Path(os.path.realpath(path))
         with _filled(target, write) as (partial, written):
             os.replace(partial, target)
         return written
+
+
+def _straight(path: Path) -> Path | str | None:
+    """Where is written without a new file: to what is no regular one, and from torchrun's other processes nowhere."""
+    if not ranks.first():
+        return os.devnull
+    return path if is_special(path) else None
 
 
 def create(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
@@ -47,8 +54,8 @@ def create(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
     time each gets its own.
     """
     with _said(path):
-        if is_special(path) or not ranks.first():
-            with open(path if ranks.first() else os.devnull, "wb") as stream:
+        if (straight := _straight(path)) is not None:
+            with open(straight, "wb") as stream:
                 write(stream)
             return path
         target = Path(os.path.realpath(path))

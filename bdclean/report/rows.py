@@ -311,6 +311,12 @@ def same(rows: Sequence[TriggerRow], row: TriggerRow) -> TriggerRow | None:
     return next((other for other in found if other.target == row.target), alone)
 
 
+def worst_pair(record: RunRecord) -> tuple[TriggerRow | None, TriggerRow | None]:
+    """Returns the worst row of a cleansing's suspect and the same one of its output; None where there is none."""
+    first = worst_row(record.before.triggers) if record.before is not None else None
+    return first, same(record.rows(), first) if first is not None else None
+
+
 def by_trigger(rows: Iterable[TriggerRow]) -> dict[str, TriggerRow]:
     """Returns the worst row of each trigger: it has one for each class that it was measured towards."""
     found: dict[str, TriggerRow] = {}

@@ -308,9 +308,15 @@ def test_progress_on_a_pipe_is_an_occasional_plain_line(monkeypatch):
     ]
 
 
-def test_progress_over_several_models_says_which_it_is_and_what_is_left_over_all(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("bdclean.cli.progress.time.monotonic", lambda: now[0])
+@pytest.fixture
+def now(monkeypatch):
+    """The time that progress goes by, as the one item of a list."""
+    held = [100.0]
+    monkeypatch.setattr("bdclean.cli.progress.time.monotonic", lambda: held[0])
+    return held
+
+
+def test_progress_over_several_models_says_which_it_is_and_what_is_left_over_all(now):
     file = io.StringIO()
     progress = Progress(file=file, models=4)
     for model, seconds in (("a", 40.0), ("b", 20.0), ("c", 90.0)):
@@ -329,9 +335,7 @@ def test_progress_over_several_models_says_which_it_is_and_what_is_left_over_all
     ]
 
 
-def test_models_that_take_less_than_a_line_are_told_now_and_then_all_the_same(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("bdclean.cli.progress.time.monotonic", lambda: now[0])
+def test_models_that_take_less_than_a_line_are_told_now_and_then_all_the_same(now):
     file = io.StringIO()
     progress = Progress(file=file, models=30)
     for number in range(30):

@@ -10,7 +10,7 @@ from bdclean.report import wording
 from bdclean.report.document import sentence
 from bdclean.report.page import bars, numbers, words
 from bdclean.report.page.numbers import Number
-from bdclean.report.rows import TITLES, compared, headline, same, worst_row
+from bdclean.report.rows import TITLES, compared, headline, worst_pair, worst_row
 
 
 @dataclass
@@ -63,8 +63,7 @@ def grid(records: Sequence[RunRecord]) -> Grid:
 
 def _line(record: RunRecord, number: int) -> Line:
     names = record.class_names()
-    first = worst_row(record.before.triggers) if record.before is not None else None
-    now = same(record.rows(), first) if first is not None else None
+    first, now = worst_pair(record)
     worst = worst_row(record.rows())
     asr = Number("", wording.NOTHING)
     if first is not None and now is not None:

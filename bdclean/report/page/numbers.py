@@ -9,7 +9,7 @@ from bdclean.record.gate import SCORES
 from bdclean.record.run import INCONCLUSIVE, Measure, RunRecord, TriggerRow
 from bdclean.report import wording
 from bdclean.report.page import bars, words
-from bdclean.report.rows import beside, of_source, same, speaking_source, worst_row
+from bdclean.report.rows import beside, of_source, speaking_source, worst_pair, worst_row
 
 
 @dataclass
@@ -41,8 +41,7 @@ def head(record: RunRecord) -> list[Number]:
     worst = worst_row(record.rows())
     found = []
     if record.before is not None:
-        first = worst_row(record.before.triggers)
-        now = same(record.rows(), first) if first is not None else None
+        first, now = worst_pair(record)
         if first is not None and now is not None:
             found.append(of_row("Attack success, worst trigger", now, names, first))
         if worst is not None and worst is not now:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bdclean.record.run import Measure, Rate, RunRecord
 from bdclean.report import wording
 from bdclean.report.page import numbers, words
-from bdclean.report.rows import of_source, same, speaking_source, worst_row
+from bdclean.report.rows import of_source, speaking_source, worst_pair, worst_row
 
 SIDE, MARGIN = 180, 14  # of a drawing, in its units
 
@@ -51,10 +51,10 @@ def panels(records: Sequence[RunRecord]) -> list[Panel]:
 
 def _points(record: RunRecord, number: int) -> list[Point]:
     """The network that was read, and that which was written; empty where one of them lacks a rate."""
-    first = worst_row(record.before.triggers) if record.before is not None else None
-    now = same(record.rows(), first) if first is not None else worst_row(record.rows())
+    first, now = worst_pair(record)
     accuracy = record.measure("clean_accuracy")
     if record.before is None:
+        now = worst_row(record.rows())
         sides = [(now, accuracy, "")]
     else:
         sides = [(first, numbers.of_suspect(record, "clean_accuracy"), "before"), (now, accuracy, "after")]
