@@ -246,7 +246,7 @@ def _reason(row: TriggerRow, bounds: Sequence[Bound], threshold: float, level: f
     if whole.low >= threshold and not may_fail(whole, threshold):
         return (
             f"{100 * whole.value:.1f} % go to the target, but so many did in a network without a backdoor, too, under "
-            f"a change of the whole picture: it fails from {100 * whole.needed:.0f} % on"
+            f"such a change: it fails from {100 * whole.needed:.0f} % on"
         )
     if whole.low >= threshold:
         least = (whole.control or 0.0) + CONTROL_MARGIN
@@ -288,7 +288,11 @@ def _movable(trial: Trial, target: Target | None, chosen: Tensor, stamped: Tenso
 
 @dataclass(frozen=True)
 class _Kind:
-    """What networks without a backdoor do under a change of this kind: see WAVES, MOVED, NEEDED."""
+    """What networks without a backdoor do under a change of this kind: see WAVES, MOVED, NEEDED.
+
+    Of one whose answers hardly stay by themselves every change is held as waves are (see Trial.steady): with random
+    filters and a fitted head, small patches moved up to 0.59 of the images, up to 0.31 under their controls.
+    """
 
     certain: float | None
     needed: float
@@ -297,6 +301,8 @@ class _Kind:
 
     @staticmethod
     def of(trial: Trial, trigger: Trigger) -> _Kind:
+        if not trial.steady:
+            return _Kind(None, MOVED[True], None, NEEDED[1])
         some = trial.images[:FEW_STAMPED]
         change = trigger(some).float() - some.float()
         if float((change != 0).any(1).float().mean()) <= SMALL:

@@ -46,6 +46,10 @@ MOST_TELLING = 300
 """So many images of each class are asked for at most, whatever the threshold."""
 LEAST_SOURCE = 10
 """A source class with fewer images gets no rate of its own."""
+MOVED_IMAGES, MOVED_BY, LEAST_STEADY = 100, 16, 0.6
+"""Answers to so many images are asked again with the picture moved by a sixteenth of its side; of networks that were
+trained, if only for 60 steps, at least 0.72 stay (64 of them; tables/rule.md), of seven with random filters under a
+fitted head at most 0.54."""
 
 
 Target = int | str
@@ -78,8 +82,24 @@ class Trial:
     """How many normalisations are tried, of which the worst counts: what is tried is corrected for them, too."""
     encoded: Encoded | None = None
     """Of an encoder: its features, and the probes on them, of which `predict` is the first."""
+    steady: bool = True
+    """Whether most answers stay when pictures move a little: of a network that has hardly learnt its task they do not,
+    and small patches change them as well."""
     answers: dict[Stamp, dict[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What is predicted under controls, by image: triggers of one mask and strength share theirs."""
+
+
+def steadiness(predict: Predict, images: Tensor, clean: Tensor) -> float:
+    """The share of the answers `clean`, int64 [n], that stay when images uint8 [n c h w] move left and up, in [0, 1].
+
+    By a sixteenth of their side, their far edges repeated.
+    """
+    some = images[:MOVED_IMAGES]
+    moved = []
+    for side in (2, 3):
+        by, size = max(1, some.shape[side] // MOVED_BY), some.shape[side]
+        moved.append(predict(some.index_select(side, torch.arange(by, size + by).clamp(max=size - 1))))
+    return float((torch.stack(moved) == clean[:MOVED_IMAGES]).float().mean())
 
 
 def halves(n: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -193,6 +193,34 @@ def test_above_the_threshold_like_its_controls_is_inconclusive():
     assert verdict([row])[0] == NOT_ASSESSED
 
 
+def test_answers_that_go_where_pictures_move_are_not_steady():
+    images = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
+    images[::2, :, :, :16] = 200
+
+    def left_half(x):
+        return (x[:, 0, :, :16].float().mean((1, 2)) > 99).long()
+
+    def last_bright_column(x):
+        return (x[:, 0, :, 15] > 99).any(1).long()
+
+    for predict, kept in (
+        (left_half, 1.0),
+        (last_bright_column, 0.75),
+    ):  # half of the images, of one move of two
+        assert trial.steadiness(predict, images, predict(images)) == kept
+
+
+@pytest.mark.parametrize(
+    ("share", "steady", "outcome"), [(0.6, True, FAILS), (0.6, False, INCONCLUSIVE), (1.0, False, FAILS)]
+)
+def test_a_network_that_is_not_steady_must_obey_a_patch_wholly(share, steady, outcome):
+    watched = replace(bench(Network(to(1), share=share), n=2000, threshold=0.2), steady=steady)
+    (row,) = assess(watched, [Patch()])
+    assert row.outcome == outcome
+    if outcome == INCONCLUSIVE:
+        assert "it fails from 85 % on" in row.reason
+
+
 def test_a_rate_that_more_images_would_part_from_its_controls_says_how_many_of_which_classes():
     row = TriggerRow("patch", target=6, asr=Rate(0.289, 114, 0.21, 0.38), high=0.4)
     far, near = (Bound(None, 0.289, 114, 0.201, control=control) for control in (0.105, 0.28))
