@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bdclean.measuring import intervals
 from bdclean.measuring.intervals import lower_bound, rate, upper_bound
+from bdclean.measuring.kinds import Kind
 from bdclean.measuring.metrics import attack_success
 from bdclean.measuring.trial import (
     LEAST_SOURCE,
@@ -43,29 +44,8 @@ FIRST_LOOK, FAR = 64, 0.2
 """Controls are looked at with fewer images first: three standard deviations of a rate of them are 0.19 at most."""
 FEW_ROWS = 10
 """Of up to so many triggers or rows those that pass have their controls beside them, too."""
-
-
 SOURCE_IMAGES = 100
 """Controls are measured on so many images, where there are, of each source class that may decide a row."""
-SMALL = 0.1
-"""Share of the pixels up to which a change is a small patch."""
-FEW_CLASSES, FEW_STAMPED = 4, 64
-PATCH, PICTURE = 0.5, 0.9
-WAVES = ((15, 0.9), (30, 0.98))
-"""The lower bounds from which on controls do not matter, since copies of a trigger fire like it: of small patches, of
-larger changes, and of waves by their strength (root mean square, grey levels), above which controls always matter.
-
-Of 40 networks without a backdoor (bench small-networks) under the stock bank and squares up to 8 of 32 pixels small
-patches moved at most 0.34 of the images, and blended pictures 0.7. Waves of up to 15 grey levels moved 0.63, of up to
-30 0.96, stronger ones 0.99, with over FEW_CLASSES classes. With fewer all of a picture may move: there controls always
-matter. Waves that were a trigger moved 0.996 and more, their controls as much."""
-MOVED = (0.5, 0.85)
-"""So much of all images must move under a change that is no small patch, and under waves: networks that had no such
-trigger moved 0.43 and 0.76 of them under stripes, beside 0.20 and 0.53 under the highest of 19 controls, whose
-frequencies they mind less. Waves that were a trigger moved 0.996 and more."""
-NEEDED = (0.7, 0.9)
-"""So much of one source class must move, under a small patch and under a larger change: without a backdoor 0.60 of one
-moved under small patches, 0.9 and more under others, where controls always matter."""
 MANY = 100_000  # images: more than anybody will bring
 
 
@@ -152,7 +132,7 @@ def _judged(
     if not len(moved.chosen):
         return replace(row, outcome=INCONCLUSIVE, reason="every image goes to the target without a stamp")
     threshold, level = trial.threshold, LEVEL / max(1, tried * trial.readings)
-    kind = _Kind.of(trial, aim.trigger)
+    kind = Kind.of(trial, aim.trigger)
     sources = _sources(moved, level, kind)
     hits = int((moved.stamped == moved.wanted).sum())
     whole = _bound(None, hits, len(moved.chosen), level, kind)
@@ -193,7 +173,7 @@ def _judged(
     return replace(row, bounds=bounds, outcome=outcome, decisive_source=source, reason=reason)
 
 
-def _picked(moved: _Moved, aim: Aim, level: float, kind: _Kind) -> Bound | None:
+def _picked(moved: _Moved, aim: Aim, level: float, kind: Kind) -> Bound | None:
     """What is judged of the source class that was picked on other images: corrected for no other class."""
     if aim.source is None:
         return None
@@ -286,45 +266,14 @@ def _movable(trial: Trial, target: Target | None, chosen: Tensor, stamped: Tenso
     return _Moved(*(part[movable] for part in (chosen, reference, clean, wanted, stamped)))
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What networks without a backdoor do under a change of this kind: see WAVES, MOVED, NEEDED.
-
-    Of one whose answers hardly stay by themselves every change is held as waves are (see Trial.steady): with random
-    filters and a fitted head, small patches moved up to 0.59 of the images, up to 0.31 under their controls.
-    """
-
-    certain: float | None
-    needed: float
-    source_certain: float | None
-    source_needed: float
-
-    @staticmethod
-    def of(trial: Trial, trigger: Trigger) -> _Kind:
-        if not trial.steady:
-            return _Kind(None, MOVED[True], None, NEEDED[1])
-        some = trial.images[:FEW_STAMPED]
-        change = trigger(some).float() - some.float()
-        if float((change != 0).any(1).float().mean()) <= SMALL:
-            return _Kind(PATCH, 0.0, PICTURE, NEEDED[0])
-        certain: float | None = PICTURE
-        wave = trigger.family == "wave"
-        if trial.classes <= FEW_CLASSES:
-            certain = None
-        elif wave:
-            strength = float(change.square().mean().sqrt())
-            certain = next((level for most, level in WAVES if strength <= most), None)
-        return _Kind(certain, MOVED[wave], None, NEEDED[1])
-
-
-def _bound(source: int | None, hits: int, n: int, level: float, kind: _Kind) -> Bound:
+def _bound(source: int | None, hits: int, n: int, level: float, kind: Kind) -> Bound:
     low = lower_bound(hits, n, level)
     if source is None:
         return Bound(None, hits / n, n, low, certain=kind.certain, needed=kind.needed)
     return Bound(source, hits / n, n, low, certain=kind.source_certain, needed=kind.source_needed)
 
 
-def _sources(moved: _Moved, level: float, kind: _Kind) -> list[Bound]:
+def _sources(moved: _Moved, level: float, kind: Kind) -> list[Bound]:
     """A bound for every class of at least LEAST_SOURCE images, corrected for their number, the highest first."""
     hit = moved.stamped == moved.wanted
     sizes = torch.bincount(moved.reference)

@@ -48,7 +48,7 @@ LEAST_SOURCE = 10
 """A source class with fewer images gets no rate of its own."""
 MOVED_IMAGES, MOVED_BY, LEAST_STEADY = 100, 16, 0.6
 """Answers to so many images are asked again with the picture moved by a sixteenth of its side. Of 57 trained networks,
-some for 60 steps, 0.74 and more stay; of seven with random filters under a fitted head 0.49 at most (tables/rule.md)."""
+some for 60 steps, 0.74 and more stay; of seven with random filters and a fitted head 0.49 at most (tables/rule.md)."""
 
 
 Target = int | str
