@@ -17,7 +17,7 @@ from bdclean.bench.cifar10 import bdclean, cell, finished, recipe_flags
 from bdclean.bench.encoders import number, read_record
 from bdclean.errors import Refused
 from bdclean.record.run import RAN, Rate, RunRecord
-from bdclean.report.rows import same
+from bdclean.report.ranking import same
 
 DEFAULT_RECIPES = ",".join(name for name, entry in registry.RECIPES.items() if entry.path)
 COLUMNS = (

@@ -11,7 +11,8 @@ from bdclean.files.text import MARKS
 from bdclean.record.run import FAILS, INCONCLUSIVE, RAN, SUSPICIOUS, RunRecord
 from bdclean.report import markdown, wording
 from bdclean.report.document import LIMITS, RATES, Page, sentence, summary, was
-from bdclean.report.rows import Table, rank
+from bdclean.report.ranking import rank
+from bdclean.report.rows import Table
 
 TITLE = "Backdoor audit"
 BEGIN, END = "<!-- bdclean audit: begin -->", "<!-- bdclean audit: end -->"

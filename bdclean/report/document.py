@@ -20,22 +20,8 @@ from bdclean.record.run import (
 )
 from bdclean.report import sequela, wording
 from bdclean.report.next_step import next_command
-from bdclean.report.rows import (
-    Table,
-    accuracy,
-    beside,
-    by_trigger,
-    change,
-    evidence,
-    headline,
-    matrix,
-    of_source,
-    same,
-    tables,
-    why,
-    without_empty,
-    worst_row,
-)
+from bdclean.report.ranking import by_trigger, headline, of_source, same, worst_row
+from bdclean.report.rows import Table, accuracy, beside, change, evidence, matrix, tables, why, without_empty
 
 LIMITS = (
     "Only the triggers listed here were tried. Triggers that were not tried are not excluded: "

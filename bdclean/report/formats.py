@@ -66,7 +66,7 @@ def render(
 
         return sarif.render(records)
     # Imported here: a JSON report needs none of the layout, and only a page needs a template engine and plots.
-    from bdclean.report.rows import by_severity
+    from bdclean.report.ranking import by_severity
 
     records = by_severity(records)
     if form == "html":

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from bdclean.record.run import NOT_MEASURED, PASSES, Measure, Rate, RunRecord, TriggerRow
 from bdclean.report import wording
-from bdclean.report.rows import apart, knowledge, of_source, paired_rank, same, speaking_source
+from bdclean.report.ranking import knowledge, of_source, paired_rank, same, speaking_source
+from bdclean.report.rows import apart
 
 SHOWN = 12
 """Rows that pass (before and after) beyond so many of a group are folded away, whatever their number."""

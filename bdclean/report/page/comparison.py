@@ -10,7 +10,8 @@ from bdclean.report import wording
 from bdclean.report.document import sentence
 from bdclean.report.page import bars, numbers, words
 from bdclean.report.page.numbers import Number
-from bdclean.report.rows import TITLES, compared, headline, worst_pair, worst_row
+from bdclean.report.ranking import headline, worst_pair, worst_row
+from bdclean.report.rows import TITLES, compared
 
 
 @dataclass

@@ -9,7 +9,8 @@ from bdclean.record.gate import SCORES
 from bdclean.record.run import INCONCLUSIVE, Measure, RunRecord, TriggerRow
 from bdclean.report import wording
 from bdclean.report.page import bars, words
-from bdclean.report.rows import beside, of_source, speaking_source, worst_pair, worst_row
+from bdclean.report.ranking import of_source, speaking_source, worst_pair, worst_row
+from bdclean.report.rows import beside
 
 
 @dataclass

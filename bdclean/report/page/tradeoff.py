@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bdclean.record.run import Measure, Rate, RunRecord
 from bdclean.report import wording
 from bdclean.report.page import numbers, words
-from bdclean.report.rows import of_source, speaking_source, worst_pair, worst_row
+from bdclean.report.ranking import of_source, speaking_source, worst_pair, worst_row
 
 SIDE, MARGIN = 180, 14  # of a drawing, in its units
 

@@ -22,7 +22,8 @@ from bdclean.record.run import (
 )
 from bdclean.report import wording
 from bdclean.report.document import sentence
-from bdclean.report.rows import beside, by_trigger, share, worst_row
+from bdclean.report.ranking import by_trigger, worst_row
+from bdclean.report.rows import beside, share
 
 HEADINGS = {BACKDOORED: "Backdoored", SUSPICIOUS: "Suspicious", NO_EVIDENCE: "No evidence of a backdoor"}
 OUTCOMES = {REFUSED: "Refused", FAILED: "Failed", INTERRUPTED: "Interrupted"}
