@@ -12,7 +12,15 @@ from torch import nn
 
 from bdclean.networks.ambiguity.choosing import Choice
 from bdclean.networks.ambiguity.size import own_size
-from bdclean.networks.ambiguity.variant import Fit, better, fit, more_accurate, most_fitting, read_off
+from bdclean.networks.ambiguity.variant import (
+    Fit,
+    better,
+    fit,
+    likelier,
+    more_accurate,
+    most_fitting,
+    read_off,
+)
 from bdclean.networks.arch import Arch
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.classifier import Classifier
@@ -118,11 +126,14 @@ def test_what_few_images_do_not_part_more_labels_may(tmp_path, monkeypatch, unus
     def fitted(*given):
         return Fit(given[1], None, None if given[-1] is None else right(*given))
 
+    def again(checkpoint, one, *given):
+        return replace(one, right=right(checkpoint, one.arch, *given), surprise=0.5)
+
     checkpoint = settled(residual(), images[:64], tmp_path / "m.safetensors")
     candidates = tuple(replace(checkpoint.arch, name=name, unusual=name in unusual) for name in shares)
     checkpoint = replace(checkpoint, candidates=candidates)
     monkeypatch.setattr("bdclean.networks.ambiguity.variant.fit", fitted)
-    monkeypatch.setattr("bdclean.networks.ambiguity.variant.right_on", right)
+    monkeypatch.setattr("bdclean.networks.ambiguity.variant.again", again)
     reading = read_off(checkpoint, HALF, images, torch.zeros(3000), False)
     assert (reading.arch.name, reading.doubt) == ("right", None)
     assert looked_at[:3] == [(name, 256) for name in shares]
@@ -131,6 +142,31 @@ def test_what_few_images_do_not_part_more_labels_may(tmp_path, monkeypatch, unus
     looked_at.clear()
     assert unusual or "labeled images might" in read_off(checkpoint, HALF, images, None, False).doubt
     assert looked_at == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "surprise", "taken"),
+    [(400, 0.4, True), (400, 0.7, True), (100, 0.4, False), (400, 2.0, False)],
+)
+def test_readings_that_many_labels_find_alike_are_taken_by_what_they_find_likelier(labels, surprise, taken):
+    """A last pool of a VGG: the file does not show it, and a network without it gives much the same answers."""
+    right = torch.arange(labels) % 10 < 6
+
+    def of(name, surprise):
+        return Fit(Arch(name, nn.Identity, (3, 32, 32), 3, "fc", (), ()), 0.01, right, surprise)
+
+    left = [of("plain", 0.6 if taken else 3.0), of("pooled", surprise)]
+    doubtful = most_fitting(left, True)
+    assert "plain and pooled fit these tensors alike" in doubtful.doubt
+    decided = likelier(left, doubtful)
+    if not taken:  # few labels, or such as the network does not know
+        assert decided == doubtful
+        return
+    first, other = ("pooled", "plain") if surprise < 0.6 else ("plain", "pooled")
+    assert (decided.arch.name, decided.doubt, decided.rivals) == (first, None, ())
+    assert f"{first} is taken, which finds 400 labels likeliest and is right on 60.0 %" in decided.warning
+    assert f"{other} (--arch) would be on 60.0 %" in decided.warning
+    assert [one["name"] for one in decided.others] == [other]
 
 
 @pytest.mark.slow

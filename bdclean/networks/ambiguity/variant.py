@@ -1,10 +1,11 @@
 """How a file is read where several networks have its tensors: shapes show no stride, activation or size.
 
 A wrong stride, shortcut, pooling or activation shifts what reaches the layers behind it. So candidates are compared by
-the statistics that batch norm kept from training, and, with labels, by accuracy. Where neither tells, nothing is
-guessed: candidates that people really use side by side (peers) must be clearly apart, while variants that nobody names
-(`Arch.unusual`: another activation, no pool behind the stem) speak up only where they fit clearly better, and are only
-believed on images of the training kind.
+the statistics that batch norm kept from training, and, with labels, by accuracy. Where many labels find two as right as
+one another, the one that finds them likelier is taken, and said. Where nothing tells, nothing is guessed: candidates
+that people really use side by side (peers) must be clearly apart, while variants that nobody names (`Arch.unusual`:
+another activation, no pool behind the stem) speak up only where they fit clearly better, and are only believed on
+images of the training kind.
 
 The rule was set on small networks of each kind trained on road signs, and given images that they were not
 trained on, with and without labels, and CIFAR-10's: `python -m bdclean.bench readings` counts right, refused and wrong.
@@ -13,12 +14,14 @@ trained on, with and without labels, and CIFAR-10's: `python -m bdclean.bench re
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bdclean.networks.ambiguity.choosing import Choice
 from bdclean.networks.ambiguity.statistics import clearly_more, layer_distance
@@ -39,6 +42,8 @@ GOOD = 0.05
 SMALL = 64
 # Labeled images that candidates which the first ones do not part are held against: 2,048 of 32 x 32.
 MORE_IMAGES, MORE_PIXELS = 128, 1 << 21
+# So many labeled images that leave two candidates as right as one another say that it hardly matters which it is.
+MANY_LABELS = 200
 # Other candidates in a record.
 SHOWN = 4
 
@@ -48,12 +53,14 @@ class Fit:
     """How `arch` suits its own weights on real images.
 
     `distance`: >= 0, mean over batch norm layers of `layer_distance`, 0 where all statistics are as in training; None
-    without such layers. `right`: which images it labels correctly [n]; None without labels.
+    without such layers. `right`: which images it labels correctly [n], `surprise`: the labels' mean cross-entropy, in
+    nats; None without labels.
     """
 
     arch: Arch
     distance: float | None
     right: Tensor | None
+    surprise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,10 +94,16 @@ def fit(checkpoint: Checkpoint, arch: Arch, choice: Choice, images: Tensor, labe
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             module.register_forward_pre_hook(hook)
     with torch.inference_mode():
-        answers = model(images).argmax(1)
-    return Fit(
-        arch, sum(found) / len(found) if found else None, None if labels is None else answers == labels
-    )
+        logits = model(images)
+    return told_by(Fit(arch, sum(found) / len(found) if found else None, None), logits, labels)
+
+
+def told_by(one: Fit, logits: Tensor, labels: Tensor | None) -> Fit:
+    """`one` with what `logits` [n k] say of `labels` [n]; encoders have none."""
+    if labels is None:
+        return one
+    surprise = float(F.cross_entropy(logits.float(), labels))
+    return replace(one, right=logits.argmax(1) == labels, surprise=surprise)
 
 
 def better(one: Fit, other: Fit) -> bool:
@@ -138,7 +151,7 @@ def read_off(
         with contextlib.suppress(RuntimeError, ValueError, AssertionError):
             tried.append(fit(checkpoint, arch, choice, few, few_labels))
     reading = most_fitting(tried, told)
-    if reading.rivals and labels is not None and len(images) > len(few):
+    if reading.rivals and labels is not None:
         reading = with_more(checkpoint, choice, sample(images, labels, more=True), tried, reading, told)
     names = {row.name for row in known.table()}
     if (
@@ -156,11 +169,11 @@ def read_off(
     return replace(reading, warning=unseen)
 
 
-def right_on(checkpoint: Checkpoint, arch: Arch, choice: Choice, images: Tensor, labels: Tensor) -> Tensor:
-    """Which of `images` `arch` labels correctly, bool [n]; a few at a time, so that many fit."""
-    model = Classifier(checkpoint.build("cpu", arch), choice.preprocess).eval()
+def again(checkpoint: Checkpoint, one: Fit, choice: Choice, images: Tensor, labels: Tensor) -> Fit:
+    """`one` by other labeled `images`; a few at a time, so that many fit."""
+    model = Classifier(checkpoint.build("cpu", one.arch), choice.preprocess).eval()
     with torch.inference_mode():
-        return torch.cat([model(part).argmax(1) for part in images.split(64)]) == labels
+        return told_by(one, torch.cat([model(part) for part in images.split(64)]), labels)
 
 
 def with_more(
@@ -174,15 +187,37 @@ def with_more(
     """`reading` of `tried` again, where those that it left are right on more labeled images or not."""
     images, labels = sampled
     assert labels is not None
-    left = []
-    for one in tried:
-        if one.arch in (reading.arch, *reading.rivals):
-            left.append(replace(one, right=right_on(checkpoint, one.arch, choice, images, labels)))
-    again = most_fitting(left, told)
-    first = next(one for one in tried if one.arch == again.arch)
+    left = [
+        again(checkpoint, one, choice, images, labels)
+        for one in tried
+        if one.arch in (reading.arch, *reading.rivals)
+    ]
+    decided = likelier(left, most_fitting(left, told))
+    first = next(one for one in tried if one.arch == decided.arch)
     rest = sorted((f for f in tried if f.arch not in [one.arch for one in left]), key=unlikeliness)
-    others = [*again.others, *({"name": f.arch.name, "reason": why(f, first)} for f in rest)]
-    return replace(again, others=others[:SHOWN])
+    others = [*decided.others, *({"name": f.arch.name, "reason": why(f, first)} for f in rest)]
+    return replace(decided, others=others[:SHOWN])
+
+
+def likelier(left: Sequence[Fit], reading: Reading) -> Reading:
+    """`reading` of `left` without its doubt, where MANY_LABELS find its candidates as right as one another."""
+    if not reading.rivals:
+        return reading
+    alike = [one for one in left if one.arch in (reading.arch, *reading.rivals)]
+    best = min(alike, key=lambda one: one.surprise or 0.0)
+    assert best.right is not None and best.surprise is not None
+    classes = best.arch.classes
+    if len(best.right) < MANY_LABELS or not 0 < best.surprise < math.log(classes):
+        return reading
+    others = [one for one in alike if one is not best]
+    rights = " and ".join(f"{100 * accuracy(one):.1f} %" for one in others)
+    warning = (
+        f"{best.arch.name} is taken, which finds {len(best.right):,} labels likeliest and is right on "
+        f"{100 * accuracy(best):.1f} % of them; {' and '.join(one.arch.name for one in others)} (--arch) would be on "
+        f"{rights}: nothing in the file parts them."
+    )
+    listed = [{"name": one.arch.name, "reason": why(one, best)} for one in others]
+    return replace(reading, arch=best.arch, others=listed, doubt=None, warning=warning, rivals=())
 
 
 def most_fitting(tried: Sequence[Fit], told: bool) -> Reading:
