@@ -81,14 +81,19 @@ class Trial:
     """How many normalisations are tried, of which the worst counts: what is tried is corrected for them, too."""
     encoded: Encoded | None = None
     """Of an encoder: its features, and the probes on them, of which `predict` is the first."""
-    steady: bool = True
-    """Whether most answers stay when pictures move a little: of a network that has hardly learnt its task they do not,
-    and small patches change them as well."""
+    staying: float = 1.0
+    """The share of its answers that stay when pictures move a little (see `staying_share`)."""
     answers: dict[Stamp, dict[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What is predicted under controls, by image: triggers of one mask and strength share theirs."""
 
+    @property
+    def steady(self) -> bool:
+        """Whether most answers stay when pictures move a little: of a network that has hardly learnt its task they do
+        not, and small patches change them as well."""
+        return self.staying >= LEAST_STEADY
 
-def steadiness(predict: Predict, images: Tensor, clean: Tensor) -> float:
+
+def staying_share(predict: Predict, images: Tensor, clean: Tensor) -> float:
     """The share of the answers `clean`, int64 [n], that stay when images uint8 [n c h w] move left and up, in [0, 1].
 
     By a sixteenth of their side, their far edges repeated.

@@ -31,7 +31,8 @@ MOST_LOST = 0.1
 """Of accuracy: beyond it an encoder is damaged, by a probe's, and up to it a classifier is not, whose answers moved:
 one that was right on 57 % of the images kept 80 % of its answers and was right on 56 %."""
 LEAST_AGREEMENT = 0.8
-"""Below this agreement with the suspect on clean images the output is damaged: whatever else, it is no good result."""
+"""Below this agreement with the suspect on clean images, of the share of answers that stay when its pictures move a
+little, the output is damaged: whatever else, it is no good result."""
 NAMED_CLASSES = 10
 """So many classes are named, of more the number is told."""
 
@@ -189,7 +190,11 @@ def damage(measures: Sequence[Measure], before: Trial, after: Trial) -> list[str
             "it; try more images or other settings."
         ]
     kept, change = values["agreement"], values.get("clean_accuracy_change")
-    if kept is None or kept >= LEAST_AGREEMENT or (change is not None and -change <= MOST_LOST):
+    if (
+        kept is None
+        or kept >= LEAST_AGREEMENT * before.staying
+        or (change is not None and -change <= MOST_LOST)
+    ):
         return []
     told = "" if before.labeled else ", or images with labels, which may tell that it is as accurate"
     return [

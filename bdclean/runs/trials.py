@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bdclean.data.imageset import ImageSet
-from bdclean.measuring.trial import LEAST_STEADY, Trial, make_predictor, steadiness
+from bdclean.measuring.trial import Trial, make_predictor, staying_share
 from bdclean.networks.ambiguity.choosing import Choice
 from bdclean.progress import Tell
 from bdclean.runs.encoders import again, open_encoder_trial
@@ -31,16 +31,16 @@ def open_trial(
     kept, doubts = keep_plausible_labels(images, suspect, predict)
     clean = predict(images.images)
     reference = clean if kept.labels is None else kept.labels
-    stay = steadiness(predict, images.images, clean)
     trial = Trial(
         predict, images.images, reference, clean, suspect.arch.classes, kept.labels is not None, kept.labels is None,
-        threshold, inputs.seed, tell, readings, steady=stay >= LEAST_STEADY,
+        threshold, inputs.seed, tell, readings,
+        staying=staying_share(predict, images.images, clean),
     )  # fmt: skip
     if not trial.steady:
         doubts = [
             *doubts,
-            f"The network changes {100 * (1 - stay):.0f} % of its answers when images move by a sixteenth of their "
-            "side, as one does that has hardly learnt its task: a trigger counts only from a higher rate on.",
+            f"The network changes {100 * (1 - trial.staying):.0f} % of its answers when images move by a sixteenth of "
+            "their side, as one does that has hardly learnt its task: a trigger counts only from a higher rate on.",
         ]
     return trial, [*doubts, *one_answer(clean)]
 

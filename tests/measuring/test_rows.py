@@ -207,14 +207,16 @@ def test_answers_that_go_where_pictures_move_are_not_steady():
         (left_half, 1.0),
         (last_bright_column, 0.75),
     ):  # half of the images, of one move of two
-        assert trial.steadiness(predict, images, predict(images)) == kept
+        assert trial.staying_share(predict, images, predict(images)) == kept
 
 
 @pytest.mark.parametrize(
     ("share", "steady", "outcome"), [(0.6, True, FAILS), (0.6, False, INCONCLUSIVE), (1.0, False, FAILS)]
 )
 def test_a_network_that_is_not_steady_must_obey_a_patch_wholly(share, steady, outcome):
-    watched = replace(bench(Network(to(1), share=share), n=2000, threshold=0.2), steady=steady)
+    watched = replace(
+        bench(Network(to(1), share=share), n=2000, threshold=0.2), staying=0.9 if steady else 0.5
+    )
     (row,) = assess(watched, [Patch()])
     assert row.outcome == outcome
     if outcome == INCONCLUSIVE:

@@ -1,5 +1,7 @@
 """When a written network counts as damaged."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,3 +34,12 @@ def test_answers_that_move_are_damage_unless_labels_say_that_they_are_as_good(la
     said = damage(measures, before, after)
     assert bool(said) is damaged
     assert all(("labels" in sentence) is not labeled for sentence in said)
+
+
+@pytest.mark.parametrize(("kept", "staying", "damaged"), [(79, 1.0, True), (79, 0.9, False), (71, 0.9, True)])
+def test_answers_that_a_small_move_changes_need_not_be_kept(kept, staying, damaged):
+    suspect = torch.zeros(100, dtype=torch.int64)
+    before = replace(trial(suspect, suspect, False, own=True), staying=staying)
+    after = trial(suspect, (torch.arange(100) >= kept).long(), False)
+    measures = [*clean_measures(after), *compare(before, after, [], [])]
+    assert bool(damage(measures, before, after)) is damaged
