@@ -27,6 +27,7 @@ class Shared:
 
 
 Source = Generator | Shared
+FILTER_WIDTH = 16
 Corruption = Callable[[Tensor, Source], Tensor]
 
 
@@ -227,6 +228,25 @@ def blur(images: Tensor, source: Source) -> Tensor:
     smooth = F.conv2d(padded, kernel, groups=n * c).view_as(images)
     sharpen = uniform((n, 1, 1, 1), 0, 1, images, source) < 0.3
     return torch.where(sharpen, images + (images - smooth), smooth).clamp(0, 1)
+
+
+def filtered(images: Tensor, source: Source) -> Tensor:
+    """Colours shifted by up to 64 grey levels as a random network of two layers sees fit (filters that are learnt).
+
+    Of no family: encoders' students see it, classifiers' do not.
+    """
+    n, c, h, w = images.shape
+    weights = drawn(torch.randn, (n, FILTER_WIDTH, c, 3, 3), images, source) * (4 / math.sqrt(9 * c))
+    biases = drawn(torch.randn, (n, FILTER_WIDTH), images, source) / 2
+    padded = F.pad(images - 0.5, (1, 1, 1, 1), mode="replicate").reshape(1, n * c, h + 2, w + 2)
+    seen = F.relu(F.conv2d(padded, weights.flatten(0, 1), biases.flatten(), groups=n)).view(
+        n, FILTER_WIDTH, -1
+    )
+    shift = drawn(torch.randn, (n, c, FILTER_WIDTH), images, source) / math.sqrt(FILTER_WIDTH) @ seen
+    shift = shift + drawn(torch.randn, (n, c, 1), images, source) / 2
+    shift = shift / shift.abs().mean((1, 2), keepdim=True).clamp_min(1e-3)
+    bent = torch.tanh(uniform((n, 1, 1), 0, 1.5, images, source) * shift).view_as(images)
+    return (images + uniform((n, 1, 1, 1), 0, 64 / 255, images, source) * bent).clamp(0, 1)
 
 
 OF_FAMILY: dict[str, Corruption] = {

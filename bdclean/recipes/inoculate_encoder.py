@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bdclean.data.corruptions import filtered
 from bdclean.data.imageset import ImageSet
 from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
@@ -73,6 +74,7 @@ class InoculateEncoder:
     peak: float = 0.004  # of Adam's rate, one cycle
     answers: int = 16  # views of an image that the suspect's features are averaged over
     length: float = 0.1  # of the squared difference of log lengths
+    filters: float = 0.5  # share of the student's views whose colours a random network shifts
     weight_decay: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -80,8 +82,8 @@ class InoculateEncoder:
             raise UsageError(
                 "inoculate: epochs and peak are positive, batch_size at least 2, answers at least 1."
             )
-        if self.length < 0:
-            raise UsageError("inoculate: no weight is negative.")
+        if self.length < 0 or not 0 <= self.filters <= 1:
+            raise UsageError("inoculate: no weight is negative, and filters are a share in [0, 1].")
 
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
@@ -98,6 +100,8 @@ class InoculateEncoder:
 
         def step(batch: Batch) -> tuple[Tensor, Measures]:
             seen = torch.cat([views(batch.images, batch.generator) for _ in range(SEEN)])
+            chosen = torch.rand(len(seen), generator=batch.generator, device=seen.device) < self.filters
+            seen = torch.where(chosen.view(-1, 1, 1, 1), filtered(seen, batch.generator), seen)
             features = run.forward(student, seen).float()
             wanted, long = (of[batch.chosen].repeat(SEEN, *[1] * (of.ndim - 1)) for of in (answers, lengths))
             likeness = F.cosine_similarity(F.normalize(features, dim=1) - centre, wanted, dim=1).mean()

@@ -5,7 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from bdclean import registry
-from bdclean.data.corruptions import OF_FAMILY, Shared, corrupt, rectangles, uniform
+from bdclean.data.corruptions import OF_FAMILY, Shared, corrupt, filtered, rectangles, uniform
+
+ALL = {**OF_FAMILY, "filter": filtered}
 
 
 def photos(n=48, side=32):
@@ -20,43 +22,43 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("name", OF_FAMILY)
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("side", [32, 48])
 def test_contract(name, side):
     images = photos(side=side)
     kept = images.clone()
-    out = OF_FAMILY[name](images, seeded())
+    out = ALL[name](images, seeded())
     assert out.shape == images.shape and out.dtype == images.dtype
     assert 0 <= out.min() and out.max() <= 1
     assert torch.equal(images, kept)
-    assert torch.equal(out, OF_FAMILY[name](images, seeded()))
-    assert not torch.equal(out, OF_FAMILY[name](images, seeded(1)))
+    assert torch.equal(out, ALL[name](images, seeded()))
+    assert not torch.equal(out, ALL[name](images, seeded(1)))
     changed = (out - images).abs().flatten(1).mean(1)
     assert bool((changed > 0).all())  # every image changes
     assert changed.mean() < 0.2 and changed.max() < 0.4  # and remains the same picture
 
 
-@pytest.mark.parametrize("name", OF_FAMILY)
+@pytest.mark.parametrize("name", ALL)
 def test_white_black_and_single_images_stay_in_range(name):
     for value in (0.0, 1.0):
-        out = OF_FAMILY[name](torch.full((1, 3, 32, 32), value), seeded())
+        out = ALL[name](torch.full((1, 3, 32, 32), value), seeded())
         assert 0 <= out.min() and out.max() <= 1 and bool(torch.isfinite(out).all())
 
 
-@pytest.mark.parametrize("name", ["patch", "wave", "tone", "noise"])
+@pytest.mark.parametrize("name", ["patch", "wave", "tone", "noise", "filter"])
 def test_each_image_gets_its_own_draw(name):
-    out = OF_FAMILY[name](photos(1).expand(8, 3, 32, 32), seeded())
+    out = ALL[name](photos(1).expand(8, 3, 32, 32), seeded())
     assert len({tuple(image.flatten().tolist()) for image in out}) == 8
 
 
-@pytest.mark.parametrize("name", OF_FAMILY)
+@pytest.mark.parametrize("name", ALL)
 def test_a_shared_draw_is_the_same_for_all_images_and_for_any_number_of_them(name):
     same = photos(1).expand(8, 3, 32, 32)
-    out = OF_FAMILY[name](same, Shared(seeded()))
+    out = ALL[name](same, Shared(seeded()))
     assert torch.allclose(out, out[:1].expand_as(out), atol=1e-6) and not torch.equal(out, same)
     images = photos(8)
-    many = OF_FAMILY[name](images, Shared(seeded(4)))
-    assert torch.allclose(many[:3], OF_FAMILY[name](images[:3], Shared(seeded(4))), atol=1e-6)
+    many = ALL[name](images, Shared(seeded(4)))
+    assert torch.allclose(many[:3], ALL[name](images[:3], Shared(seeded(4))), atol=1e-6)
 
 
 def test_a_patch_changes_few_pixels_and_the_rest_not_at_all():
@@ -120,3 +122,11 @@ def test_corrupt_uses_each_family_and_only_those_named():
 
 def test_the_registry_names_the_same_families():
     assert tuple(OF_FAMILY) == registry.FAMILIES
+
+
+def test_a_filter_shifts_colours_where_it_sees_fit_and_by_up_to_64_grey_levels():
+    images = photos(64)
+    change = (filtered(images, seeded()) - images).abs()
+    assert 30 / 255 < change.max() <= 64.5 / 255
+    one = (filtered(images[:1], seeded()) - images[:1]).flatten(2).std(2)
+    assert (one > 0.5 / 255).any()  # not one shift for all pixels
