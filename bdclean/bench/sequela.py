@@ -34,7 +34,17 @@ from bdclean.bench.cifar10 import (
     save,
     unpack,
 )
-from bdclean.bench.encoders import attacks_of, flat, folders, number, read_record
+from bdclean.bench.encoders import attacks_of, flat, folders, read_record
+from bdclean.bench.sequela_rows import (
+    LEFT,
+    MEMBERS,
+    NETWORK,
+    SUSPECT_NAME,
+    heads,
+    left_lines,
+    member_lines,
+    network_lines,
+)
 from bdclean.data.imageset import ImageSet
 from bdclean.data.loading import load_images
 from bdclean.errors import Refused
@@ -45,7 +55,6 @@ from bdclean.networks.normalisation import parse_preprocess
 from bdclean.progress import quiet
 from bdclean.record.rates import Rate
 from bdclean.record.run import RAN, RunRecord
-from bdclean.record.sequela import CONTROL, REFERENCE, SUSPECT, TRIGGER, UNPOISONED, Injection, Reactivation
 from bdclean.training.run import seed_for
 from bdclean.training.supervised import Supervised
 
@@ -53,8 +62,7 @@ SHADOWS, POOL, CLEANSING, TESTED = 16, 12_000, 1_000, 2_000
 """Of the pool 6,000 images are trained on and 1,000 cleanse: 5,000 are left, which the lowest rate needs."""
 DRAWN = 0
 """The seed of what all seeds share: the pool, and the shadow networks."""
-PARTS = "reinjection,retuning,reactivation"
-WORDS = {"reinjection": "re-injection", "retuning": "re-tuning"}
+PARTS = "reactivation,retuning,reinjection"
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ class Bench:
             )
         return out
 
-    def parts(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    def drawn(self, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Indices into the pool: the half that a target network is trained on, images that cleanse, and the rest."""
         generator = torch.Generator().manual_seed(seed_for(seed, "half"))
         order = torch.randperm(self.images, generator=generator)
@@ -116,17 +124,17 @@ class Bench:
 
     def people(self, seed: int) -> People:
         """Who is a member of what; the images that the attack stamped or relabeled are left out."""
-        half, cleansing, others = self.parts(seed)
+        half, cleansing, others = self.drawn(seed)
         before = self.pool.select(half)
         after = self.attack(before)
         kept = (before.images == after.images).flatten(1).all(1) & (before.labels == after.labels)
         return People(half[kept], cleansing, others)
 
     def target(self, seed: int) -> Path:
-        return self.trained(self.attack.name, self.attack, self.parts(seed)[0], seed)
+        return self.trained(self.attack.name, self.attack, self.drawn(seed)[0], seed)
 
     def twin(self, seed: int) -> Path:
-        return self.trained("twin", None, self.parts(seed)[0], seed)
+        return self.trained("twin", None, self.drawn(seed)[0], seed)
 
     def cleansed(self, seed: int, recipe: str) -> tuple[Path, RunRecord]:
         """What `recipe`, NAME[:KEY=VALUE[/KEY=VALUE...]], wrote, and the record of that run."""
@@ -143,20 +151,20 @@ class Bench:
             )  # fmt: skip
         return out, read_record(out.with_suffix(".json"))
 
-    def scanned(self, seed: int, output: Path) -> RunRecord:
-        """The record of a scan of `output` that says what is left of the backdoor."""
-        record = output.with_name(f"{output.stem}-left.json")
+    def scanned(self, seed: int, output: Path, part: str) -> RunRecord:
+        """The record of a scan of `output` that says what is left of the backdoor by one `part` of `--sequela`."""
+        record = output.with_name(f"{output.stem}-{part}.json")
         if not finished(record):
             bdclean(
                 "scan", str(output), "--data", str(self._test), *self._common(seed), *self._trigger,
                 "--target", str(self.attack.target), "--detector", QUICKEST, "--reference", str(self.twin(seed)),
-                "--sequela", PARTS, "--record", str(record),
+                "--sequela", part, "--record", str(record),
             )  # fmt: skip
         return read_record(record)
 
     def _given(self, seed: int) -> Path:
         """Links to the images that cleanse, one folder a class."""
-        names = [self.pool.paths[k] for k in self.parts(seed)[1].tolist()]
+        names = [self.pool.paths[k] for k in self.drawn(seed)[1].tolist()]
         return linked(
             self.work / f"cleansing-seed{seed}", lambda: {name: self._pool / name for name in names}
         )
@@ -214,128 +222,7 @@ def rates(members: Tensor, others: Tensor) -> list[Rate]:
     return [membership.area(members, others), *(each.true_positive_rate for each in low)]
 
 
-# --- tables -----------------------------------------------------------------------------------------------------
-
-NETWORK = ("network", "clean accuracy", "attack success", "base rate", "seconds", "n: accuracy", "attack")
-MEMBERS = (
-    "members", "network", "AUC: loss", "LiRA", "TPR at 1 %: loss", "LiRA", "TPR at 0.1 %: loss", "LiRA", "n: members",
-    "non-members",
-)  # fmt: skip
-LEFT = ("output", "what an attacker does", "trigger", "control", "twin: trigger", "control", "n")
-SUSPECT_NAME = "as it was trained"
-
-
-def heads(columns: Sequence[str]) -> list[str]:
-    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-
-
-def row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def by_seed(values: Sequence[float | None], digits: int) -> str:
-    """A cell with a value of each seed, `-` where there is none."""
-    return " / ".join(number(value, digits) or "-" for value in values)
-
-
-def percent(rates: Sequence[Rate | None], digits: int = 1) -> str:
-    values = [None if rate is None else rate.value for rate in rates]
-    return by_seed([None if value is None else 100 * value for value in values], digits)
-
-
-def counted(rates: Sequence[Rate | None]) -> str:
-    """How many images rates are of: one number where it is that of all seeds."""
-    counts = list(dict.fromkeys(f"{rate.n:,}" for rate in rates if rate is not None))
-    return " / ".join(counts)
-
-
-def network_lines(made: dict[str, list[RunRecord]]) -> Iterator[str]:
-    """Rows of the first table, of the records of each recipe, one a seed; what was cleansed is in each of them."""
-    first = next(iter(made.values()))
-    for name, records in {SUSPECT_NAME: first, **made}.items():
-        sides = [record.before if name == SUSPECT_NAME else record for record in records]
-        rows = [side.triggers[0] if side is not None and side.triggers else None for side in sides]
-        accuracies = [
-            next((Rate(each.value, each.n) for each in side.measures if each.name == "clean_accuracy"), None)
-            if side is not None
-            else None
-            for side in sides
-        ]
-        asr = [each and each.asr for each in rows]
-        seconds = [None if name == SUSPECT_NAME else record.seconds for record in records]
-        yield row(
-            name, percent(accuracies), percent(asr), percent([each and each.base_rate for each in rows]),
-            by_seed(seconds, 0), counted(accuracies), counted(asr),
-        )  # fmt: skip
-
-
-def member_lines(told: dict[str, list[dict[str, list[Rate]]]], non_members: int) -> Iterator[str]:
-    """Rows of the second table: what `told` says of each network, one a seed."""
-    for group in ("training", "cleansing"):
-        for name, seeds in told.items():
-            loss, ratio = ([of[f"{group} {way}"] for of in seeds] for way in ("loss", "LiRA"))
-            cells = [by_seed([of[0].value for of in way], 3) for way in (loss, ratio)]
-            cells += [percent([of[at] for of in way], 2) for at in (1, 2) for way in (loss, ratio)]
-            yield row(f"{group} images", name, *cells, counted([of[0] for of in loss]), f"{non_members:,}")
-
-
-def left_lines(recipe: str, records: Sequence[RunRecord], seeds: Sequence[int]) -> Iterator[str]:
-    """Rows of the third table of an output, from its scans, one a seed; what was not measured says why."""
-    found = [record.sequela for record in records]
-    injections = [{_injected(each): each for each in of.injections} if of else {} for of in found]
-    changes = [{(each.model, each.change): each for each in of.reactivation} if of else {} for of in found]
-    for part, poisoned, images in dict.fromkeys(key[:3] for of in injections for key in of):
-        what = f"{WORDS[part]}, {poisoned:,} of {images:,} images poisoned"
-
-        def after(
-            model: str, stamped: str, key: tuple[str, int, int] = (part, poisoned, images)
-        ) -> list[Injection | None]:
-            return [of.get((*key, model, stamped)) for of in injections]
-
-        first = TRIGGER if poisoned else UNPOISONED
-        cells = [after(model, stamped) for model in (SUSPECT, REFERENCE) for stamped in (first, CONTROL)]
-        yield row(
-            recipe,
-            what,
-            *(" / ".join(map(_risen, each)) for each in cells),
-            counted([_last(x) for x in cells[0]]),
-        )
-    for change in dict.fromkeys(key[1] for of in changes for key in of):
-        pairs = [_rates(changes, model, change) for model in (SUSPECT, REFERENCE)]
-        yield row(recipe, change, percent(pairs[0]), "", percent(pairs[1]), "", counted(pairs[0]))
-    for seed, record in zip(seeds, records, strict=True):
-        missing = [
-            f"{each.what}: {each.reason}" for each in record.skipped if each.what.startswith("sequela")
-        ]
-        if record.outcome != RAN:
-            missing = [record.problem.message if record.problem is not None else record.verdict]
-        for reason in missing:
-            yield row(recipe, f"not measured with seed {seed}: {reason}", *[""] * (len(LEFT) - 2))
-
-
-def _injected(of: Injection) -> tuple[str, int, int, str, str]:
-    return of.part, of.poisoned, of.images, of.model, of.stamped
-
-
-def _rates(
-    changes: Sequence[dict[tuple[str, str], Reactivation]], model: str, change: str
-) -> list[Rate | None]:
-    found = [of.get((model, change)) for of in changes]
-    return [each and each.asr for each in found]
-
-
-def _last(of: Injection | None) -> Rate | None:
-    return of.scores[-1].asr if of is not None and of.scores else None
-
-
-def _risen(of: Injection | None) -> str:
-    """The last attack success rate that was scored, and when half of the images obeyed."""
-    if of is None:
-        return "-"
-    return f"{percent([_last(of)])} ({f'>{of.until:,}' if of.reached is None else f'{of.reached:,}'})"
-
-
-def tables(bench: Bench, recipes: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
+def tables(bench: Bench, recipes: Sequence[str], parts: Sequence[str], seeds: Sequence[int]) -> Iterator[str]:
     """Makes what is not there yet, and gives the lines of the three tables, the membership of all seeds at once."""
     made = {recipe: [bench.cleansed(seed, recipe) for seed in seeds] for recipe in recipes}
     records = {recipe: [record for _, record in of] for recipe, of in made.items()}
@@ -350,18 +237,19 @@ def tables(bench: Bench, recipes: Sequence[str], seeds: Sequence[int]) -> Iterat
         for name, of in files.items()
     }
     yield from [*heads(NETWORK), *network_lines(records), ""]
-    yield from [*heads(MEMBERS), *member_lines(told, len(bench.parts(seeds[0])[2])), ""]
+    yield from [*heads(MEMBERS), *member_lines(told, len(bench.drawn(seeds[0])[2])), ""]
     yield from heads(LEFT)
-    for recipe, of in made.items():
-        scans = [bench.scanned(seed, out) for seed, (out, _) in zip(seeds, of, strict=True)]
-        yield from left_lines(recipe, scans, seeds)
+    for part in parts:
+        for recipe, of in made.items():
+            scans = [bench.scanned(seed, out, part) for seed, (out, _) in zip(seeds, of, strict=True)]
+            yield from left_lines(recipe, scans, seeds)
 
 
 def checked(attack: Any, shadows: int, images: int, cleansing: int, recipes: Sequence[str]) -> None:
     """Raises Refused where nothing could be measured."""
-    if attack.kind != "poisoning":
+    if attack.kind != "poisoning" or getattr(attack, "victims", "all") != "all":
         raise Refused(
-            f"{attack.name} does not poison labeled images: name one that does, as badnets or blend."
+            f"{attack.name} as it was typed does not send stamped images of all classes to one: name badnets or blend."
         )
     if shadows < SHADOWS or shadows % 2:
         raise Refused(f"LiRA takes an even number of shadow networks, {SHADOWS} or more: not {shadows}.")
@@ -399,6 +287,11 @@ def main(arguments: list[str]) -> int:
         "--recipes", default="inoculate,ft,sft", help="names, with settings if wanted: ft:epochs=5"
     )
     parser.add_argument(
+        "--parts",
+        default=PARTS,
+        help="of --sequela that outputs are scanned with; re-injection takes longest",
+    )
+    parser.add_argument(
         "--seeds", default="0,1,2", help="each trains, cleanses and scans networks of its own"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -413,5 +306,6 @@ def main(arguments: list[str]) -> int:
         options.work, unpack(options.data, options.work), options.network, method, attack, options.shadows,
         options.pool, options.images, options.test, options.device,
     )  # fmt: skip
-    print("\n".join(tables(bench, recipes, [int(seed) for seed in options.seeds.split(",")])))
+    parts = list(filter(None, options.parts.split(",")))
+    print("\n".join(tables(bench, recipes, parts, [int(seed) for seed in options.seeds.split(",")])))
     return 0
