@@ -55,10 +55,10 @@ def network_lines(made: dict[str, list[RunRecord]]) -> Iterator[str]:
             else None
             for side in sides
         ]
-        asr = [each and each.asr for each in rows]
+        asr = [each.asr if each else None for each in rows]
         seconds = [None if name == SUSPECT_NAME else record.seconds for record in records]
         yield row(
-            name, percent(accuracies), percent(asr), percent([each and each.base_rate for each in rows]),
+            name, percent(accuracies), percent(asr), percent([each.base_rate if each else None for each in rows]),
             by_seed(seconds, 0), counted(accuracies), counted(asr),
         )  # fmt: skip
 
@@ -115,7 +115,7 @@ def _rates(
     changes: Sequence[dict[tuple[str, str], Reactivation]], model: str, change: str
 ) -> list[Rate | None]:
     found = [of.get((model, change)) for of in changes]
-    return [each and each.asr for each in found]
+    return [each.asr if each else None for each in found]
 
 
 def _last(of: Injection | None) -> Rate | None:
