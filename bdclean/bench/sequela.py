@@ -277,6 +277,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--epochs", type=float, default=8, help="of training every network")
     parser.add_argument(
+        "--batch-size", type=int, default=128, help="of that: small ones make many steps of few images"
+    )
+    parser.add_argument(
         "--attack", default="badnets:size=4/pattern=white", help="one that poisons labels, with settings"
     )
     parser.add_argument("--shadows", type=int, default=SHADOWS, help=f"an even number, {SHADOWS} or more")
@@ -300,7 +303,9 @@ def main(arguments: list[str]) -> int:
     recipes = list(filter(None, options.recipes.split(",")))
     checked(attack, options.shadows, options.pool, options.images, recipes)
     padding, mirrored = (0, False) if options.no_augmentation else (4, not options.no_mirroring)
-    method = Supervised(options.epochs, padding=padding, mirrored=mirrored)
+    usual = Supervised()
+    peak = usual.peak * options.batch_size / usual.batch_size
+    method = Supervised(options.epochs, options.batch_size, peak, padding=padding, mirrored=mirrored)
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(
         options.work, unpack(options.data, options.work), options.network, method, attack, options.shadows,
