@@ -16,6 +16,7 @@ from bdclean.bench import (
     readings,
     recipes,
     rule,
+    sequela,
     small_networks,
     tables,
 )
@@ -33,6 +34,7 @@ DRIVERS = {
     "readings": readings.main,
     "recipes": recipes.main,
     "rule": rule.main,
+    "sequela": sequela.main,
     "speed": speed.main,
 }
 

@@ -77,7 +77,7 @@ def train(
     victim: Victim,
     training: ImageSet,
     build: Callable[[], nn.Module],
-    epochs: float,
+    method: Supervised,
     seed: int,
     device: str,
     out: Path,
@@ -99,7 +99,7 @@ def train(
             )
 
     run = Run(torch.device(device), Precision(bf16=True, channels_last=True), seed, tell)
-    Supervised(epochs=epochs)(model, images, run, stage=f"train {victim.name}")
+    method(model, images, run, stage=f"train {victim.name}")
     save(network.state_dict(), "cifar10", out)
 
 
@@ -197,7 +197,8 @@ def main(arguments: list[str]) -> int:
         file = work / f"{options.network}-{victim.name}.safetensors"
         if not file.exists():
             training = training or load_images(data / "train", (32, 32), labeled=True, tell=quiet)
-            train(victim, training, build, options.epochs, options.seed, options.device, file)
+            method = Supervised(options.epochs)
+            train(victim, training, build, method, options.seed, options.device, file)
     if options.train_only:
         return 0
     unlabeled = share(data / "train", work / "unlabeled", options.images, options.seed)

@@ -120,6 +120,23 @@ ABOUT = {
         "images of each scan, in the last column",
         "that of each record",
     ),
+    "sequela": About(
+        "What a cleansing leaves behind",
+        "A network is trained with a backdoor on one half of a pool of images, and cleansed by each recipe from a "
+        "few of the other half. **Membership**: how well its margins tell what it was trained on (unpoisoned "
+        "images of its half), and what it was cleansed with, from the rest of the other half: by a threshold on "
+        "the loss, and by LiRA (2112.03570) with shadow networks without a backdoor, each trained on a random "
+        "half of the pool and not cleansed. AUC: 0.5 is chance; TPR: the share of members that is told, in "
+        "percent, where 1 or 0.1 % of non-members are taken for one, `-` with under 1,000 or 5,000 non-members. "
+        "**Of each output**, by `scan` of test images, beside a twin trained on the same half without a backdoor: "
+        "attack success in percent once an attacker tuned on so many images (in brackets: the first step scored "
+        "at which half of the images obey), with the old trigger, and with a control, which has its place and "
+        "strength and other content; then of a changed trigger, on networks as they are. Values of the seeds are "
+        "parted by strokes.",
+        "in the tables",
+        "those of `--seeds`, 0,1,2 by default; of pool and shadow networks 0",
+        accelerated=True,
+    ),
     "speed": About(
         "How fast it is",
         "Ratios measured side by side, so that a busy machine hurts both sides alike: median, lowest and highest.",
