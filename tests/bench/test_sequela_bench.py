@@ -244,12 +244,11 @@ def test_a_pool_that_is_larger_than_what_is_there_is_refused(pictures, tmp_path)
 def test_the_command_line_is_run_for_real(pictures, tmp_path, capfd):
     """A re-tuning takes 50 images, of which a third of 120 are held out."""
     arguments = [
-        "--data", str(pictures), "--work", str(tmp_path / "work"), "--epochs", "4", "--pool", "64", "--images", "12",
-        "--test", "120", "--attack", ATTACK, "--recipes", "clp", "--seeds", "0", "--device", "cpu",
+        "--data", str(pictures), "--work", str(tmp_path / "work"), "--epochs", "40", "--batch-size", "16",
+        "--pool", "64", "--images", "24", "--test", "120", "--attack", ATTACK, "--recipes", "clp",
+        "--parts", "retuning", "--seeds", "0", "--device", "cpu",
     ]  # fmt: skip
     assert sequela.main(arguments) == 0
     networks, members, back = capfd.readouterr().out.strip().split("\n\n")
     assert len(networks.splitlines()) == 4 and len(members.splitlines()) == 6
-    assert "re-injection, 10 of 80 images poisoned" in back and "re-tuning, 5 of 50 images poisoned" in back
-    assert "optimised within 8/255 on top of the trigger" in back
-    assert "not measured with seed 0: sequela reinjection: with 50 and 100 and 500" in back
+    assert "re-tuning, 5 of 50 images poisoned" in back
