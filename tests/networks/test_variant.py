@@ -144,6 +144,22 @@ def test_what_few_images_do_not_part_more_labels_may(tmp_path, monkeypatch, unus
     assert looked_at == []
 
 
+@pytest.mark.parametrize(("surprise", "taken"), [(1.4, "u+x"), (1.7, "u")])
+def test_statistics_do_not_outweigh_labels_that_the_usual_reading_finds_likelier(surprise, taken):
+    """What a repair wrote was read with another activation: its statistics were off by 0.09, the other's by 0.05."""
+
+    def of(name, distance, surprise):
+        arch = Arch(name, nn.Identity, (3, 32, 32), 10, "fc", (), (), unusual=name != "u")
+        return Fit(arch, distance, torch.arange(300) % 10 < 4, surprise)
+
+    tried = [of("u", 0.09, 1.6), of("u+x", 0.049, surprise)]
+    found = most_fitting(tried, True)
+    assert (found.doubt is None) is (taken == "u+x")
+    decided = likelier(tried, found)
+    assert (decided.arch.name, decided.doubt) == (taken, None)
+    assert (decided.warning is None) is (taken == "u+x")
+
+
 @pytest.mark.parametrize(
     ("labels", "surprise", "taken"),
     [(400, 0.4, True), (400, 0.7, True), (100, 0.4, False), (400, 2.0, False)],

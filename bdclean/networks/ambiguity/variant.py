@@ -118,6 +118,11 @@ def more_accurate(one: Fit, other: Fit) -> bool:
     return one.right is not None and other.right is not None and clearly_more(one.right, other.right)
 
 
+def more_surprised(one: Fit, other: Fit) -> bool:
+    """Whether `one` finds the labels less likely than `other` does."""
+    return one.surprise is not None and other.surprise is not None and one.surprise > other.surprise
+
+
 def sample(images: Tensor, labels: Tensor | None, more: bool = False) -> tuple[Tensor, Tensor | None]:
     """A seeded draw: 256 images, 16 of large ones (a folder is read class by class, so the first would be of one).
 
@@ -214,7 +219,7 @@ def likelier(left: Sequence[Fit], reading: Reading) -> Reading:
     warning = (
         f"{best.arch.name} is taken, which finds {len(best.right):,} labels likeliest and is right on "
         f"{100 * accuracy(best):.1f} % of them; {' and '.join(one.arch.name for one in others)} (--arch) would be on "
-        f"{rights}: nothing in the file parts them."
+        f"{rights}."
     )
     listed = [{"name": one.arch.name, "reason": why(one, best)} for one in others]
     return replace(reading, arch=best.arch, others=listed, doubt=None, warning=warning, rivals=())
@@ -227,7 +232,10 @@ def most_fitting(tried: Sequence[Fit], told: bool) -> Reading:
     unbeaten = [p for p in peers if not any(better(o, p) for o in peers)] or peers
     usual = best = min(unbeaten, key=unlikeliness)
     against = [f for f in tried if f not in peers and better(f, usual)]
-    if against:
+    # A repair moves statistics, too, and labels are what a reading is for.
+    if against and all(more_surprised(f, usual) for f in against):
+        rivals = [*against, *(f for f in peers if f is not best and not better(best, f))]
+    elif against:
         best = min(against, key=unlikeliness)
         rivals = [f for f in tried if f is not best and not better(best, f)]
         # Images of another kind shift all statistics, and can favour a candidate that is wrong.
