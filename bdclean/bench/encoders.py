@@ -204,9 +204,10 @@ class Bench:
         trigger = attack.trigger.spec().replace(f"{self.work}/", "")
         record = self.work / f"{file.stem}-by-{cell(trigger)}.json"
         if not finished(record):
+            beside = (*self._probing, "--reference", str(self.file("clean"))) if encoder else ()
             bdclean(
                 "scan", str(file), *self._common(attack), "--data", str(self._test), "--target", str(attack.target),
-                *(("--reference", str(self.file("clean"))) if encoder else ()), "--record", str(record),
+                *beside, "--record", str(record),
             )  # fmt: skip
         return read_record(record)
 
@@ -219,9 +220,9 @@ class Bench:
             given = folders(self.images.folder, self.work, "train", self.unlabeled, self.seed)
             data = given if method in ADAPTING else flat(given)
             bdclean(
-                "cleanse", str(self.file(name)), *self._common(attack), "--data", str(data), "--test", str(self._test),
-                *recipe_flags(recipe), *(("--head", "new") if method in ADAPTING else ()),
-                "--out", str(out), "--resume",
+                "cleanse", str(self.file(name)), *self._common(attack), *self._probing,
+                "--data", str(data), "--test", str(self._test), *recipe_flags(recipe),
+                *(("--head", "new") if method in ADAPTING else ()), "--out", str(out), "--resume",
             )  # fmt: skip
         return out, read_record(out.with_suffix(".json"))
 
@@ -239,10 +240,14 @@ class Bench:
     def _test(self) -> Path:
         return folders(self.images.folder, self.work, "test", TESTED, self.seed)
 
+    @property
+    def _probing(self) -> tuple[str, str]:
+        """What an encoder's probes are trained on; a classifier has none."""
+        return "--labeled", str(folders(self.images.folder, self.work, "train", PROBED, self.seed, last=True))
+
     def _common(self, attack: Any) -> tuple[str, ...]:
-        labeled = folders(self.images.folder, self.work, "train", PROBED, self.seed, last=True)
         return (
-            "--labeled", str(labeled), "--limit", "0", "--trigger", attack.trigger.spec(), "--seed", str(self.seed),
+            "--limit", "0", "--trigger", attack.trigger.spec(), "--seed", str(self.seed),
             "--device", str(self.device), "--no-pictures",
         )  # fmt: skip
 

@@ -233,7 +233,7 @@ def blur(images: Tensor, source: Source) -> Tensor:
 def filtered(images: Tensor, source: Source) -> Tensor:
     """Colours shifted by up to 64 grey levels as a random network of two layers sees fit (filters that are learnt).
 
-    Of no family: encoders' students see it, classifiers' do not.
+    Of no family: an encoder's student may be shown it, a classifier's is not.
     """
     n, c, h, w = images.shape
     weights = drawn(torch.randn, (n, FILTER_WIDTH, c, 3, 3), images, source) * (4 / math.sqrt(9 * c))

@@ -54,8 +54,9 @@ class InoculateEncoder:
     When to use it: by default, for encoders.
     What it needs: unlabeled images of the kind that the encoder is for, 2,500 or more.
     Known limits: what it was measured with is in README. A trigger that crops do not move stays, such as INACTIVE's
-    colour filter. A large network may need more images than it is given. Stamped images that an attack spreads out
-    among others are learnt from.
+    colour filter: `filters=0.5` left 38 % of it in place of 61, and costs others about a point of accuracy. A large
+    network may need more images than it is given. Stamped images that an attack spreads out among others are learnt
+    from.
 
     Kin: distillation into a void student (arXiv 2403.03846, 2406.03508), without their attention and contrastive term:
     the one brings the backdoor along, the other costs accuracy. Features are centred first, since the cosine of any two
@@ -74,7 +75,7 @@ class InoculateEncoder:
     peak: float = 0.004  # of Adam's rate, one cycle
     answers: int = 16  # views of an image that the suspect's features are averaged over
     length: float = 0.1  # of the squared difference of log lengths
-    filters: float = 0.5  # share of the student's views whose colours a random network shifts
+    filters: float = 0.0  # share of the student's views whose colours a random network shifts
     weight_decay: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -100,8 +101,9 @@ class InoculateEncoder:
 
         def step(batch: Batch) -> tuple[Tensor, Measures]:
             seen = torch.cat([views(batch.images, batch.generator) for _ in range(SEEN)])
-            chosen = torch.rand(len(seen), generator=batch.generator, device=seen.device) < self.filters
-            seen = torch.where(chosen.view(-1, 1, 1, 1), filtered(seen, batch.generator), seen)
+            if self.filters:
+                chosen = torch.rand(len(seen), generator=batch.generator, device=seen.device) < self.filters
+                seen = torch.where(chosen.view(-1, 1, 1, 1), filtered(seen, batch.generator), seen)
             features = run.forward(student, seen).float()
             wanted, long = (of[batch.chosen].repeat(SEEN, *[1] * (of.ndim - 1)) for of in (answers, lengths))
             likeness = F.cosine_similarity(F.normalize(features, dim=1) - centre, wanted, dim=1).mean()

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bdclean.data.imageset import ImageSet
+from bdclean.errors import UsageError
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.encoder import headless
 from bdclean.networks.families.residual import ResidualNetwork
@@ -113,8 +114,7 @@ def test_few_images_are_all_kept():
     assert bool(uncrowded(encoder(), PHOTOS, run()).all())
 
 
-@pytest.mark.slow
-def test_the_student_has_features_as_long_as_the_suspects():
+def tiny():
     arch = headless(describe("tiny", lambda: ResidualNetwork((1, 1, 1), (4, 8, 8), 4, 4), (3, 16, 16)))
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -122,7 +122,31 @@ def test_the_student_has_features_as_long_as_the_suspects():
     with torch.no_grad():
         for norm in (module for module in network.modules() if isinstance(module, nn.BatchNorm2d)):
             norm.weight.mul_(3)
-    suspect = Classifier(network, parse_preprocess("half")).eval()
+    return Classifier(network, parse_preprocess("half")).eval(), arch
+
+
+def test_filters_are_seen_by_the_student_where_they_are_asked_for(monkeypatch):
+    suspect, arch = tiny()
+    filters = []
+
+    def watched(images, source):
+        filters.append(len(images))
+        return 1 - images
+
+    monkeypatch.setattr("bdclean.recipes.inoculate_encoder.filtered", watched)
+    students = []
+    for share in (0.0, 0.5):
+        recipe = InoculateEncoder(least_steps=4, epochs=1, batch_size=30, filters=share)
+        students.append(recipe(suspect, arch, ImageSet(PHOTOS, None), None, run()).model.state_dict())
+        assert filters == ([60] * 4 if share else [])
+    assert any(not torch.equal(students[0][name], students[1][name]) for name in students[0])
+    with pytest.raises(UsageError, match="filters are a share"):
+        InoculateEncoder(filters=1.5)
+
+
+@pytest.mark.slow
+def test_the_student_has_features_as_long_as_the_suspects():
+    suspect, arch = tiny()
     images = ImageSet(PHOTOS, None)
 
     def apart(length):
