@@ -14,6 +14,7 @@ from bdclean.measuring.trial import LEAST_SCREENED, Trial, telling_images
 from bdclean.record.run import (
     BACKDOORED,
     FAILS,
+    INCONCLUSIVE,
     NO_EVIDENCE,
     NOT_ASSESSED,
     NOT_MEASURED,
@@ -73,6 +74,18 @@ def verdict_on(
             "all classes; if these are, it has not learnt to tell them apart",
         )
     return told, _small_sources(trial)
+
+
+def not_gone(rows_before: Sequence[TriggerRow], rows_after: Sequence[TriggerRow]) -> str | None:
+    """Which trigger failed on the suspect and is not conclusive towards the same class on the output; None if none."""
+    failed = {(row.trigger, row.target) for row in rows_before if row.outcome == FAILS}
+    left = next(
+        (row for row in rows_after if row.outcome == INCONCLUSIVE and (row.trigger, row.target) in failed),
+        None,
+    )
+    if left is None:
+        return None
+    return f"{left.trigger} fails on the suspect and is not known to be gone from the output; {left.reason}"
 
 
 def commonest(answers: Tensor) -> tuple[int, float]:

@@ -16,7 +16,7 @@ from bdclean.measuring.encoders import judged_as_encoder
 from bdclean.measuring.feature_map import feature_map
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import SCREENED_OUT, Target, Trial
-from bdclean.measuring.verdict import clean_measures, compare, damage, pair, verdict_on
+from bdclean.measuring.verdict import clean_measures, compare, damage, not_gone, pair, verdict_on
 from bdclean.networks.ambiguity.choosing import alike
 from bdclean.networks.ambiguity.normalisation import LABELS
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
@@ -28,6 +28,7 @@ from bdclean.record import gate
 from bdclean.record.rule import fired
 from bdclean.record.run import (
     BACKDOORED,
+    NO_EVIDENCE,
     NOT_ASSESSED,
     SUSPICIOUS,
     CheckpointEntry,
@@ -409,6 +410,8 @@ class _Repair:
         findings = [replace(finding, seen_on="output") for finding in findings]
         measures = [*clean_measures(after, old), *compare(before, after, old, new)]
         told, advice = verdict_on(after, new, findings, self.named)
+        if told == NO_EVIDENCE and (left := not_gone(old, new)) is not None:
+            told, advice = NOT_ASSESSED, left
         broken = damage(measures, before, after)
         if broken and told not in (BACKDOORED, SUSPICIOUS):
             told, advice = NOT_ASSESSED, broken[0]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bdclean.measuring.trial import Trial
-from bdclean.measuring.verdict import clean_measures, compare, damage
+from bdclean.measuring.verdict import clean_measures, compare, damage, not_gone
+from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, TriggerRow
 
 
 def trial(reference, clean, labeled, own=False):
@@ -43,3 +44,24 @@ def test_answers_that_a_small_move_changes_need_not_be_kept(kept, staying, damag
     after = trial(suspect, (torch.arange(100) >= kept).long(), False)
     measures = [*clean_measures(after), *compare(before, after, [], [])]
     assert bool(damage(measures, before, after)) is damaged
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "target", "said"),
+    [
+        (FAILS, INCONCLUSIVE, 1, True),
+        (FAILS, INCONCLUSIVE, 2, False),  # towards another class it never failed
+        (INCONCLUSIVE, INCONCLUSIVE, 1, False),
+        (FAILS, PASSES, 1, False),
+    ],
+)
+def test_a_trigger_that_failed_before_is_not_gone_while_it_is_inconclusive(before, after, target, said):
+    """One left 23 % of 98 beside controls up to 9 %, and the run ended in no-evidence."""
+    old = [TriggerRow("blend", target=0, outcome=PASSES), TriggerRow("badnets", target=1, outcome=before)]
+    new = [
+        TriggerRow("blend", target=0, outcome=INCONCLUSIVE, reason="few images"),
+        TriggerRow("badnets", target=target, outcome=after, reason="the interval reaches the threshold"),
+    ]
+    left = not_gone(old, new)
+    assert (left is not None) is said
+    assert left is None or left.startswith("badnets fails on the suspect") and left.endswith("threshold")
