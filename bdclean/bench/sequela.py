@@ -236,7 +236,7 @@ def tables(bench: Bench, recipes: Sequence[str], parts: Sequence[str], seeds: Se
         name: [bench.told(seed, file) for seed, file in zip(seeds, of, strict=True)]
         for name, of in files.items()
     }
-    yield from [*heads(NETWORK), *network_lines(records), ""]
+    yield from [*heads(NETWORK), *network_lines(records, bench.attack.trigger.spec()), ""]
     yield from [*heads(MEMBERS), *member_lines(told, len(bench.drawn(seeds[0])[2])), ""]
     yield from heads(LEFT)
     for part in parts:

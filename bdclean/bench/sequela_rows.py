@@ -43,12 +43,20 @@ def counted(rates: Sequence[Rate | None]) -> str:
     return " / ".join(counts)
 
 
-def network_lines(made: dict[str, list[RunRecord]]) -> Iterator[str]:
-    """Rows of the first table, of the records of each recipe, one a seed; what was cleansed is in each of them."""
+def network_lines(made: dict[str, list[RunRecord]], trigger: str) -> Iterator[str]:
+    """Rows of the first table, of the records of each recipe, one a seed; what was cleansed is in each of them.
+
+    Rates are of `trigger`, a SPEC; a recipe that is not told it may have others measured, and not it.
+    """
     first = next(iter(made.values()))
     for name, records in {SUSPECT_NAME: first, **made}.items():
         sides = [record.before if name == SUSPECT_NAME else record for record in records]
-        rows = [side.triggers[0] if side is not None and side.triggers else None for side in sides]
+        rows = [
+            next((each for each in side.triggers if each.trigger == trigger), None)
+            if side is not None
+            else None
+            for side in sides
+        ]
         accuracies = [
             next((Rate(each.value, each.n) for each in side.measures if each.name == "clean_accuracy"), None)
             if side is not None
