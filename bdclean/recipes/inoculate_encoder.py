@@ -54,7 +54,7 @@ class InoculateEncoder:
     When to use it: by default, for encoders.
     What it needs: unlabeled images of the kind that the encoder is for, 2,500 or more.
     Known limits: what it was measured with is in README. A trigger that crops do not move stays, such as INACTIVE's
-    colour filter: `filters=0.5` left 38 % of it in place of 61, and costs others about a point of accuracy. A large
+    colour filter: `filters=0.5` left 34 % of it in place of 61, and costs others about a point of accuracy. A large
     network may need more images than it is given. Stamped images that an attack spreads out among others are learnt
     from.
 
