@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
 from bdclean.networks.ambiguity.choosing import Choice
 from bdclean.networks.ambiguity.size import own_size
@@ -20,6 +21,7 @@ from bdclean.networks.ambiguity.variant import (
     more_accurate,
     most_fitting,
     read_off,
+    told_by,
 )
 from bdclean.networks.arch import Arch
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
@@ -142,6 +144,17 @@ def test_what_few_images_do_not_part_more_labels_may(tmp_path, monkeypatch, unus
     looked_at.clear()
     assert unusual or "labeled images might" in read_off(checkpoint, HALF, images, None, False).doubt
     assert looked_at == []
+
+
+def test_labels_of_other_classes_tell_of_no_reading():
+    arch = Arch("a", nn.Identity, (3, 32, 32), 3, "fc", (), ())
+    logits = F.one_hot(torch.arange(300) % 3, 3).float()
+    for labels, known in ((torch.arange(300) % 3, True), (torch.arange(300) % 12, False)):
+        found = told_by(Fit(arch, 0.01, None), logits, labels)
+        assert found.right is not None and (found.surprise is not None) is known
+        rival = replace(found, arch=replace(arch, name="b"))
+        doubtful = most_fitting([found, rival], True)
+        assert doubtful.doubt and (likelier([found, rival], doubtful).doubt is None) is known
 
 
 @pytest.mark.parametrize(("surprise", "taken"), [(1.4, "u+x"), (1.7, "u")])

@@ -54,7 +54,7 @@ class Fit:
 
     `distance`: >= 0, mean over batch norm layers of `layer_distance`, 0 where all statistics are as in training; None
     without such layers. `right`: which images it labels correctly [n], `surprise`: the labels' mean cross-entropy, in
-    nats; None without labels.
+    nats; None without labels, and the second where some are none of its classes.
     """
 
     arch: Arch
@@ -99,10 +99,11 @@ def fit(checkpoint: Checkpoint, arch: Arch, choice: Choice, images: Tensor, labe
 
 
 def told_by(one: Fit, logits: Tensor, labels: Tensor | None) -> Fit:
-    """`one` with what `logits` [n k] say of `labels` [n]; encoders have none."""
+    """`one` with what `logits` [n k] say of `labels` [n], which may be of other classes; encoders have none."""
     if labels is None:
         return one
-    surprise = float(F.cross_entropy(logits.float(), labels))
+    known = bool(((labels >= 0) & (labels < logits.shape[1])).all())
+    surprise = float(F.cross_entropy(logits.float(), labels)) if known else None
     return replace(one, right=logits.argmax(1) == labels, surprise=surprise)
 
 
@@ -209,10 +210,11 @@ def likelier(left: Sequence[Fit], reading: Reading) -> Reading:
     if not reading.rivals:
         return reading
     alike = [one for one in left if one.arch in (reading.arch, *reading.rivals)]
-    best = min(alike, key=lambda one: one.surprise or 0.0)
-    assert best.right is not None and best.surprise is not None
-    classes = best.arch.classes
-    if len(best.right) < MANY_LABELS or not 0 < best.surprise < math.log(classes):
+    best = min(alike, key=lambda one: math.inf if one.surprise is None else one.surprise)
+    # Labels that even the best finds no likelier than chance are others than the network's.
+    if best.right is None or best.surprise is None or len(best.right) < MANY_LABELS:
+        return reading
+    if not best.surprise < math.log(best.arch.classes):
         return reading
     others = [one for one in alike if one is not best]
     rights = " and ".join(f"{100 * accuracy(one):.1f} %" for one in others)
