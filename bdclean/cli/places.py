@@ -42,10 +42,16 @@ class Records:
         """
         if place is None:
             return Records()
+        there = os.path.exists(place)  # first: another run may make the folder at any moment
         if os.path.isdir(place) or (
-            not os.path.exists(place) and (not place.suffix or (len(models) > 1 and place.suffix != ".json"))
+            not there and (not place.suffix or (len(models) > 1 and place.suffix != ".json"))
         ):
-            check_place(place / "record.json" if os.path.isdir(place) else place, models)
+            try:
+                check_place(place / "record.json" if os.path.isdir(place) else place, models)
+            except Refused:
+                if not os.path.isdir(place):
+                    raise
+                check_place(place / "record.json", models)
             return Records(folder=place, spent=spent)
         if len(models) > 1:
             raise UsageError(

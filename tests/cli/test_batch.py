@@ -2,6 +2,7 @@ import errno
 import gc
 import hashlib
 import json
+import os
 import threading
 import time
 import weakref
@@ -197,6 +198,28 @@ def test_a_defect_leaves_a_record_where_none_was_asked_for(tmp_path, capsys):
     (path,) = tmp_path.glob("bdclean-defect-*.json")
     (record,) = parse_records(path.read_text(), "x")
     assert record.problem.digest in path.name and path.name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [1, 2, 3, 4])
+def test_a_folder_that_another_run_makes_meanwhile_is_no_file(tmp_path, monkeypatch, asked):
+    """Of three scans side by side one ended with "is a folder: name a file", once in hundreds of times."""
+    place, times = tmp_path / "runs", [0]
+
+    def watched(function):
+        def answer(path):
+            found = function(path)
+            if Path(path) == place:
+                times[0] += 1
+                if times[0] == asked:  # between this question and the next
+                    place.mkdir(exist_ok=True)
+            return found
+
+        return answer
+
+    monkeypatch.setattr("os.path.isdir", watched(os.path.isdir))
+    monkeypatch.setattr("os.path.exists", watched(os.path.exists))
+    records = Records.at(place, [Path("m.safetensors")])
+    assert (records.folder, records.file) == (place, None)
 
 
 def test_records_of_several_models_go_to_a_folder(tmp_path):
