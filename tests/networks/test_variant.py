@@ -171,6 +171,10 @@ def test_statistics_do_not_outweigh_labels_that_the_usual_reading_finds_likelier
     decided = likelier(tried, found)
     assert (decided.arch.name, decided.doubt) == (taken, None)
     assert (decided.warning is None) is (taken == "u+x")
+    right = replace(
+        tried[1], right=torch.arange(300) % 10 < 6
+    )  # and one that is right more often is believed
+    assert most_fitting([tried[0], right], True).arch.name == "u+x"
 
 
 @pytest.mark.parametrize(

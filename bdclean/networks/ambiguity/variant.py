@@ -235,7 +235,7 @@ def most_fitting(tried: Sequence[Fit], told: bool) -> Reading:
     usual = best = min(unbeaten, key=unlikeliness)
     against = [f for f in tried if f not in peers and better(f, usual)]
     # A repair moves statistics, too, and labels are what a reading is for.
-    if against and all(more_surprised(f, usual) for f in against):
+    if against and all(more_surprised(f, usual) and not more_accurate(f, usual) for f in against):
         rivals = [*against, *(f for f in peers if f is not best and not better(best, f))]
     elif against:
         best = min(against, key=unlikeliness)
