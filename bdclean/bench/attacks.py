@@ -15,13 +15,14 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 
-from bdclean.bench.cifar10 import NETWORKS, bdclean, cell, finished, recipe_flags, save, unpack
+from bdclean.bench.cifar10 import NETWORKS, bdclean, cell, finished, in_batches, recipe_flags, save, unpack
 from bdclean.bench.encoders import (
     Images,
     accuracy_of,
     attacks_of,
     flat,
     folders,
+    heads,
     number,
     placed,
     read_record,
@@ -89,10 +90,8 @@ class Bench:
 
     @property
     def method(self) -> Supervised:
-        """How victims are trained: in smaller batches than the usual at a smaller rate, in proportion."""
-        usual = Supervised()
-        peak = usual.peak * self.batch_size / usual.batch_size
-        return Supervised(self.epochs, self.batch_size, peak, mirrored=self.mirrored)
+        """How victims are trained."""
+        return in_batches(self.batch_size, epochs=self.epochs, mirrored=self.mirrored)
 
     def poisoned(self, name: str, attack: Any, training: ImageSet, run: Run) -> ImageSet:
         if attack.kind == "surrogate":
@@ -233,7 +232,7 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     recipes = list(filter(None, options.recipes.split(",")))
     cells = [(name, placed(attack, bench.file(name))) for name, attack in attacks.items()]
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines = heads(COLUMNS)
     for name, attack in cells:
         bench.make(name, attack)
         lines += bench.lines(name, attack, recipes)

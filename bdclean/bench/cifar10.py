@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -71,6 +72,12 @@ def unpack(archive: Path, work: Path) -> Path:
         with tarfile.open(archive) as file:
             file.extractall(folder, filter="data")
     return folder
+
+
+def in_batches(size: int, **settings: Any) -> Supervised:
+    """How victims are trained: in smaller batches than the usual at a smaller rate, in proportion."""
+    usual = Supervised()
+    return Supervised(batch_size=size, peak=usual.peak * size / usual.batch_size, **settings)
 
 
 def train(

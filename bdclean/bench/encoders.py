@@ -306,6 +306,11 @@ def accuracy_of(record: RunRecord) -> float | None:
     return found.value if found is not None else None
 
 
+def heads(columns: Sequence[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
 def number(of: float | None, digits: int) -> str:
     """A table's cell, empty where there is no value."""
     return "" if of is None else f"{of:.{digits}f}"
@@ -364,7 +369,7 @@ def main(arguments: list[str]) -> int:
     cells = [(name, placed(attack, bench.file(name))) for name, attack in attacks.items()]
     if options.clean:
         cells += [("clean", attack) for _, attack in cells[:1]]
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines = heads(COLUMNS)
     for name, attack in cells:
         bench.make(name, attack)
         lines += bench.lines(name, attack, recipes)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bdclean import registry
 from bdclean.bench.cifar10 import bdclean, cell, finished, recipe_flags
-from bdclean.bench.encoders import number, read_record
+from bdclean.bench.encoders import heads, number, read_record
 from bdclean.errors import Refused
 from bdclean.record.run import RAN, Rate, RunRecord
 from bdclean.report.ranking import same
@@ -116,7 +116,7 @@ def main(arguments: list[str]) -> int:
         raise Refused(f"there is no {missing}.")
     bench = Bench(options.work, options.pseudo_labels, options.seed)
     recipes = list(filter(None, options.recipes.split(",")))
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines = heads(COLUMNS)
     for victim in victims:
         lines += bench.lines(victim, recipes)
     print("\n".join(lines))

@@ -29,18 +29,18 @@ from bdclean.bench.cifar10 import (
     bdclean,
     cell,
     finished,
+    in_batches,
     linked,
     recipe_flags,
     save,
     unpack,
 )
-from bdclean.bench.encoders import attacks_of, flat, folders, read_record
+from bdclean.bench.encoders import attacks_of, flat, folders, heads, read_record
 from bdclean.bench.sequela_rows import (
     LEFT,
     MEMBERS,
     NETWORK,
     SUSPECT_NAME,
-    heads,
     left_lines,
     member_lines,
     network_lines,
@@ -303,9 +303,7 @@ def main(arguments: list[str]) -> int:
     recipes = list(filter(None, options.recipes.split(",")))
     checked(attack, options.shadows, options.pool, options.images, recipes)
     padding, mirrored = (0, False) if options.no_augmentation else (4, not options.no_mirroring)
-    usual = Supervised()
-    peak = usual.peak * options.batch_size / usual.batch_size
-    method = Supervised(options.epochs, options.batch_size, peak, padding=padding, mirrored=mirrored)
+    method = in_batches(options.batch_size, epochs=options.epochs, padding=padding, mirrored=mirrored)
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(
         options.work, unpack(options.data, options.work), options.network, method, attack, options.shadows,

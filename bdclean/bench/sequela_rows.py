@@ -19,10 +19,6 @@ SUSPECT_NAME = "as it was trained"
 WORDS = {"reinjection": "re-injection", "retuning": "re-tuning"}
 
 
-def heads(columns: Sequence[str]) -> list[str]:
-    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-
-
 def row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
