@@ -193,11 +193,11 @@ def with_more(
     """`reading` of `tried` again, where those that it left are right on more labeled images or not."""
     images, labels = sampled
     assert labels is not None
-    left = [
-        again(checkpoint, one, choice, images, labels)
-        for one in tried
-        if one.arch in (reading.arch, *reading.rivals)
-    ]
+    left = [one for one in tried if one.arch in (reading.arch, *reading.rivals)]
+    if any(
+        one.right is None or len(one.right) < len(images) for one in left
+    ):  # else these are the same images
+        left = [again(checkpoint, one, choice, images, labels) for one in left]
     decided = likelier(left, most_fitting(left, told))
     first = next(one for one in tried if one.arch == decided.arch)
     rest = sorted((f for f in tried if f.arch not in [one.arch for one in left]), key=unlikeliness)
