@@ -20,7 +20,7 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training import adversaries
-from bdclean.training.inversion import Detected, Outlier
+from bdclean.training.inversion import GROWN, Detected, Outlier
 from bdclean.training.known import Known, stamped
 from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
 from bdclean.training.losses import distillation_kl, divergence
@@ -49,8 +49,8 @@ LOOKS = 3
 """So often the inversion looks at a network, at most: at the suspect, and at the student each time it was trained."""
 AGAIN = 0.5
 """Of the updates of the first training, where the student is trained again."""
-STATISTICS_PIXELS = 1 << 20
-"""Batch norm's final statistics are means over parts of 256 images, or of so many pixels but 64 images or more."""
+LEFT = 0.05
+"""An inverted trigger has its whole weight while it sends more than this share of images to one class."""
 USUAL = 0.2
 """Up to about this share of images an adversary sends to one class of a network without a backdoor, too."""
 
@@ -63,9 +63,10 @@ class Inoculate:
     corruptions are random counterfeits of triggers, the most harmful of many such draws, small adversaries found on the
     student, and inverted triggers: where a class of the suspect is reached by an unusually small mask, or by unusually
     little that is added to the picture, or where stripes send most images to it, that change itself, refitted on the
-    student at each use, and squares near a mask, in its colours. Before it ends it looks at the student in the same
-    way; where a class stands out, it goes on from there, twice at most. Given images that carry an inverted trigger are
-    set aside.
+    student at each use, and patches: near a mask, in its colours, and those that a search by trial found to send images
+    to its class. Of two classes neither stands out: the smaller mask is taken. Before it ends it looks at the student
+    in the same way; where a class stands out, or a mask has not grown, it goes on from there, twice at most. Given
+    images that carry an inverted trigger are set aside.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
     Known limits: what it was measured with is in README. Stripes that are not along an axis, and warps, are met by
@@ -144,6 +145,7 @@ class Inoculate:
         teacher = frozen(suspect, run)
         detected = self._detected(teacher, arch, unlabeled.images, run)
         inverted, found = _findings(detected), _outliers(detected)
+        leading = _leading(detected)
         images = _unstamped(teacher, [*known, *found], unlabeled.images, run)
         pupil = _Pupil(
             copy.deepcopy(teacher), teacher, images, choose_augmentation(teacher, images, run), known
@@ -153,12 +155,13 @@ class Inoculate:
             f"detectors: {len(inverted)} findings, {len(found)} outliers" if inverted else "no inversion",
             f"distilled for {steps} updates, {pupil.augment.describe()}",
         ]
-        lesson = _Lesson(self, pupil, found, steps, run)
+        lesson = _Lesson(self, pupil, [*found, *leading], steps, run)
         curve = self._taught(lesson, arch, run)
         stages += [*halvings(curve), f"adversaries: {', '.join(lesson.adversaries())}"]
         for look in range(2, LOOKS + 1 if inverted else 2):
             within = run.under(f"look-{look}")
-            found = _outliers(self._detected(frozen(pupil.student, run), arch, images, within))
+            seen = self._detected(frozen(pupil.student, run), arch, images, within)
+            found = [*_outliers(seen), *_as_small(_leading(seen), leading)]
             stages.append(f"look {look} of at most {LOOKS}, at the student: {_listed(found)}")
             if not found:
                 break
@@ -262,6 +265,16 @@ def _outliers(detected: Sequence[Detected]) -> list[Outlier]:
     return [outlier for each in detected for outlier in each.outliers]
 
 
+def _leading(detected: Sequence[Detected]) -> list[Outlier]:
+    return [outlier for each in detected for outlier in each.leading]
+
+
+def _as_small(now: Sequence[Outlier], before: Sequence[Outlier]) -> list[Outlier]:
+    """Those of `now` that are little larger than `before`."""
+    first = {outlier.target: outlier.size for outlier in before}
+    return [outlier for outlier in now if outlier.size < GROWN * first.get(outlier.target, 0.0)]
+
+
 def _counted(triggers: int) -> str:
     return "1 trigger" if triggers == 1 else f"{triggers} triggers"
 
@@ -304,7 +317,7 @@ class _Lesson:
         self.student = pupil.student.requires_grad_(True)
         self.norms = [m for m in self.student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.forward = partial(run.forward, self.student)
-        self.pursuit = Pursuit(found, run.device) if found else None
+        self.pursuit = Pursuit(found, self.teacher, self.images, run) if found else None
         self.families = recipe._trained_on()
         self.pushed = [kind for kind in adversaries.KINDS if adversaries.FAMILY[kind] in self.families]
         # Every other adversary is a draw: gradients do not come by all triggers.
@@ -315,9 +328,14 @@ class _Lesson:
         recentre(self.student, partial(self._uncorrupted, 1))
 
     def end(self) -> None:
-        """Give batch norm the statistics of uncorrupted images, unless it has been keeping them."""
+        """Give batch norm the statistics of uncorrupted images, unless it has been keeping them.
+
+        Then those of the images as they are, the student being the same function: a file shows how it is to be read
+        by the statistics that it holds, and those of crops are of another network than the one that was given.
+        """
         if not self.recipe.settle or self.settling >= self.steps:
             set_batch_statistics(self.student, self._uncorrupted)
+        recentre(self.student, partial(uncorrupted, self.images, Augmentation(0, False), self.run, 1))
 
     def adversaries(self) -> list[str]:
         found = ["inverted"] if self.pursuit is not None else []
@@ -386,7 +404,7 @@ class _Lesson:
         measures: dict[str, Tensor | float] = {}
         if hunted:
             under = slice(n, n + hunted)
-            share = (gone[under].mean(0).max() / USUAL).clamp(0, 1)
+            share = (gone[under].mean(0).max() / LEFT).clamp(0, 1)
             weights[under] += (recipe.inverted_weight - recipe.corrupted_weight) * share
         weights[n + hunted :] = self.pupil.insisted * recipe.inverted_weight
         if foes:

@@ -25,8 +25,6 @@ at most about 1.5 pixels of 32."""
 FAMILY = {"patch": "patch", "pattern": "noise", "low": "low", "warp": "warp"}
 """The family of `corruptions` that each kind belongs to."""
 
-SPREAD = 6
-"""So many pixels of 32 a square may lie from the middle of what a mask covers."""
 PATTERN, LOW, WARP = 0.06, 0.12, 1.5
 
 
@@ -95,38 +93,6 @@ def worst_counterfeit(
         logits = forward(torch.cat([counterfeit(few, seed) for seed in seeds]))
         gone = logits.float().softmax(1).view(draws, len(few), -1) - answers[:judged].float()
         return counterfeit(pixels, seeds[int(gone.mean(1).amax(1).argmax())])
-
-
-def worst_square(
-    forward: Forward, pixels: Tensor, mask: Tensor, pattern: Tensor, target: int, generator: Generator,
-    draws: int = 16, judged: int = 8,
-) -> Tensor:  # fmt: skip
-    """`pixels` [n c h w] under the square, of `draws`, that sends most of the first `judged` images to `target`.
-
-    Squares of 2 to 6 pixels of 32 lie within SPREAD of what a `mask` [h w] covers and have one of the colours that
-    `pattern` [c h w] has there.
-    """
-    height, width = mask.shape
-    unit = min(height, width) / 32
-    cells = torch.multinomial(mask.flatten(), 2 * draws, True, generator=generator).view(2, draws)
-    sides = integers((draws,), 2, 7, pixels, generator).mul(unit).round().clamp_min(1).long()
-    reach = round(SPREAD * unit)
-    off = integers((2, draws), -reach, reach + 1, pixels, generator)
-    tops = (cells[0] // width - sides // 2 + off[0]).clamp_min(0).minimum(height - sides)
-    lefts = (cells[0] % width - sides // 2 + off[1]).clamp_min(0).minimum(width - sides)
-    colours = pattern.flatten(1)[:, cells[1]].T[:, :, None, None]
-    rows = torch.arange(height, device=pixels.device).view(-1, 1)
-    columns = torch.arange(width, device=pixels.device)
-
-    def stamp(images: Tensor, k: int) -> Tensor:
-        tall = (rows >= tops[k]) & (rows < tops[k] + sides[k])
-        return torch.where(tall & (columns >= lefts[k]) & (columns < lefts[k] + sides[k]), colours[k], images)
-
-    few = pixels[:judged]
-    with torch.no_grad():
-        logits = forward(torch.cat([stamp(few, k) for k in range(draws)]))
-    sent = logits.float().softmax(1)[:, target].view(draws, -1).mean(1)
-    return stamp(pixels, int(sent.argmax()))
 
 
 def attraction(

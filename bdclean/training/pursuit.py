@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bdclean.training.adversaries import worst_square
-from bdclean.training.inversion import GROWN, RAISE, Outlier
+from bdclean.training.inversion import GROWN, RAISE, Outlier, spread_out
+from bdclean.training.patches import Drawn, Patch, scored, search
+from bdclean.training.run import Run
+
+TRIED, JUDGED = 16, 8
+"""So many patches are tried on a batch, each on so many of its images."""
+SHOWN = 64
+"""On so many images of other classes is what a search for patches found judged."""
 
 
 class Pursuit:
     """Inverted triggers that are refitted on a student at each use, and start anew when they have grown.
 
-    Of each class, the form that stands out most is taken. `tensors` is all the state, changed in place, for the resume
-    state.
+    Of each class, the form that stands out most is taken. Beside a mask go patches that were found by trial on the
+    `suspect`, with `images` uint8 [n c h w]. `tensors` is all the state, changed in place, for the resume state.
     """
 
-    def __init__(self, found: Sequence[Outlier], device: torch.device):
+    def __init__(self, found: Sequence[Outlier], suspect: nn.Module, images: Tensor, run: Run):
         clearest: dict[int, Outlier] = {}
         for outlier in sorted(found, key=lambda outlier: outlier.size / outlier.limit):
             clearest.setdefault(outlier.target, outlier)
         self.triggers = list(clearest.values())
         self.tensors: dict[str, Tensor] = {}
         for k, trigger in enumerate(self.triggers):
-            self.tensors[f"change.{k}"] = self._first(trigger).to(device).clone()
-            self.tensors[f"weight.{k}"] = torch.tensor(trigger.form.weight, device=device)
+            self.tensors[f"change.{k}"] = self._first(trigger).to(run.device).clone()
+            self.tensors[f"weight.{k}"] = torch.tensor(trigger.form.weight, device=run.device)
+        self.patches = [_patches(trigger, suspect, images, run) for trigger in self.triggers]
 
     @staticmethod
     def _first(trigger: Outlier) -> Tensor:
@@ -43,8 +51,8 @@ class Pursuit:
     ) -> Tensor:
         """`pixels` [n c h w] in [0, 1] under the trigger whose turn it is, after `steps` sign steps on `model`.
 
-        Every other turn of a mask it is a square of its kin: a mask is the least that a network answers to, which may
-        be a part of the trigger, or beside it.
+        Every other turn of a mask it is the worst of patches: near what the mask covers now, and of those found on the
+        suspect, some of them varied.
         """
         k = turn % len(self.triggers)
         trigger, change, weight = self.triggers[k], self.tensors[f"change.{k}"], self.tensors[f"weight.{k}"]
@@ -62,5 +70,24 @@ class Pursuit:
             weight.mul_(RAISE if rising else 1 / RAISE).clamp_(1e-6, 1.0)
         if form.parts is not None and turn // len(self.triggers) % 2:
             mask, pattern = form.parts(change)
-            return worst_square(model, pixels, mask[0, 0], pattern[0], trigger.target, generator)
+            seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
+            drawn, found = Drawn(mask[0, 0], pattern[0], seed), self.patches[k]
+            tried = [drawn.near() for _ in range(TRIED // 2 if found else TRIED)]
+            tried += [drawn.varied(found) if j % 2 else drawn.one(found) for j in range(TRIED - len(tried))]
+            return scored(model, pixels[:JUDGED], tried, trigger.target)[0][0].stamp(pixels)
         return form.stamp(change, pixels)[0]
+
+
+def _patches(trigger: Outlier, suspect: nn.Module, images: Tensor, run: Run) -> list[Patch]:
+    """What sends `images` of other classes to that of a mask, found by trial; nothing of other forms."""
+    if trigger.form.parts is None:
+        return []
+    shown = spread_out(images, 4 * SHOWN)
+    others = shown[run.answers(suspect, shown) != trigger.target][:SHOWN]
+    if not len(others):
+        return []
+    mask, pattern = trigger.form.parts(trigger.parameters[None])
+    pixels = others.to(run.device).float() / 255
+    seed = run.generator("patches", trigger.target).initial_seed()
+    found = search(partial(run.forward, suspect), pixels, mask[0, 0], pattern[0], trigger.target, seed)
+    return [patch for patch, _ in found]

@@ -15,7 +15,10 @@ from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.stages import describe
 from bdclean.record.run import Finding
+from bdclean.training.inversion import Inverted
 from bdclean.training.run import Precision, Run
+
+CPU = torch.device("cpu")
 
 QUICK = {
     "inversion": {"steps": "3"},
@@ -63,9 +66,7 @@ def test_contract(name, kind, images):
     detector, network = made(name, kind), suspect(kind)
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     pixels = images.clone()
-    found, again = (
-        detector(network, described(kind), images, Run(torch.device("cpu"), Precision(), 1)) for _ in range(2)
-    )
+    found, again = (detector(network, described(kind), images, Run(CPU, Precision(), 1)) for _ in range(2))
     assert torch.equal(images, pixels)
     assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
     assert found.findings == again.findings and found.findings
@@ -100,3 +101,29 @@ def test_a_detector_of_the_other_kind_is_refused():
         registry.load_for(registry.DETECTORS, "decree", "classifier")
     with pytest.raises(UsageError, match="stripes does not work on encoders: use one of decree, inversion"):
         registry.load_for(registry.DETECTORS, "stripes", "encoder")
+
+
+@pytest.mark.parametrize("sizes, success, leading", [
+    ([9.0, 40.0], 1.0, [0]),
+    ([40.0, 35.0], 1.0, [1]),
+    ([9.0, 40.0], 0.5, []),
+    ([9.0, 40.0, 50.0], 1.0, []),
+])  # fmt: skip
+def test_of_two_classes_the_smaller_mask_leads_and_is_no_outlier(
+    monkeypatch, images, sizes, success, leading
+):
+    def fitted(model, images, form, classes, run, *, steps):
+        rows = torch.full((len(sizes), *form.shape), -20.0)
+        cells = torch.tensor(sizes)[:, None] > torch.arange(32 * 32)
+        rows[:, 0] = torch.where(cells, 20.0, -20.0).view(-1, 32, 32)
+        return Inverted(form, torch.arange(len(sizes)), rows, torch.full((len(sizes),), success))
+
+    monkeypatch.setattr("bdclean.detectors.inversion.invert", fitted)
+    detector = registry.configure(registry.load(registry.DETECTORS, "inversion"), {"families": "patch"})
+    found = detector(suspect("classifier"), described("classifier"), images, Run(CPU, Precision(), 0))
+    assert [(outlier.target, round(outlier.size)) for outlier in found.leading] == [
+        (k, sizes[k]) for k in leading
+    ]
+    assert all(outlier.limit == max(sizes) for outlier in found.leading)
+    assert (len(sizes) < 3) <= (not found.outliers)
+    assert len(found.findings) == 1

@@ -28,6 +28,8 @@ from bdclean.recipes.inoculate import Inoculate
 from bdclean.recipes.recipe import Informed
 from bdclean.training import adversaries
 from bdclean.training.encoder_lesson import EncoderLesson, Terms
+from bdclean.training.forms import mask
+from bdclean.training.inversion import Detected, Outlier
 from bdclean.training.map_losses import attention, scaled_attention
 from bdclean.training.resume import Saved
 from bdclean.training.run import Precision, Run
@@ -500,12 +502,35 @@ def test_inverted_triggers_are_worked_against_and_resumed(suspect, arch, images,
     assert not same(tensors(alone.model), tensors(whole.model)) and not alone.findings
 
 
+@pytest.mark.parametrize("grown, looks", [(1.5, 2), (2.5, 1)])
+def test_of_two_classes_the_smaller_mask_is_worked_against_until_it_has_grown(
+    suspect, arch, images, monkeypatch, grown, looks
+):
+    """Neither of two classes stands out: nothing is said of the suspect, and the training goes on as if it did."""
+    form, sizes = mask(32, 32), iter([20.0, 20.0 * grown, 20.0 * 2.5])
+
+    def looked(self, teacher, arch, seen, run):
+        size = next(sizes)
+        row = torch.randn(form.shape, generator=seeded())
+        return Detected([{"verdict": "no-outlier"}], leading=[Outlier(form, 1, row, size, 90.0)])
+
+    monkeypatch.setattr(inversion.Inversion, "__call__", looked)
+    settings = QUICK["inoculate"] | {"least_steps": "4", "leave_out": "wave"}
+    recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), settings)
+    cleansed = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
+    assert cleansed.stages[0] == "detectors: 1 findings, 0 outliers" and cleansed.set_aside == 0
+    assert cleansed.stages[2].endswith("warp, inverted")
+    found = [stage.partition("student: ")[2] for stage in cleansed.stages if stage.startswith("look")]
+    assert len(found) == looks and found[-1] == "nothing stands out"
+    assert found[:-1] == ["a mask of 30.0 pixels for class 1"] * (looks - 1)
+
+
 def test_images_of_another_kind_change_no_answer_by_their_statistics(suspect, arch, images):
     """With hardly any training, batch norm has the statistics of the given images, and the network its answers."""
-    noise = torch.randint(256, images.images.shape, dtype=torch.uint8, generator=seeded(3))
+    dark = torch.randint(96, images.images.shape, dtype=torch.uint8, generator=seeded(3))
     still = {"floor": "1e-9", "peak": "1e-9", "second_peak": "1e-9", "weight_decay": "0"}
     recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), QUICK["inoculate"] | still)
-    cleansed = recipe(suspect, arch, ImageSet(noise), None, Run(CPU, Precision(), 0))
+    cleansed = recipe(suspect, arch, ImageSet(dark), None, Run(CPU, Precision(), 0))
     before, after = tensors(suspect), tensors(cleansed.model)
     running = [name for name in before if "running_var" in name]
     assert running and not any(torch.allclose(before[n], after[n], rtol=0.05) for n in running)

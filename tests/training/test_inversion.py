@@ -260,7 +260,7 @@ def outlier(inverted, k, limit):
 def test_a_pursuit_follows_the_student_and_starts_anew_when_the_trigger_has_grown(inverted):
     small, _, limit = outliers(inverted)
     (at,) = small.nonzero().flatten().tolist()
-    pursuit, model = Pursuit([outlier(inverted, at, limit)], CPU), Planted()
+    pursuit, model = Pursuit([outlier(inverted, at, limit)], Planted(), pictures(32), run()), Planted()
     pixels = pictures(16).float() / 255
     kept, first = pixels.clone(), pursuit.tensors["change.0"].clone()
     stamped = pursuit.stamp(model, pixels, 0, seeded())
@@ -280,7 +280,9 @@ def test_of_each_class_the_form_that_stands_out_most_is_pursued(inverted):
     faint = Outlier(form, 2, torch.rand(form.shape), 9.0, 10.0)
     clear = Outlier(form, 4, torch.rand(form.shape), 1.0, 10.0)
     found = [faint, Outlier(MASK, 2, torch.rand(MASK.shape), 2.0, 10.0), clear]
-    assert [(t.form.name, t.target) for t in Pursuit(found, CPU).triggers] == [("pattern", 4), ("mask", 2)]
+    pursuit = Pursuit(found, Planted(), pictures(32), run())
+    assert [(t.form.name, t.target) for t in pursuit.triggers] == [("pattern", 4), ("mask", 2)]
+    assert [len(patches) > 0 for patches in pursuit.patches] == [False, True]
 
 
 def test_a_pursuits_state_is_all_in_its_tensors(inverted):
@@ -290,11 +292,10 @@ def test_a_pursuits_state_is_all_in_its_tensors(inverted):
         outlier(inverted, 4, 100.0),
         Outlier(form, 1, 0.02 * torch.rand(form.shape), 2.0, 50.0),
     ]
-    whole, first = Pursuit(found, CPU), Pursuit(found, CPU)
+    whole, first, resumed = (Pursuit(found, model, pictures(32), run()) for _ in range(3))
     for turn in range(5):
         whole.stamp(model, pixels, turn, seeded(turn))
         first.stamp(model, pixels, turn, seeded(turn))
-    resumed = Pursuit(found, CPU)
     for name, tensor in resumed.tensors.items():
         tensor.copy_(first.tensors[name])
     for turn in range(5, 8):

@@ -1,0 +1,200 @@
+"""Patches found by trial: small rectangles of few colours that send images to a class.
+
+A mask that gradients fit is the least that a network answers to, which may be a part of a trigger or beside it. Place,
+size and colours of a patch are little enough to be searched without gradients, on the network that has the backdoor, by
+what it answers alone: the best of many draws are varied for a few rounds. bdclean's own; in kin an evolution strategy.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bdclean.training.inversion import PIXELS
+
+Forward = Callable[[Tensor], Tensor]
+"""Float images in [0, 1], [n c h w], to logits [n classes]."""
+
+CELLS = 32
+"""Places and sides are counted in cells: so many along the image's shorter side."""
+LONGEST = 8
+"""The longest side of a patch."""
+NEAR = 6
+"""How far from what a mask covers a patch near it may lie."""
+FIRST, ROUNDS, VARIED, PARENTS, FEW = 128, 10, 64, 16, 12
+"""So many patches are drawn; in so many rounds so many are varied of the best PARENTS; all are judged on FEW images."""
+AREA = 0.25
+"""By how much more a patch of LONGEST x LONGEST cells must raise a class's probability than one of no size."""
+COLOUR = 0.3
+"""A mean colour that differs by as much in a channel is another one."""
+
+Colour = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A rectangle of `tall` x `wide` cells, whose upper left one is at (`top`, `left`), and what they show."""
+
+    top: int
+    left: int
+    tall: int
+    wide: int
+    colours: tuple[tuple[Colour, ...], ...]
+    """LONGEST rows of as many cells, of which the first `tall` and `wide` show; channels in [0, 1]."""
+
+    def unlike(self, other: Patch) -> bool:
+        """Whether it covers another place by half, or is of other colours."""
+        across = min(self.top + self.tall, other.top + other.tall) - max(self.top, other.top)
+        along = min(self.left + self.wide, other.left + other.wide) - max(self.left, other.left)
+        if max(0, across) * max(0, along) < 0.5 * max(self.tall * self.wide, other.tall * other.wide):
+            return True
+        pairs = zip(self._colour(), other._colour(), strict=True)
+        return max(abs(one - two) for one, two in pairs) > COLOUR
+
+    def _colour(self) -> list[float]:
+        """The mean of what shows, channel by channel."""
+        shown = [colour for row in self.colours[: self.tall] for colour in row[: self.wide]]
+        return [sum(channel) / len(shown) for channel in zip(*shown, strict=True)]
+
+    def stamp(self, pixels: Tensor) -> Tensor:
+        """Copies of `pixels` [n c h w] in [0, 1] that carry it."""
+        height, width = pixels.shape[2:]
+        unit = _unit(height, width)
+        tall, wide = min(height, self.tall * unit), min(width, self.wide * unit)
+        # the last cell reaches the border, also where the unit does not divide the side
+        top = height - tall if self.top + self.tall >= height // unit else self.top * unit
+        left = width - wide if self.left + self.wide >= width // unit else self.left * unit
+        shown = torch.tensor([row[: self.wide] for row in self.colours[: self.tall]], device=pixels.device)
+        cells = shown.permute(2, 0, 1).repeat_interleave(unit, 1).repeat_interleave(unit, 2)
+        out = pixels.clone()
+        out[:, :, top : top + tall, left : left + wide] = cells[:, :tall, :wide]
+        return out
+
+
+def search(
+    model: Forward, pixels: Tensor, mask: Tensor, pattern: Tensor, target: int, seed: int, most: int = 12
+) -> list[tuple[Patch, float]]:
+    """At most `most` patches unlike each other, with the mean probability of `target` under each, best first.
+
+    `pixels` [n c h w] in [0, 1] are of other classes; `mask` [h w] and `pattern` [c h w] are an inverted trigger's:
+    half of the first patches are near it. Where the search ends is chance, and kin of a trigger fire, too: of all that
+    were tried those are told that are worth at least half of the best one.
+    """
+    drawn, few = Drawn(mask, pattern, seed), pixels[:FEW]
+    first = [drawn.near() if k % 2 else drawn.anywhere() for k in range(FIRST)]
+    tried = dict(scored(model, few, first, target, AREA))
+    for _ in range(ROUNDS):
+        parents = _ranked(tried)[:PARENTS]
+        tried |= dict(scored(model, few, [drawn.varied(parents) for _ in range(VARIED)], target, AREA))
+    chosen: list[Patch] = []
+    for patch in _ranked(tried):
+        worth = not chosen or tried[patch] >= 0.5 * tried[chosen[0]]
+        if worth and len(chosen) < most and all(patch.unlike(other) for other in chosen):
+            chosen.append(patch)
+    return scored(model, pixels, chosen, target)
+
+
+def _ranked(tried: dict[Patch, float]) -> list[Patch]:
+    return sorted(tried, key=lambda patch: -tried[patch])
+
+
+def scored(
+    model: Forward, pixels: Tensor, patches: Sequence[Patch], target: int, area: float = 0.0
+) -> list[tuple[Patch, float]]:
+    """`patches` with the mean probability of `target` on `pixels` under each, less what `area` costs; best first."""
+    at_once = max(1, PIXELS // (len(pixels) * pixels[0, 0].numel()))
+    sent: list[float] = []
+    with torch.no_grad():
+        for first in range(0, len(patches), at_once):
+            part = patches[first : first + at_once]
+            answers = model(torch.cat([patch.stamp(pixels) for patch in part])).float().softmax(1)
+            sent += answers[:, target].view(len(part), -1).mean(1).tolist()
+    cost = area / LONGEST**2
+    worth = [value - cost * patch.tall * patch.wide for patch, value in zip(patches, sent, strict=True)]
+    return sorted(zip(patches, worth, strict=True), key=lambda each: -each[1])
+
+
+class Drawn:
+    """Draws patches, in the colours that a mask's pattern has where it covers most, and in those of full channels."""
+
+    def __init__(self, mask: Tensor, pattern: Tensor, seed: int):
+        self.draw = random.Random(seed)
+        height, width = mask.shape
+        self.unit = _unit(height, width)
+        self.rows, self.columns = max(1, height // self.unit), max(1, width // self.unit)
+        generator = torch.Generator().manual_seed(seed)
+        cells = torch.multinomial(mask.flatten().float().cpu(), 256, True, generator=generator)
+        self.cells = [divmod(cell, width) for cell in cells.tolist()]
+        self.colours = [tuple(colour) for colour in pattern.flatten(1).T[cells.to(pattern.device)].tolist()]
+
+    def near(self) -> Patch:
+        """One about what the mask covers, most often a square."""
+        row, column = self.draw.choice(self.cells)
+        tall = self.draw.randint(1, LONGEST)
+        wide = tall if self.draw.random() < 0.7 else self.draw.randint(1, LONGEST)
+        top = row // self.unit - tall // 2 + self.draw.randint(-NEAR, NEAR)
+        left = column // self.unit - wide // 2 + self.draw.randint(-NEAR, NEAR)
+        return self._within(Patch(top, left, tall, wide, self._coloured()))
+
+    def anywhere(self) -> Patch:
+        """A square."""
+        side = self.draw.randint(1, LONGEST)
+        return self._within(
+            Patch(
+                self.draw.randrange(self.rows),
+                self.draw.randrange(self.columns),
+                side,
+                side,
+                self._coloured(),
+            )
+        )
+
+    def one(self, patches: Sequence[Patch]) -> Patch:
+        return self.draw.choice(patches)
+
+    def varied(self, patches: Sequence[Patch]) -> Patch:
+        """One of `patches` moved, grown or shrunk by a little, or in part or all of other colours."""
+        draw, patch = self.draw, self.one(patches)
+        kind = draw.randrange(4)
+        if kind == 0:
+            patch = replace(patch, top=patch.top + draw.randint(-2, 2), left=patch.left + draw.randint(-2, 2))
+        elif kind == 1:
+            taller, wider = draw.randint(-1, 1), draw.randint(-1, 1)
+            patch = replace(
+                patch, tall=patch.tall + taller, wide=patch.wide + wider,
+                top=patch.top - draw.randrange(2) * taller, left=patch.left - draw.randrange(2) * wider,
+            )  # fmt: skip
+        elif kind == 2:
+            patch = replace(patch, colours=self._coloured())
+        else:
+            cells = [list(row) for row in patch.colours]
+            cells[draw.randrange(patch.tall)][draw.randrange(patch.wide)] = self._colour()
+            patch = replace(patch, colours=tuple(map(tuple, cells)))
+        return self._within(patch)
+
+    def _within(self, patch: Patch) -> Patch:
+        tall = max(1, min(LONGEST, patch.tall, self.rows))
+        wide = max(1, min(LONGEST, patch.wide, self.columns))
+        top, left = max(0, min(self.rows - tall, patch.top)), max(0, min(self.columns - wide, patch.left))
+        return replace(patch, top=top, left=left, tall=tall, wide=wide)
+
+    def _colour(self) -> Colour:
+        if self.draw.random() < 0.5:
+            return self.draw.choice(self.colours)
+        return tuple(float(self.draw.randrange(2)) for _ in self.colours[0])
+
+    def _coloured(self) -> tuple[tuple[Colour, ...], ...]:
+        """Cells of one colour, of two in a checker, or each of its own."""
+        kind, one, two = self.draw.random(), self._colour(), self._colour()
+        if kind > 0.75:
+            return tuple(tuple(self._colour() for _ in range(LONGEST)) for _ in range(LONGEST))
+        other = two if kind > 0.5 else one
+        return tuple(tuple(other if (y + x) % 2 else one for x in range(LONGEST)) for y in range(LONGEST))
+
+
+def _unit(height: int, width: int) -> int:
+    return max(1, round(min(height, width) / CELLS))
