@@ -257,6 +257,10 @@ DETECTORS: dict[str, Entry] = {
         "bdclean.detectors.neural_cleanse:NeuralCleanse",
         "the smallest mask for each class and its anomaly index, as published (Wang et al. 2019)",
     ),
+    "patches": Entry(
+        "bdclean.detectors.patches:Patches",
+        "small rectangles, found by trial, that send images to a class",
+    ),
     "stripes": Entry(
         "bdclean.detectors.stripes:Stripes", "stripes along an axis that send images to a class", quick=True
     ),

@@ -60,15 +60,12 @@ class Inversion:
             inverted = invert(suspect, images, form, classes, run, steps=steps)
             small, index, limit = outliers(inverted)
             found.statistic = max(found.statistic or 0.0, smallness(inverted))
-            least = int(inverted.sizes.argmin())
-            if form.parts is not None and not limit and inverted.success[least] >= form.least:
-                found.leading.append(_outlier(inverted, least, float(inverted.sizes.max())))
-            for k in small.nonzero().squeeze(1).tolist() or [least]:
-                caption = f"{form.name} inverted for class {int(inverted.classes[k])}, on grey"
+            for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
+                target, parameters = int(inverted.classes[k]), inverted.parameters[k]
                 found.findings.append(described(inverted, bool(small[k]), index, limit, k))
-                found.pictures[caption] = form.picture(inverted.parameters[k])
+                found.pictures[f"{form.name} inverted for class {target}, on grey"] = form.picture(parameters)
                 if small[k]:
-                    found.outliers.append(_outlier(inverted, k, limit))
+                    found.outliers.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
         return found
 
     def _classes(self, suspect: Classifier, arch: Arch, images: Tensor, run: Run) -> Tensor:
@@ -81,11 +78,6 @@ class Inversion:
             "attraction", lambda: adversaries.attraction(forward, pixels, self.families, generator)
         )
         return drawn.topk(MOST_INVERTED).indices.sort().values
-
-
-def _outlier(inverted: Inverted, k: int, limit: float) -> Outlier:
-    size = float(inverted.sizes[k])
-    return Outlier(inverted.form, int(inverted.classes[k]), inverted.parameters[k], size, limit)
 
 
 def described(

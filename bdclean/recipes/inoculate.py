@@ -20,7 +20,7 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training import adversaries
-from bdclean.training.inversion import GROWN, Detected, Outlier
+from bdclean.training.inversion import Detected, Outlier
 from bdclean.training.known import Known, stamped
 from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
 from bdclean.training.losses import distillation_kl, divergence
@@ -64,9 +64,9 @@ class Inoculate:
     student, and inverted triggers: where a class of the suspect is reached by an unusually small mask, or by unusually
     little that is added to the picture, or where stripes send most images to it, that change itself, refitted on the
     student at each use, and patches: near a mask, in its colours, and those that a search by trial found to send images
-    to its class. Of two classes neither stands out: the smaller mask is taken. Before it ends it looks at the student
-    in the same way; where a class stands out, or a mask has not grown, it goes on from there, twice at most. Given
-    images that carry an inverted trigger are set aside.
+    to its class. Such a search also tells which classes a patch reaches. Before it ends it looks at the student in the
+    same way; where a class stands out, it goes on from there, twice at most. Given images that carry an inverted
+    trigger are set aside.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
     Known limits: what it was measured with is in README. Stripes that are not along an axis, and warps, are met by
@@ -103,11 +103,13 @@ class Inoculate:
     corrupted_temperature: float = 1.0  # on corrupted ones the answer is enough
     corrupted_weight: float = 0.15  # of the corrupted half's loss beside the clean one's: more costs accuracy
     evident_weight: float = 1.0  # of images that an adversary sends to one class: what a trigger does
-    inverted_weight: float = 2.0  # of images under an inverted trigger: there is something to take out
+    inverted_weight: float = 6.0  # of images under an inverted trigger: there is something to take out
     settle: bool = True  # in the second phase batch norm keeps the statistics of clean images
     adversary_share: float = 0.5  # of the corrupted images
     adversary_steps: int = 3
-    inversion_steps: int = 100  # of masks; 0.6 as many of what is added to the picture; 0 leaves both out
+    inversion_steps: int = (
+        100  # of masks; 0.6 as many of what is added, a tenth of rounds of patches; 0: none
+    )
     leave_out: tuple[str, ...] = ()  # families not trained on, to measure triggers of unseen ones
 
     def __post_init__(self) -> None:
@@ -145,7 +147,6 @@ class Inoculate:
         teacher = frozen(suspect, run)
         detected = self._detected(teacher, arch, unlabeled.images, run)
         inverted, found = _findings(detected), _outliers(detected)
-        leading = _leading(detected)
         images = _unstamped(teacher, [*known, *found], unlabeled.images, run)
         pupil = _Pupil(
             copy.deepcopy(teacher), teacher, images, choose_augmentation(teacher, images, run), known
@@ -155,13 +156,12 @@ class Inoculate:
             f"detectors: {len(inverted)} findings, {len(found)} outliers" if inverted else "no inversion",
             f"distilled for {steps} updates, {pupil.augment.describe()}",
         ]
-        lesson = _Lesson(self, pupil, [*found, *leading], steps, run)
+        lesson = _Lesson(self, pupil, found, steps, run)
         curve = self._taught(lesson, arch, run)
         stages += [*halvings(curve), f"adversaries: {', '.join(lesson.adversaries())}"]
         for look in range(2, LOOKS + 1 if inverted else 2):
             within = run.under(f"look-{look}")
-            seen = self._detected(frozen(pupil.student, run), arch, images, within)
-            found = [*_outliers(seen), *_as_small(_leading(seen), leading)]
+            found = _outliers(self._detected(frozen(pupil.student, run), arch, images, within))
             stages.append(f"look {look} of at most {LOOKS}, at the student: {_listed(found)}")
             if not found:
                 break
@@ -211,10 +211,12 @@ class Inoculate:
         if not self.inversion_steps:
             return []
         families = self._trained_on()
-        inversion = registry.load(registry.DETECTORS, "inversion")(self.inversion_steps, families)
-        looking = [inversion]
+        known = registry.DETECTORS
+        looking = [registry.load(known, "inversion")(self.inversion_steps, families)]
+        if "patch" in families:
+            looking.append(registry.load(known, "patches")(math.ceil(self.inversion_steps / 10)))
         if "wave" in families:
-            looking.append(registry.load(registry.DETECTORS, "stripes")())
+            looking.append(registry.load(known, "stripes")())
         return [detector(teacher, arch, images, run) for detector in looking]
 
     def _taught(self, lesson: _Lesson, arch: Arch, run: Run) -> Curve:
@@ -263,16 +265,6 @@ def _findings(detected: Sequence[Detected]) -> list[dict[str, Any]]:
 
 def _outliers(detected: Sequence[Detected]) -> list[Outlier]:
     return [outlier for each in detected for outlier in each.outliers]
-
-
-def _leading(detected: Sequence[Detected]) -> list[Outlier]:
-    return [outlier for each in detected for outlier in each.leading]
-
-
-def _as_small(now: Sequence[Outlier], before: Sequence[Outlier]) -> list[Outlier]:
-    """Those of `now` that are little larger than `before`."""
-    first = {outlier.target: outlier.size for outlier in before}
-    return [outlier for outlier in now if outlier.size < GROWN * first.get(outlier.target, 0.0)]
 
 
 def _counted(triggers: int) -> str:

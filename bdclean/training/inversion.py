@@ -299,8 +299,6 @@ class Detected:
     """Fields of `record.Finding`."""
     outliers: list[Outlier] = field(default_factory=list)
     """What of it stands out, for a recipe to work against."""
-    leading: list[Outlier] = field(default_factory=list)
-    """The smallest mask, where there are too few classes to tell whether it stands out."""
     pictures: dict[str, Tensor] = field(default_factory=dict)
     """Caption -> float [c h w] in [0, 1]; never an image of the user's."""
     statistic: float | None = None

@@ -28,7 +28,7 @@ NEAR = 6
 FIRST, ROUNDS, VARIED, PARENTS, FEW = 128, 10, 64, 16, 12
 """So many patches are drawn; in so many rounds so many are varied of the best PARENTS; all are judged on FEW images."""
 AREA = 0.25
-"""By how much more a patch of LONGEST x LONGEST cells must raise a class's probability than one of no size."""
+"""By how much more the largest patch must raise a class's probability than one of no size."""
 COLOUR = 0.3
 """A mean colour that differs by as much in a channel is another one."""
 
@@ -45,6 +45,11 @@ class Patch:
     wide: int
     colours: tuple[tuple[Colour, ...], ...]
     """LONGEST rows of as many cells, of which the first `tall` and `wide` show; channels in [0, 1]."""
+
+    @property
+    def size(self) -> float:
+        """Its area as a share of the largest patch's."""
+        return self.tall * self.wide / LONGEST**2
 
     def unlike(self, other: Patch) -> bool:
         """Whether it covers another place by half, or is of other colours."""
@@ -76,20 +81,26 @@ class Patch:
 
 
 def search(
-    model: Forward, pixels: Tensor, mask: Tensor, pattern: Tensor, target: int, seed: int, most: int = 12
+    model: Forward,
+    pixels: Tensor,
+    drawn: Drawn,
+    target: int,
+    area: float = AREA,
+    rounds: int = ROUNDS,
+    most: int = 12,
 ) -> list[tuple[Patch, float]]:
     """At most `most` patches unlike each other, with the mean probability of `target` under each, best first.
 
-    `pixels` [n c h w] in [0, 1] are of other classes; `mask` [h w] and `pattern` [c h w] are an inverted trigger's:
-    half of the first patches are near it. Where the search ends is chance, and kin of a trigger fire, too: of all that
-    were tried those are told that are worth at least half of the best one.
+    `pixels` [n c h w] in [0, 1] are of other classes. The largest patch must raise the probability by `area` more
+    than one of no size. Where the search ends is chance, and kin of a trigger fire, too: of all that were
+    tried those are told that are worth at least half of the best one.
     """
-    drawn, few = Drawn(mask, pattern, seed), pixels[:FEW]
+    few = pixels[:FEW]
     first = [drawn.near() if k % 2 else drawn.anywhere() for k in range(FIRST)]
-    tried = dict(scored(model, few, first, target, AREA))
-    for _ in range(ROUNDS):
+    tried = dict(scored(model, few, first, target, area))
+    for _ in range(rounds):
         parents = _ranked(tried)[:PARENTS]
-        tried |= dict(scored(model, few, [drawn.varied(parents) for _ in range(VARIED)], target, AREA))
+        tried |= dict(scored(model, few, [drawn.varied(parents) for _ in range(VARIED)], target, area))
     chosen: list[Patch] = []
     for patch in _ranked(tried):
         worth = not chosen or tried[patch] >= 0.5 * tried[chosen[0]]
@@ -106,20 +117,33 @@ def scored(
     model: Forward, pixels: Tensor, patches: Sequence[Patch], target: int, area: float = 0.0
 ) -> list[tuple[Patch, float]]:
     """`patches` with the mean probability of `target` on `pixels` under each, less what `area` costs; best first."""
-    at_once = max(1, PIXELS // (len(pixels) * pixels[0, 0].numel()))
-    sent: list[float] = []
-    with torch.no_grad():
-        for first in range(0, len(patches), at_once):
-            part = patches[first : first + at_once]
-            answers = model(torch.cat([patch.stamp(pixels) for patch in part])).float().softmax(1)
-            sent += answers[:, target].view(len(part), -1).mean(1).tolist()
-    cost = area / LONGEST**2
-    worth = [value - cost * patch.tall * patch.wide for patch, value in zip(patches, sent, strict=True)]
+    sent = answers(model, pixels, patches)[:, target].tolist()
+    worth = [value - area * patch.size for patch, value in zip(patches, sent, strict=True)]
     return sorted(zip(patches, worth, strict=True), key=lambda each: -each[1])
 
 
+def answers(model: Forward, pixels: Tensor, patches: Sequence[Patch]) -> Tensor:
+    """The mean probability of each class on `pixels` [n c h w] under each of `patches`: [patches classes]."""
+    at_once = max(1, PIXELS // (len(pixels) * pixels[0, 0].numel()))
+    means: list[Tensor] = []
+    with torch.no_grad():
+        for first in range(0, len(patches), at_once):
+            part = patches[first : first + at_once]
+            logits = model(torch.cat([patch.stamp(pixels) for patch in part])).float()
+            means.append(logits.softmax(1).view(len(part), len(pixels), -1).mean(1))
+    return torch.cat(means)
+
+
 class Drawn:
-    """Draws patches, in the colours that a mask's pattern has where it covers most, and in those of full channels."""
+    """Draws patches in the colours that a mask's pattern has where it covers most, and in those of full channels.
+
+    `mask` [h w] and `pattern` [c h w] are an inverted trigger's; `blank` ones are those of none.
+    """
+
+    @classmethod
+    def blank(cls, channels: int, height: int, width: int, seed: int) -> Drawn:
+        colours = torch.rand((channels, height, width), generator=torch.Generator().manual_seed(seed))
+        return cls(torch.ones(height, width), colours, seed)
 
     def __init__(self, mask: Tensor, pattern: Tensor, seed: int):
         self.draw = random.Random(seed)

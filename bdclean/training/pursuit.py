@@ -89,5 +89,5 @@ def _patches(trigger: Outlier, suspect: nn.Module, images: Tensor, run: Run) -> 
     mask, pattern = trigger.form.parts(trigger.parameters[None])
     pixels = others.to(run.device).float() / 255
     seed = run.generator("patches", trigger.target).initial_seed()
-    found = search(partial(run.forward, suspect), pixels, mask[0, 0], pattern[0], trigger.target, seed)
+    found = search(partial(run.forward, suspect), pixels, Drawn(mask[0, 0], pattern[0], seed), trigger.target)
     return [patch for patch, _ in found]

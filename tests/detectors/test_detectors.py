@@ -15,7 +15,6 @@ from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.stages import describe
 from bdclean.record.run import Finding
-from bdclean.training.inversion import Inverted
 from bdclean.training.run import Precision, Run
 
 CPU = torch.device("cpu")
@@ -24,6 +23,7 @@ QUICK = {
     "inversion": {"steps": "3"},
     "mm-bd": {"steps": "3"},
     "neural-cleanse": {"steps": "3"},
+    "patches": {"rounds": "1"},
     "decree": {"steps": "6", "batch_size": "16"},
 }
 KINDS = [
@@ -96,34 +96,8 @@ def test_a_detector_says_what_it_is(name, kind):
 def test_a_detector_of_the_other_kind_is_refused():
     with pytest.raises(
         UsageError,
-        match="decree does not work on classifiers: use one of inversion, mm-bd, neural-cleanse, stripes",
+        match="decree does not work on classifiers: use one of inversion, mm-bd, neural-cleanse, patches, stripes",
     ):
         registry.load_for(registry.DETECTORS, "decree", "classifier")
     with pytest.raises(UsageError, match="stripes does not work on encoders: use one of decree, inversion"):
         registry.load_for(registry.DETECTORS, "stripes", "encoder")
-
-
-@pytest.mark.parametrize("sizes, success, leading", [
-    ([9.0, 40.0], 1.0, [0]),
-    ([40.0, 35.0], 1.0, [1]),
-    ([9.0, 40.0], 0.5, []),
-    ([9.0, 40.0, 50.0], 1.0, []),
-])  # fmt: skip
-def test_of_two_classes_the_smaller_mask_leads_and_is_no_outlier(
-    monkeypatch, images, sizes, success, leading
-):
-    def fitted(model, images, form, classes, run, *, steps):
-        rows = torch.full((len(sizes), *form.shape), -20.0)
-        cells = torch.tensor(sizes)[:, None] > torch.arange(32 * 32)
-        rows[:, 0] = torch.where(cells, 20.0, -20.0).view(-1, 32, 32)
-        return Inverted(form, torch.arange(len(sizes)), rows, torch.full((len(sizes),), success))
-
-    monkeypatch.setattr("bdclean.detectors.inversion.invert", fitted)
-    detector = registry.configure(registry.load(registry.DETECTORS, "inversion"), {"families": "patch"})
-    found = detector(suspect("classifier"), described("classifier"), images, Run(CPU, Precision(), 0))
-    assert [(outlier.target, round(outlier.size)) for outlier in found.leading] == [
-        (k, sizes[k]) for k in leading
-    ]
-    assert all(outlier.limit == max(sizes) for outlier in found.leading)
-    assert (len(sizes) < 3) <= (not found.outliers)
-    assert len(found.findings) == 1

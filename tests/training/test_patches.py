@@ -86,22 +86,22 @@ def test_what_is_drawn_lies_within_the_image_and_near_ones_by_the_mask():
 def test_the_search_finds_a_red_square_beside_the_mask_and_a_checker_that_no_mask_shows():
     model, pixels = Cornered(), pictures()
     mask, pattern = mask_at(1, 8)
-    found = search(model, pixels, mask, pattern, 1, seed=0)
+    found = search(model, pixels, Drawn(mask, pattern, 0), 1)
     (best, sent), alone = found[0], scored(model, pixels, [plain(RED, 1, 8, 1, 1)], 1)[0][1]
     assert sent > 0.9 > 0.1 > alone
     assert best.top < 4 and best.left < 4  # it reaches into the trigger's place
     assert [worth for _, worth in found] == sorted((worth for _, worth in found), reverse=True)
     assert all(one.unlike(two) for k, (one, _) in enumerate(found) for two, _ in found[:k])
-    checkers = search(model, pixels, *mask_at(20, 20), target=2, seed=0)
+    checkers = search(model, pixels, Drawn(*mask_at(20, 20), 0), 2)
     assert checkers[0][1] > 0.9
-    assert search(model, pixels, mask, pattern, 1, seed=0) == found
+    assert search(model, pixels, Drawn(mask, pattern, 0), 1) == found
 
 
 def test_the_search_ends_where_nothing_sends_anything():
     def deaf(x):
         return torch.tensor([[0.0, -50.0]]).expand(len(x), 2)
 
-    found = search(deaf, pictures(2), *mask_at(1, 1), target=1, seed=0)
+    found = search(deaf, pictures(2), Drawn.blank(3, 32, 32, 0), 1)
     assert found and found[0][1] < 1e-6
 
 
