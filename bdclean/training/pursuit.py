@@ -41,6 +41,13 @@ class Pursuit:
     def _first(trigger: Outlier) -> Tensor:
         return trigger.parameters[None].clamp(-trigger.form.reach, trigger.form.reach)
 
+    def masked(self, turn: int) -> bool:
+        """Whether the trigger whose turn it is is a mask."""
+        return self._whose(turn).form.parts is not None
+
+    def _whose(self, turn: int) -> Outlier:
+        return self.triggers[turn % len(self.triggers)]
+
     def stamp(
         self,
         model: Callable[[Tensor], Tensor],
@@ -55,7 +62,7 @@ class Pursuit:
         suspect, some of them varied.
         """
         k = turn % len(self.triggers)
-        trigger, change, weight = self.triggers[k], self.tensors[f"change.{k}"], self.tensors[f"weight.{k}"]
+        trigger, change, weight = self._whose(turn), self.tensors[f"change.{k}"], self.tensors[f"weight.{k}"]
         form, targets = trigger.form, torch.full((len(pixels),), trigger.target, device=pixels.device)
         if float(form.sizes(change)) > min(trigger.limit, GROWN * trigger.size):
             change.copy_(self._first(trigger))
