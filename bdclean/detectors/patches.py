@@ -17,7 +17,7 @@ from bdclean.training.inversion import GROWN, Detected, Outlier, spread_out
 from bdclean.training.patches import Drawn, Forward, Patch, answers, search
 from bdclean.training.run import Run
 
-DRAWN, SHOWN = 50, 16
+DRAWN, SHOWN = 100, 16
 """So many patches for each round are drawn at random first, each on so many images.
 
 Of six small networks of ten classes or two whose trigger is a square, 256 and 1,024 draws raised its class most each of
@@ -37,10 +37,10 @@ WORTH = 0.4
 class Patches:
     """Searches small rectangles of few colours that send images to a class, without gradients.
 
-    What it does: draws 500 patches of any place, size and colours; for the four classes that they raise most varies the
+    What it does: draws 1,000 patches of any place, size and colours; for the four classes that they raise most varies the
     best ones in ten rounds. A class's worth is by how much a patch raises its mean probability, less a cost of area.
     When to use it: to look for patches without knowing the trigger, with any number of classes.
-    What it needs: 100 images or more, without labels. Its cost does not depend on the number of classes: about 40,000
+    What it needs: 100 images or more, without labels. Its cost does not depend on the number of classes: about 50,000
     forward passes of one image.
     Known limits: no finding decides a verdict by itself, only its rank among clean networks. Patches of one or two
     pixels are missed where the draws do not meet them; what is spread over the picture is not looked for.
