@@ -37,8 +37,9 @@ WORTH = 0.4
 class Patches:
     """Searches small rectangles of few colours that send images to a class, without gradients.
 
-    What it does: draws 1,000 patches of any place, size and colours; for the four classes that they raise most varies the
-    best ones in ten rounds. A class's worth is by how much a patch raises its mean probability, less a cost of area.
+    What it does: draws 1,000 patches of any place, size and colours; for the four classes that they raise most varies
+    the best ones in ten rounds. A patch's worth is by how much it raises the class's mean probability, less a cost of
+    its area.
     When to use it: to look for patches without knowing the trigger, with any number of classes.
     What it needs: 100 images or more, without labels. Its cost does not depend on the number of classes: about 50,000
     forward passes of one image.

@@ -25,6 +25,8 @@ LONGEST = 8
 """The longest side of a patch."""
 NEAR = 6
 """How far from what a mask covers a patch near it may lie."""
+RIM = 3
+"""How far from a border what is drawn at its rim may be."""
 FIRST, ROUNDS, VARIED, PARENTS, FEW = 128, 10, 64, 16, 12
 """So many patches are drawn; in so many rounds so many are varied of the best PARENTS; all are judged on FEW images."""
 AREA = 0.25
@@ -165,17 +167,19 @@ class Drawn:
         return self._within(Patch(top, left, tall, wide, self._coloured()))
 
     def anywhere(self) -> Patch:
-        """A square."""
-        side = self.draw.randint(1, LONGEST)
-        return self._within(
-            Patch(
-                self.draw.randrange(self.rows),
-                self.draw.randrange(self.columns),
-                side,
-                side,
-                self._coloured(),
-            )
-        )
+        """A square, every other one at a border's rim or in a corner, where triggers often are."""
+        side, kind = self.draw.randint(1, LONGEST), self.draw.randrange(6)
+        top, left = self.draw.randrange(self.rows), self.draw.randrange(self.columns)
+        if kind in (1, 3):
+            top = self._rim(self.rows - side)
+        if kind in (2, 3):
+            left = self._rim(self.columns - side)
+        return self._within(Patch(top, left, side, side, self._coloured()))
+
+    def _rim(self, last: int) -> int:
+        """A place within RIM of the first or the `last` one."""
+        off = self.draw.randint(0, RIM)
+        return off if self.draw.random() < 0.5 else last - off
 
     def one(self, patches: Sequence[Patch]) -> Patch:
         return self.draw.choice(patches)
