@@ -29,8 +29,11 @@ JUDGED = 48
 """So many images of other classes judge what was found."""
 AREA = 1.0
 """By how much more the largest patch, of 8 x 8 cells of 32, must raise a class's probability than one of no size."""
-WORTH = 0.4
-"""What a trigger's patch is worth at least: the rise that it brings less what its area costs."""
+WORTH = 0.25
+"""What a trigger's patch is worth at least: the rise that it brings less what its area costs.
+
+Of 29 small networks without a backdoor the highest was 0.05; of eight with a square of 2 to 4 pixels the least 0.37.
+"""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class Patches:
         judged = spread_out(images, 8 * JUDGED)
         classes = run.answers(suspect, judged)
         rows = []
-        for target in leading.tolist():
+        for done, target in enumerate(leading.tolist()):
+            run.tell("patches", done, len(leading))
             others = judged[classes != target][:JUDGED]
             if not len(others):
                 continue
@@ -103,6 +107,7 @@ class Patches:
             rise = sent - float(self._usual(forward, pixels)[target])
             about = torch.tensor([target, rise - AREA * patch.size, rise], device=run.device)
             rows.append(torch.cat([about, _logits(patch, pixels).flatten()]))
+        run.tell("patches", len(leading), len(leading))
         return torch.stack(rows)
 
     @staticmethod
