@@ -17,6 +17,8 @@ LEAST_MATCHING = 19
 """Of fewer clean networks no p-value is as small as 0.05."""
 FEW_CLASSES = 4
 """Up to so many, the least or largest of the classes has hardly others to stand out from."""
+BY_ITSELF = ("patches",)
+"""What these say of a class does not depend on how many others there are: their clean networks are of any number."""
 SIDES = (16, 64)
 """Of small images; nothing is known of larger ones."""
 
@@ -38,15 +40,17 @@ def table() -> tuple[Clean, ...]:
     return tuple(Clean(**row) for row in json.loads(FILE.read_text(encoding="utf-8")))
 
 
-def kind(classes: int, side: int) -> tuple[bool, bool]:
+def kind(classes: int, side: int, detector: str = "") -> tuple[bool, bool]:
     """What two networks must have in common to be held against each other: few classes or not, small images or not."""
-    return classes <= FEW_CLASSES, SIDES[0] <= side <= SIDES[1]
+    return classes <= FEW_CLASSES and detector not in BY_ITSELF, SIDES[0] <= side <= SIDES[1]
 
 
-def kind_said(classes: int, side: int) -> str:
+def kind_said(classes: int, side: int, detector: str = "") -> str:
     """The same in words."""
-    few, small = kind(classes, side)
+    few, small = kind(classes, side, detector)
     counts = f"up to {FEW_CLASSES}" if few else f"more than {FEW_CLASSES}"
+    if detector in BY_ITSELF:
+        counts = "any number of"
     return f"{counts} classes, images {'of' if small else 'beyond'} {SIDES[0]} to {SIDES[1]} pixels"
 
 
@@ -55,7 +59,8 @@ def matching(detector: str, classes: int, side: int, without: str | None = None)
     scores = (
         clean.scores.get(detector)
         for clean in table()
-        if clean.network != without and kind(clean.classes, clean.side) == kind(classes, side)
+        if clean.network != without
+        and kind(clean.classes, clean.side, detector) == kind(classes, side, detector)
     )
     return sorted(score for score in scores if score is not None)
 

@@ -116,7 +116,7 @@ def rank(
         scores = calibration.matching(name, *kind, without=without)
         if score is not None and scores:
             value = calibration.p_value(score, scores)
-            ranked[name] = Calibration(name, calibration.kind_said(*kind), score, scores, value)
+            ranked[name] = Calibration(name, calibration.kind_said(*kind, name), score, scores, value)
     known = [each for each in ranked.values() if each.p_value is not None]
     for each, value in zip(known, holm([each.p_value or 0.0 for each in known]), strict=True):
         each.corrected = min(1.0, readings * value)

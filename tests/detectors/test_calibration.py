@@ -6,6 +6,7 @@ import pytest
 
 from bdclean import registry
 from bdclean.detectors import calibration
+from bdclean.detectors.patches import WORTH
 from bdclean.runs.detecting import LEVEL, LEVEL_UNASKED, rank
 
 
@@ -23,6 +24,15 @@ def test_networks_of_few_classes_and_large_images_are_kinds_of_their_own():
     assert calibration.kind(4, 32) == calibration.kind(2, 64)
     assert calibration.kind(5, 32) == calibration.kind(43, 28)
     assert "up to 4 classes" in calibration.kind_said(2, 32) and "beyond" in calibration.kind_said(2, 224)
+
+
+def test_what_a_patch_does_is_held_against_networks_of_any_number_of_classes():
+    assert calibration.kind(2, 32, "patches") == calibration.kind(43, 32, "patches")
+    assert calibration.kind(2, 32, "patches") != calibration.kind(2, 224, "patches")
+    assert calibration.kind_said(2, 32, "patches") == "any number of classes, images of 16 to 64 pixels"
+    assert calibration.matching("patches", 2, 32) == calibration.matching("patches", 10, 32)
+    assert len(calibration.matching("patches", 2, 32)) >= 40 > len(calibration.matching("stripes", 2, 32))
+    assert max(calibration.matching("patches", 2, 32)) < WORTH / 2
 
 
 def test_what_is_shipped_is_of_forty_clean_networks_and_more_with_finite_numbers():
