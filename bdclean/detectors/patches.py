@@ -32,7 +32,7 @@ AREA = 1.0
 WORTH = 0.25
 """What a trigger's patch is worth at least: the rise that it brings less what its area costs.
 
-Of 40 small networks without a backdoor the highest was 0.05; of eight with a square of 2 to 4 pixels the least 0.37.
+Of 40 small networks without a backdoor the highest was 0.05; of seven with a square of 2 to 4 pixels the least 0.27.
 A stranger's network has 0.94 for its trigger's class, and 0.73 for another, so only the best one counts.
 """
 
