@@ -111,7 +111,7 @@ class Inoculate:
     settle: bool = True  # in the second phase batch norm keeps the statistics of clean images
     adversary_share: float = 0.5  # of the corrupted images
     adversary_steps: int = 3
-    inversion_steps: int = 100  # of masks; 0.6 as many of what is added, a tenth of rounds of patches
+    inversion_steps: int = 100  # of masks; 0.6 as many of what is added, 0.1 rounds of patches; 0: none
     leave_out: tuple[str, ...] = ()  # families not trained on, to measure triggers of unseen ones
 
     def __post_init__(self) -> None:
