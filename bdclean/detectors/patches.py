@@ -14,14 +14,14 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.training.forms import mask
 from bdclean.training.inversion import GROWN, Detected, Outlier, spread_out
-from bdclean.training.patches import Drawn, Forward, Patch, answers, search
+from bdclean.training.patches import Drawn, Forward, Patch, answers, of_others, search
 from bdclean.training.run import Run
 
 DRAWN, SHOWN = 100, 16
 """So many patches for each round are drawn at random first, each on so many images.
 
 Of six small networks of ten classes or two whose trigger is a square, 256 and 1,024 draws raised its class most each of
-four times; of two with 43 classes and a square of 2 x 2 pixels three and six of eight times, else among the first five.
+four times; of two with 43 classes and 2 x 2 pixels two and six of eight times (1,024: else third and fifth).
 """
 SEARCHED = 4
 """For so many classes, those that the draws raise most, a patch is searched for."""
@@ -32,7 +32,7 @@ AREA = 1.0
 WORTH = 0.25
 """What a trigger's patch is worth at least: the rise that it brings less what its area costs.
 
-Of 40 small networks without a backdoor the highest was 0.05; of seven with a square of 2 to 4 pixels the least 0.27.
+Of 40 small networks without a backdoor the highest was 0.05; of six with a square of 2 to 4 pixels the least 0.27.
 A stranger's network has 0.94 for its trigger's class, and 0.73 for another, so only the best one counts.
 """
 
@@ -101,10 +101,9 @@ class Patches:
         rows = []
         for done, target in enumerate(leading.tolist()):
             run.tell("patches", done, len(leading))
-            others = judged[classes != target][:JUDGED]
-            if not len(others):
+            pixels = of_others(judged, classes, target, JUDGED, run.device)
+            if not len(pixels):
                 continue
-            pixels = others.to(run.device).float() / 255
             drawn = Drawn.blank(channels, height, width, seed)
             patch, sent = search(forward, pixels, drawn, target, AREA, self.rounds, most=1)[0]
             rise = sent - float(self._usual(forward, pixels)[target])

@@ -111,6 +111,11 @@ def search(
     return scored(model, pixels, chosen, target)
 
 
+def of_others(images: Tensor, classes: Tensor, target: int, most: int, device: torch.device) -> Tensor:
+    """At most `most` of `images` uint8 [n c h w] whose `classes` int64 [n] are not `target`, as floats in [0, 1]."""
+    return images[classes != target][:most].to(device).float() / 255
+
+
 def _ranked(tried: dict[Patch, float]) -> list[Patch]:
     return sorted(tried, key=lambda patch: -tried[patch])
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bdclean.training.inversion import GROWN, RAISE, Outlier, spread_out
-from bdclean.training.patches import Drawn, Patch, scored, search
+from bdclean.training.patches import Drawn, Patch, of_others, scored, search
 from bdclean.training.run import Run
 
 TRIED, JUDGED = 16, 8
@@ -90,11 +90,10 @@ def _patches(trigger: Outlier, suspect: nn.Module, images: Tensor, run: Run) -> 
     if trigger.form.parts is None:
         return []
     shown = spread_out(images, 4 * SHOWN)
-    others = shown[run.answers(suspect, shown) != trigger.target][:SHOWN]
-    if not len(others):
+    pixels = of_others(shown, run.answers(suspect, shown), trigger.target, SHOWN, run.device)
+    if not len(pixels):
         return []
     mask, pattern = trigger.form.parts(trigger.parameters[None])
-    pixels = others.to(run.device).float() / 255
     seed = run.generator("patches", trigger.target).initial_seed()
     found = search(partial(run.forward, suspect), pixels, Drawn(mask[0, 0], pattern[0], seed), trigger.target)
     return [patch for patch, _ in found]

@@ -6,7 +6,7 @@ from torch import nn
 
 from bdclean.training.patches import CELLS, LONGEST, NEAR, Drawn, Patch, scored, search
 
-RED, BLACK, WHITE = (1.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+RED, BLACK = (1.0, 0.0, 0.0), (0.0, 0.0, 0.0)
 
 
 def plain(colour, top=0, left=0, tall=4, wide=4):
