@@ -1,7 +1,7 @@
 """Encoders on CIFAR-10: pre-train a clean one, attack it or its images, scan each, and cleanse it by each recipe.
 
 `python -m bdclean.bench encoders --data cifar10.tar.gz --work DIR --recipes auto`. Every encoder and every record is a
-file in DIR; what exists is not made again. Encoders are written under BadEncoder's own names, projector and all, and
+file in DIR; what exists is not made again. ResNets are written under BadEncoder's own names, projector and all, and
 measured by the command line.
 """
 
@@ -29,6 +29,7 @@ from bdclean.data.loading import load_images
 from bdclean.errors import Refused
 from bdclean.measuring import metrics
 from bdclean.networks.classifier import Classifier
+from bdclean.networks.families.preact import PreActNetwork
 from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.progress import Tell, quiet
@@ -42,11 +43,17 @@ METHODS: dict[str, Callable[..., Any]] = {"simclr": SimCLR, "moco": MoCo, "byol"
 DEFAULT_ATTACKS = "badencoder:target=9,ctrl:target=9,ssl-backdoor:target=9"
 WIDTHS = (16, 32, 64, 128)
 """A quarter of ResNet-18's: 0.7 million parameters, 128 features, some minutes an epoch on one core."""
-NETWORKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
-"""Blocks of each stage."""
+NETWORKS = {
+    "resnet10": (ResidualNetwork, (1, 1, 1, 1)),
+    "resnet18": (ResidualNetwork, (2, 2, 2, 2)),
+    "resnet34": (ResidualNetwork, (3, 4, 6, 3)),
+    "preact18": (PreActNetwork, (2, 2, 2, 2)),
+}
+"""The family, and the blocks of each stage."""
 
 LAYERS = {"conv1": "0", "bn1": "1", "layer1": "3", "layer2": "4", "layer3": "5", "layer4": "6"}
 """Where BadEncoder's files keep a ResNet's parts, under `f.f.`: its encoder is a list of them, ReLU the third."""
+BACKBONE = "backbone."
 
 DRAWS = ("pre-training", "shadow", "references", "probe", "test")
 """What images are drawn for, each with a seed of its own."""
@@ -82,17 +89,22 @@ def small_encoder(seed: int, network: str = "resnet18") -> Classifier:
     """The encoder, with random weights, that the clean one and all others start from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "clean"))
-        made = ResidualNetwork(NETWORKS[network], WIDTHS, WIDTHS[0], 10)
+        family, blocks = NETWORKS[network]
+        made = family(blocks, WIDTHS, WIDTHS[0], 10)
     made.fc = nn.Identity()  # type: ignore[assignment]
     return Classifier(made, parse_preprocess("cifar10"))
 
 
 def write(encoder: Classifier, projector: Mapping[str, Tensor], out: Path) -> None:
-    """Write an encoder and its projector as safetensors under BadEncoder's names: `f.f.<i>.` and `g.`."""
+    """Write an encoder and its projector (`g.`) as safetensors: a ResNet under BadEncoder's names, `f.f.<i>.`.
+
+    One of another family, which those have no names for, is under its own behind `backbone.`.
+    """
     tensors = {f"g.{name}": tensor for name, tensor in projector.items()}
+    listed = isinstance(encoder.network, ResidualNetwork)
     for name, tensor in encoder.network.state_dict().items():
         part, _, rest = name.partition(".")
-        tensors[f"f.f.{LAYERS[part]}.{rest}"] = tensor
+        tensors[f"f.f.{LAYERS[part]}.{rest}" if listed else f"{BACKBONE}{name}"] = tensor
     save(tensors, "cifar10", out)
 
 
@@ -103,6 +115,8 @@ def read(file: Path, network: str = "resnet18") -> tuple[Classifier, dict[str, T
     for name, tensor in load_file(file).items():
         if name.startswith("g."):
             projector[name.removeprefix("g.")] = tensor
+        elif name.startswith(BACKBONE):
+            inside[name.removeprefix(BACKBONE)] = tensor
         else:
             number, _, rest = name.removeprefix("f.f.").partition(".")
             inside[f"{parts[number]}.{rest}"] = tensor

@@ -51,7 +51,7 @@ AGAIN = 0.5
 """Of the updates of the first training, where the student is trained again."""
 USUAL = 0.2
 """Up to about this share of images an adversary sends to one class of a network without a backdoor, too."""
-LEFT = 0.05
+LEFT = 0.02
 """A mask or a patch has its whole weight while it sends more than this share, other inverted triggers more than USUAL.
 
 Stripes stand out in clean networks of two classes, too: with this share and weight 6 one of them lost 12 points.
@@ -396,11 +396,11 @@ class _Lesson:
         gone = corrupted.detach().softmax(1) - aims.softmax(1)
         weights = torch.full((len(aims),), recipe.corrupted_weight, device=logits.device)
         measures: dict[str, Tensor | float] = {}
-        if hunted:
+        if self.pursuit is not None:
             under = slice(n, n + hunted)
-            masked = self.pursuit is not None and self.pursuit.masked(turn)
+            masked = self.pursuit.masked(turn)
             weight, most = (recipe.mask_weight, LEFT) if masked else (recipe.inverted_weight, USUAL)
-            share = (gone[under].mean(0).max() / most).clamp(0, 1)
+            share = (self.pursuit.sent(turn, gone[under]) / most).clamp(0, 1)
             weights[under] += (weight - recipe.corrupted_weight) * share
         weights[n + hunted :] = self.pupil.insisted * recipe.inverted_weight
         if foes:

@@ -15,6 +15,8 @@ from bdclean.training.run import Run
 
 TRIED, JUDGED = 16, 8
 """So many patches are tried on a batch, each on so many of its images."""
+REMEMBERED = 0.8
+"""Of what a trigger sent is kept at each use of it: one use, of a quarter of a batch, tells 0.02 at best."""
 SHOWN = 64
 """On so many images of other classes is what a search for patches found judged."""
 
@@ -35,6 +37,7 @@ class Pursuit:
         for k, trigger in enumerate(self.triggers):
             self.tensors[f"change.{k}"] = self._first(trigger).to(run.device).clone()
             self.tensors[f"weight.{k}"] = torch.tensor(trigger.form.weight, device=run.device)
+            self.tensors[f"sent.{k}"] = torch.tensor(torch.nan, device=run.device)
         self.patches = [_patches(trigger, suspect, images, run) for trigger in self.triggers]
 
     @staticmethod
@@ -47,6 +50,19 @@ class Pursuit:
 
     def _whose(self, turn: int) -> Outlier:
         return self.triggers[turn % len(self.triggers)]
+
+    def sent(self, turn: int, gone: Tensor) -> Tensor:
+        """The share of images that the trigger whose turn it is sends to its class, a mean that forgets; [].
+
+        `gone` [n classes]: by how much the probabilities of n images rise under it. What it does to other classes is
+        not counted: of a weak network any change moves some.
+        """
+        now, mean = (
+            gone[:, self._whose(turn).target].mean(),
+            self.tensors[f"sent.{turn % len(self.triggers)}"],
+        )
+        mean.copy_(torch.where(mean.isnan(), now, REMEMBERED * mean + (1 - REMEMBERED) * now))
+        return mean
 
     def stamp(
         self,

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from bdclean.bench import encoders
 from bdclean.errors import Refused, UsageError
+from bdclean.networks.checkpoint.checkpoint import Checkpoint
+from bdclean.networks.classifier import Classifier
 from bdclean.record.run import REFUSED, Measure, Problem, Rate, RunRecord, TriggerRow
 
 
@@ -40,6 +42,19 @@ def test_a_file_has_badencoder_s_names_and_is_read_back(tmp_path):
     with torch.no_grad():
         assert torch.equal(again(images), encoder(images)) and again(images).shape == (2, 128)
     assert torch.equal(kept["0.weight"], projector["0.weight"])
+
+
+@pytest.mark.parametrize("network", encoders.NETWORKS)
+def test_an_encoder_of_any_family_is_read_back_and_known_by_its_names(network, tmp_path):
+    encoder = encoders.small_encoder(3, network).eval()
+    encoders.write(encoder, {"0.weight": torch.ones(2, 2)}, tmp_path / "e.safetensors")
+    again, _ = encoders.read(tmp_path / "e.safetensors", network)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    read = Checkpoint.read(tmp_path / "e.safetensors", None, False, "encoder")
+    known = Classifier(read.build(), encoder.preprocess).eval()
+    with torch.no_grad():
+        assert torch.equal(again(images), encoder(images))
+        assert torch.equal(known(images), encoder(images))
 
 
 def commands(monkeypatch):

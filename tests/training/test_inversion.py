@@ -285,6 +285,20 @@ def test_of_each_class_the_form_that_stands_out_most_is_pursued(inverted):
     assert [len(patches) > 0 for patches in pursuit.patches] == [False, True]
 
 
+def test_what_a_trigger_sends_is_of_its_class_alone_and_forgets_old_uses():
+    form = added(SIDE, SIDE, "pattern")
+    found = [Outlier(form, k, 0.02 * torch.rand(form.shape), 2.0 + k, 50.0) for k in (1, 3)]
+    pursuit = Pursuit(found, Planted(), pictures(32), run())
+    gone = torch.zeros(10, CLASSES)
+    gone[:4, 1], gone[:, 2] = 1.0, 0.9
+    assert pursuit.sent(0, gone).item() == pytest.approx(
+        0.4
+    )  # nothing is known before: the first use counts whole
+    assert pursuit.sent(1, gone).item() == 0  # class 2 is no trigger's
+    still = [pursuit.sent(turn, torch.zeros(10, CLASSES)).item() for turn in range(2, 10, 2)]
+    assert still == pytest.approx([0.4 * 0.8**k for k in range(1, 5)])
+
+
 def test_a_pursuits_state_is_all_in_its_tensors(inverted):
     form, pixels, model = added(SIDE, SIDE, "pattern"), pictures(8).float() / 255, Planted()
     found = [

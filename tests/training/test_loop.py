@@ -508,6 +508,31 @@ def test_mirroring_only_where_the_network_does_not_mind():
     assert choose_augmentation(Sided(2), images, run) == Augmentation(2, True)
 
 
+class Placed(nn.Module):
+    """Answers by whether the middle of the images is bright: a crop of more than `minds` pixels may change that."""
+
+    def __init__(self, minds):
+        super().__init__()
+        self.reach = minds + 1
+
+    def forward(self, images):
+        middle = images.shape[2] // 2
+        spot = images[
+            ..., middle - self.reach : middle + self.reach, middle - self.reach : middle + self.reach
+        ]
+        bright = spot.float().amax((1, 2, 3))
+        return torch.stack([bright, 255 - bright], 1)
+
+
+def test_crops_are_as_large_as_the_network_does_not_mind():
+    images = torch.zeros(256, 3, 64, 64, dtype=torch.uint8)
+    images[::2, :, 31:33, 31:33] = 255
+    run = Run(CPU, Precision(), 0)
+    assert choose_augmentation(Placed(9), images, run).padding == 8
+    assert choose_augmentation(Placed(4), images, run).padding == 4
+    assert choose_augmentation(Placed(1), images, run).padding == 2
+
+
 def test_augmentation_is_seeded_and_keeps_its_argument():
     images, augment = pictures(), Augmentation(2, True)
     kept = images.clone()
