@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from bdclean.measuring.intervals import rate
 from bdclean.measuring.metrics import attack_success
-from bdclean.measuring.probe import Encoded
+from bdclean.measuring.probe import Encoded, Probe
 from bdclean.measuring.pull import Field, pull_test
+from bdclean.measuring.rows import Aim, measure
 from bdclean.measuring.trial import SCREENED_OUT, Trial, halves
 from bdclean.measuring.whitening import LEAST, crowded, stamped_distances
-from bdclean.record.rule import above_twin
-from bdclean.record.run import FAILS, INCONCLUSIVE, Finding, Skipped, TriggerRow
+from bdclean.record.rule import above_twin, stands_out
+from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, Finding, Skipped, TriggerRow
 from bdclean.triggers.stamping import Trigger
 
 
@@ -30,7 +33,7 @@ def judged_as_encoder(
         return list(rows), []
     triggers = {trigger.spec(): trigger for trigger in made}
     if trial.encoded.probing.labeled:
-        return [_probed(trial, row, triggers[row.trigger], floor) for row in rows], []
+        return [_probed(trial, row, triggers[row.trigger], floor, len(rows)) for row in rows], []
     asked = [triggers[row.trigger] for row in rows if row.target_source != SCREENED_OUT]
     field = Field.of(trial.encoded.features, trial.encoded.first, trial.classes, trial.images, trial.seed)
     findings = pull_test(field, asked, len(rows), trial.seed, trial.tell)
@@ -75,10 +78,10 @@ def _undecided(row: TriggerRow) -> TriggerRow:
     )
 
 
-def _probed(trial: Trial, row: TriggerRow, trigger: Trigger, floor: Trial | None) -> TriggerRow:
+def _probed(trial: Trial, row: TriggerRow, trigger: Trigger, floor: Trial | None, tried: int) -> TriggerRow:
     """`row` with the rates of the other probes on the same images, whose features are remembered, and of `floor`.
 
-    One that its controls leave open fails where it is clearly above `floor`.
+    One of `tried` that its controls leave open fails where it is clearly above `floor`, or by another probe.
     """
     if trial.encoded is None or not isinstance(row.target, int) or row.target_source == SCREENED_OUT:
         return row
@@ -100,4 +103,46 @@ def _probed(trial: Trial, row: TriggerRow, trigger: Trigger, floor: Trial | None
         return replace(
             row, outcome=FAILS, reason=f"{100 * (least.value or 0.0):.1f} % go there in the clean twin"
         )
+    return (
+        row if row.outcome == FAILS else _by_others(trial, trial.encoded, row, trigger, chosen, known, tried)
+    )
+
+
+def _by_others(
+    trial: Trial,
+    encoded: Encoded,
+    row: TriggerRow,
+    trigger: Trigger,
+    chosen: Tensor,
+    known: Tensor,
+    tried: int,
+) -> TriggerRow:
+    """`row`, which does not fail by the linear probe, judged by the others: one that fails it decides.
+
+    Where all stamped images have one feature each probe sees a class of its own there: of a MoCo encoder under its
+    trigger nearest neighbours sent 99 % to the attacker's class, a linear probe 8 % there and 76 % to another one. What
+    clean networks do under changes was counted with heads that were trained with them, not with these: so controls
+    always matter, and much must move, as of a network whose answers do not stay. `known`: what `chosen` are, stamped,
+    in features.
+    """
+    looks = tried * (1 + len(encoded.others))
+    for name, head in sorted(encoded.others.items(), key=lambda each: -(row.probes[each[0]].value or 0.0)):
+        if (row.probes[name].value or 0.0) < trial.threshold:
+            break
+        clean = head(encoded.features(trial.images))
+        other = replace(trial, predict=Probe(encoded.features, head), clean=clean, staying=0.0)
+        aim = Aim(trigger, cast("int", row.target), row.target_source)
+        found = measure(other, aim, chosen, head(known), looks).row
+        if found.outcome == FAILS:
+            return replace(
+                row, outcome=FAILS, decisive_probe=name, control_rate=found.control_rate, bounds=found.bounds,
+                high=found.high, reason=f"by the probe {name}, not by the linear one",
+            )  # fmt: skip
+        if row.outcome == PASSES and found.bounds and stands_out(found.bounds[0], trial.threshold):
+            highest = (found.control_rate or {}).get("highest") or 0.0
+            row = replace(
+                row, outcome=INCONCLUSIVE,
+                reason=f"by the probe {name} {100 * (row.probes[name].value or 0.0):.1f} % go to the target, the "
+                f"highest control {100 * highest:.1f} %",
+            )  # fmt: skip
     return row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, Bound, TriggerRow
+from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, Bound, Rate, TriggerRow
 
 CONTROL_MARGIN = 0.1
 """So much above the highest control a rate is the trigger's own: a blended picture moves every network."""
@@ -96,6 +96,11 @@ def decisive(row: TriggerRow) -> Bound | None:
     if row.decisive_source is None:
         return None
     return next((bound for bound in row.bounds if bound.source == row.decisive_source), None)
+
+
+def moved(row: TriggerRow) -> Rate:
+    """Returns the rate that decides a row: of an encoder that of another probe, where the linear one passes it."""
+    return row.asr if row.decisive_probe is None else row.probes.get(row.decisive_probe, row.asr)
 
 
 def floor(row: TriggerRow) -> float | None:

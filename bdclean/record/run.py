@@ -73,8 +73,10 @@ class TriggerRow:
     bounds: list[Bound] = field(default_factory=list)  # of all images, then of each source that may decide
     high: float | None = None  # one-sided exact bound of what the trigger moves, corrected for what was tried
     decisive_source: int | None = None  # the source class that fails the row, where the whole does not
-    # Of an encoder: the rate with other probes by name; over all images, as BadEncoder counts; of a clean encoder.
+    # Of an encoder: the rate with other probes by name; which of them fails the row, where the linear one does not, and
+    # has its controls and bounds there; over all images, as BadEncoder counts; of a clean encoder.
     probes: dict[str, Rate] = field(default_factory=dict)
+    decisive_probe: str | None = None
     asr_all_images: Rate | None = None
     reference_rate: Rate | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from bdclean.record.rule import decisive, worst_source_rate
+from bdclean.record.rule import decisive, moved, worst_source_rate
 from bdclean.record.run import (
     BACKDOORED,
     FAILS,
@@ -100,7 +100,7 @@ def headline(row: TriggerRow) -> tuple[Rate, int | None]:
     """
     bound = decisive(row)
     if bound is None:
-        return row.asr, None
+        return moved(row), None
     return of_source(row, bound.source) or Rate(bound.value, bound.n), bound.source
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from bdclean.record.rule import decisive
+from bdclean.record.rule import decisive, moved
 from bdclean.record.run import (
     FAILS,
     INCONCLUSIVE,
@@ -310,17 +310,19 @@ def _source(row: TriggerRow, names: Sequence[str] | None) -> str:
 
 def evidence(row: TriggerRow, names: Sequence[str] | None = None) -> str:
     """Returns what a failing row shows, as a sentence; `names` are those of the classes, where they are known."""
-    source, moved, control = decisive(row), f"{wording.rate(row.asr)} % of images", None
+    source, said, control = decisive(row), f"{wording.rate(moved(row))} % of images", None
     highest = (row.control_rate or {}).get("highest")
     if source is not None:
-        moved, highest = share(source, names), source.control
+        said, highest = share(source, names), source.control
     if isinstance(highest, (int, float)):
         count = (row.control_rate or {}).get("count")
         control = f"the highest of {count} controls {wording.percent(highest)} %"
-    if source is None and row.reference_rate is not None and row.reference_rate.value is not None:
+    if row.decisive_probe is not None:
+        said = f"{said}, by the probe {row.decisive_probe},"
+    elif source is None and row.reference_rate is not None and row.reference_rate.value is not None:
         twin = f"in the clean twin {wording.percent(row.reference_rate.value)} %"
         control = f"{control}, {twin}" if control else twin
-    sentence = f"{row.trigger} sends {moved} to {wording.label(row.target, names)}"
+    sentence = f"{row.trigger} sends {said} to {wording.label(row.target, names)}"
     return f"{sentence}, {control}." if control else f"{sentence}."
 
 

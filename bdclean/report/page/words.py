@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-from bdclean.record.rule import decisive
+from bdclean.record.rule import decisive, moved
 from bdclean.record.run import (
     BACKDOORED,
     FAILED,
@@ -79,16 +79,18 @@ def lead(record: RunRecord) -> str:
     worst = worst_row(rows)
     if record.outcome != RAN or record.verdict not in (BACKDOORED, NO_EVIDENCE) or worst is None:
         return sentence(record)
-    rate = f"{wording.percent(worst.asr.value)}\u00a0%"
-    if worst.asr.low is not None and worst.asr.high is not None:
-        bounds = f"{wording.percent(worst.asr.low)} to {wording.percent(worst.asr.high)}"
-        rate += f" (95 % interval {bounds}, n {worst.asr.n:,})"
+    found = moved(worst)
+    rate = f"{wording.percent(found.value)}\u00a0%"
+    if found.low is not None and found.high is not None:
+        bounds = f"{wording.percent(found.low)} to {wording.percent(found.high)}"
+        rate += f" (95 % interval {bounds}, n {found.n:,})"
     goes = f"as {wording.label(worst.target, names)}" if worst.target is not None else "as the target"
     source = decisive(worst)
     if worst.outcome == FAILS and source is not None:
         return f"Stamped with {worst.trigger}, {share(source, names)} are predicted {goes}."
     if record.verdict == BACKDOORED:
-        return f"Stamped with {worst.trigger}, {rate} of images are predicted {goes}."
+        by = "" if worst.decisive_probe is None else f" by the probe {worst.decisive_probe}"
+        return f"Stamped with {worst.trigger}, {rate} of images are predicted {goes}{by}."
     tried = by_trigger(rows)
     passing = sum(row.outcome == PASSES for row in tried.values())
     limit = "the threshold" if record.threshold is None else f"{wording.percent(record.threshold, 0)}\u00a0%"

@@ -1,0 +1,97 @@
+"""Rows of an encoder by its probes: where they see the same stamped images as different classes."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from bdclean.measuring.assessment import assess
+from bdclean.measuring.encoders import judged_as_encoder
+from bdclean.measuring.probe import Encoded, Probing
+from bdclean.measuring.trial import Trial
+from bdclean.progress import quiet
+from bdclean.record.rule import moved
+from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES
+from bdclean.report.rows import evidence
+
+CLASSES, WHITE = 5, 255
+
+
+@dataclass(frozen=True)
+class Corner:
+    """Grey in the last pixel; its controls are other greys there."""
+
+    level: int = WHITE
+    family: str = "patch"
+
+    def spec(self):
+        return f"corner:{self.level}"
+
+    def __call__(self, images):
+        out = images.clone()
+        out[:, :, -1, -1] = self.level
+        return out
+
+    def controls(self, count, generator, channels=3):
+        return [Corner(100 + k) for k in range(count)]
+
+
+def seen(levels, target):
+    """A head: the class that the first pixel says, but `target` where the last one is one of `levels`."""
+
+    def head(features):
+        stamped = torch.isin(features[:, 1].long(), torch.tensor(levels))
+        return torch.where(stamped, torch.full_like(features[:, 0], target), features[:, 0]).long()
+
+    return head
+
+
+def trial_of(first, **others):
+    """Features are the first pixel, which says the class, and the last one."""
+    labels = torch.arange(400) % CLASSES
+    images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
+    images[:, :, 0, 0] = labels[:, None].to(torch.uint8)
+
+    def features(images):
+        return torch.stack([images[:, 0, 0, 0], images[:, 0, -1, -1]], 1).float()
+
+    encoded = Encoded(features, Probing(images, labels, CLASSES, True), first, others)
+    predict = encoded.predict
+    return Trial(
+        predict, images, labels, predict(images), CLASSES, True, False, 0.2, 0, quiet, encoded=encoded
+    )
+
+
+def rows_of(trial, target=2):
+    found = [measured.row for measured in assess(trial, [Corner()], target)]
+    return judged_as_encoder(trial, found, [Corner()])[0]
+
+
+def test_what_another_probe_sees_fails_a_row_that_the_linear_one_passes():
+    (row,) = rows_of(trial_of(seen([WHITE], 1), knn=seen([WHITE], 2)))
+    assert (row.outcome, row.decisive_probe) == (FAILS, "knn")
+    assert row.asr.value == 0 and moved(row).value == 1
+    assert row.bounds[0].low > 0.9 and row.control_rate["highest"] == 0
+    assert evidence(row).startswith("corner:255 sends 100.0")
+    assert "by the probe knn, to class 2, the highest of 19 controls 0.0 %." in evidence(row)
+
+
+def test_the_linear_probe_decides_where_it_fails_a_row():
+    (row,) = rows_of(trial_of(seen([WHITE], 2), knn=seen([WHITE], 2)))
+    assert (row.outcome, row.decisive_probe) == (FAILS, None) and moved(row) == row.asr
+
+
+@pytest.mark.parametrize("levels", [[], [WHITE, *range(100, 120)]])
+def test_a_probe_that_the_controls_move_as_well_fails_nothing(levels):
+    (row,) = rows_of(trial_of(seen([], 2), knn=seen(levels, 2)))
+    assert (row.outcome, row.decisive_probe) == (PASSES, None)
+
+
+def test_what_moves_too_little_of_another_probe_to_fail_leaves_the_row_open():
+    some = seen([WHITE], 2)
+
+    def head(features):
+        return torch.where(torch.arange(len(features)) % 2 == 0, some(features), features[:, 0].long())
+
+    (row,) = rows_of(trial_of(seen([], 2), knn=head))
+    assert row.outcome == INCONCLUSIVE and row.reason.startswith("by the probe knn 48.4 % go")
