@@ -91,7 +91,7 @@ def small_encoder(seed: int, network: str = "resnet18") -> Classifier:
         torch.manual_seed(seed_for(seed, "clean"))
         family, blocks = NETWORKS[network]
         made = family(blocks, WIDTHS, WIDTHS[0], 10)
-    made.fc = nn.Identity()  # type: ignore[assignment]
+    made.fc = nn.Identity()
     return Classifier(made, parse_preprocess("cifar10"))
 
 
