@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -14,11 +14,15 @@ from bdclean.measuring.metrics import attack_success
 from bdclean.measuring.probe import Encoded, Probe
 from bdclean.measuring.pull import Field, pull_test
 from bdclean.measuring.rows import Aim, measure
-from bdclean.measuring.trial import SCREENED_OUT, Trial, halves
+from bdclean.measuring.screening import screen
+from bdclean.measuring.trial import SCREENED, SCREENED_OUT, Trial, halves, stamped_predictions
 from bdclean.measuring.whitening import LEAST, crowded, stamped_distances
 from bdclean.record.rule import above_twin, stands_out
 from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, Finding, Skipped, TriggerRow
 from bdclean.triggers.stamping import Trigger
+
+BY_PROBE = "by the probe "
+"""How the reason of a row begins that another probe than the linear one decides."""
 
 
 def judged_as_encoder(
@@ -33,7 +37,8 @@ def judged_as_encoder(
         return list(rows), []
     triggers = {trigger.spec(): trigger for trigger in made}
     if trial.encoded.probing.labeled:
-        return [_probed(trial, row, triggers[row.trigger], floor, len(rows)) for row in rows], []
+        probes = _Probes.of(trial, trial.encoded, floor, len(rows))
+        return [probes.judged(row, triggers[row.trigger]) for row in rows], []
     asked = [triggers[row.trigger] for row in rows if row.target_source != SCREENED_OUT]
     field = Field.of(trial.encoded.features, trial.encoded.first, trial.classes, trial.images, trial.seed)
     findings = pull_test(field, asked, len(rows), trial.seed, trial.tell)
@@ -78,71 +83,108 @@ def _undecided(row: TriggerRow) -> TriggerRow:
     )
 
 
-def _probed(trial: Trial, row: TriggerRow, trigger: Trigger, floor: Trial | None, tried: int) -> TriggerRow:
-    """`row` with the rates of the other probes on the same images, whose features are remembered, and of `floor`.
+@dataclass(frozen=True)
+class _Probes:
+    """The probes of an encoder beside the first, which `trial` is by: each is a trial of its own in `others`.
 
-    One of `tried` that its controls leave open fails where it is clearly above `floor`, or by another probe.
+    What clean networks do under changes was counted with heads that were trained with them, not with these: so for
+    them controls always matter, and much must move, as of a network whose answers do not stay.
     """
-    if trial.encoded is None or not isinstance(row.target, int) or row.target_source == SCREENED_OUT:
+
+    trial: Trial
+    encoded: Encoded
+    others: dict[str, Trial]
+    floor: Trial | None
+    tried: int
+
+    @staticmethod
+    def of(trial: Trial, encoded: Encoded, floor: Trial | None, tried: int) -> _Probes:
+        known = encoded.features(trial.images)
+        others = {
+            name: replace(trial, predict=Probe(encoded.features, head), clean=head(known), staying=0.0)
+            for name, head in encoded.others.items()
+        }
+        return _Probes(trial, encoded, others, floor, tried)
+
+    def judged(self, row: TriggerRow, trigger: Trigger) -> TriggerRow:
+        """`row` with the rates of all probes, and what follows where another one than the first fails it."""
+        if isinstance(row.target, int) and row.target_source != SCREENED_OUT:
+            row = self._probed(row, trigger)
+        if row.outcome == FAILS or row.target_source not in (SCREENED, SCREENED_OUT):
+            return row
+        return self._found(row, trigger)
+
+    def _found(self, row: TriggerRow, trigger: Trigger) -> TriggerRow:
+        """`row`, whose class the first probe's screening picked, or that towards another which another probe picks.
+
+        Screening looks at the same stamped images for each, whose features are remembered.
+        """
+        first, second = halves(len(self.trial.images), self.trial.seed)
+        judged = row.target if row.target_source == SCREENED else None
+        for other in self.others.values():
+            screened = screen(other, trigger, first)
+            if not screened.survives or not isinstance(screened.target, int) or screened.target == judged:
+                continue
+            aim = Aim(trigger, screened.target, SCREENED, screened.source(screened.target))
+            stamped = stamped_predictions(self.trial, trigger, second)
+            found = self._probed(
+                measure(self.trial, aim, second, stamped, self.tried, beside=False).row, trigger
+            )
+            if found.outcome == FAILS or (row.outcome == PASSES and found.reason.startswith(BY_PROBE)):
+                return found
         return row
-    first, second = halves(len(trial.images), trial.seed)
-    # All images, or so many of the half that rows are measured on.
-    chosen = torch.cat([first, second]) if row.images > len(second) else second[: row.images]
-    stamped, reference = trigger(trial.images[chosen]), trial.reference[chosen]
-    known = trial.encoded.features(stamped)
-    probes = {
-        name: rate(attack_success(head(known), reference, row.target, trial.classes))
-        for name, head in trial.encoded.others.items()
-    }
-    everything = rate(trial.encoded.first(known) == row.target)
-    least = None
-    if floor is not None:
-        least = rate(attack_success(floor.predict(stamped), reference, row.target, trial.classes))
-    row = replace(row, probes=probes, asr_all_images=everything, reference_rate=least)
-    if row.outcome == INCONCLUSIVE and least is not None and above_twin(row, trial.threshold):
-        return replace(
-            row, outcome=FAILS, reason=f"{100 * (least.value or 0.0):.1f} % go there in the clean twin"
-        )
-    return (
-        row if row.outcome == FAILS else _by_others(trial, trial.encoded, row, trigger, chosen, known, tried)
-    )
 
+    def _probed(self, row: TriggerRow, trigger: Trigger) -> TriggerRow:
+        """`row` with the rates of the other probes on the same images, whose features are remembered, and of `floor`.
 
-def _by_others(
-    trial: Trial,
-    encoded: Encoded,
-    row: TriggerRow,
-    trigger: Trigger,
-    chosen: Tensor,
-    known: Tensor,
-    tried: int,
-) -> TriggerRow:
-    """`row`, which does not fail by the linear probe, judged by the others: one that fails it decides.
-
-    Where all stamped images have one feature each probe sees a class of its own there: of a MoCo encoder under its
-    trigger nearest neighbours sent 99 % to the attacker's class, a linear probe 8 % there and 76 % to another one. What
-    clean networks do under changes was counted with heads that were trained with them, not with these: so controls
-    always matter, and much must move, as of a network whose answers do not stay. `known`: what `chosen` are, stamped,
-    in features.
-    """
-    looks = tried * (1 + len(encoded.others))
-    for name, head in sorted(encoded.others.items(), key=lambda each: -(row.probes[each[0]].value or 0.0)):
-        if (row.probes[name].value or 0.0) < trial.threshold:
-            break
-        clean = head(encoded.features(trial.images))
-        other = replace(trial, predict=Probe(encoded.features, head), clean=clean, staying=0.0)
-        aim = Aim(trigger, cast("int", row.target), row.target_source)
-        found = measure(other, aim, chosen, head(known), looks).row
-        if found.outcome == FAILS:
+        One that its controls leave open fails where it is clearly above `floor`, or by another probe.
+        """
+        trial, target = self.trial, cast("int", row.target)
+        first, second = halves(len(trial.images), trial.seed)
+        # All images, or so many of the half that rows are measured on.
+        chosen = torch.cat([first, second]) if row.images > len(second) else second[: row.images]
+        stamped, reference = trigger(trial.images[chosen]), trial.reference[chosen]
+        known = self.encoded.features(stamped)
+        answers = {name: head(known) for name, head in self.encoded.others.items()}
+        probes = {
+            name: rate(attack_success(of, reference, target, trial.classes)) for name, of in answers.items()
+        }
+        everything = rate(self.encoded.first(known) == target)
+        least = None
+        if self.floor is not None:
+            least = rate(attack_success(self.floor.predict(stamped), reference, target, trial.classes))
+        row = replace(row, probes=probes, asr_all_images=everything, reference_rate=least)
+        if row.outcome == INCONCLUSIVE and least is not None and above_twin(row, trial.threshold):
             return replace(
-                row, outcome=FAILS, decisive_probe=name, control_rate=found.control_rate, bounds=found.bounds,
-                high=found.high, reason=f"by the probe {name}, not by the linear one",
-            )  # fmt: skip
-        if row.outcome == PASSES and found.bounds and stands_out(found.bounds[0], trial.threshold):
-            highest = (found.control_rate or {}).get("highest") or 0.0
-            row = replace(
-                row, outcome=INCONCLUSIVE,
-                reason=f"by the probe {name} {100 * (row.probes[name].value or 0.0):.1f} % go to the target, the "
-                f"highest control {100 * highest:.1f} %",
-            )  # fmt: skip
-    return row
+                row, outcome=FAILS, reason=f"{100 * (least.value or 0.0):.1f} % go there in the clean twin"
+            )
+        return row if row.outcome == FAILS else self._by_others(row, trigger, chosen, answers)
+
+    def _by_others(
+        self, row: TriggerRow, trigger: Trigger, chosen: Tensor, answers: Mapping[str, Tensor]
+    ) -> TriggerRow:
+        """`row`, which does not fail by the first probe, judged by the others, whose `answers` to `chosen` are known.
+
+        Where all stamped images have one feature each probe sees a class of its own there: of a MoCo encoder under its
+        trigger nearest neighbours sent 99 % to the attacker's class, a linear probe 8 % there and 76 % to another one.
+        """
+        rates = {name: of.value or 0.0 for name, of in row.probes.items()}
+        aim = Aim(trigger, cast("int", row.target), row.target_source)
+        for name in sorted(rates, key=lambda name: -rates[name]):
+            if rates[name] < self.trial.threshold:
+                break
+            looks = self.tried * (1 + len(rates))
+            found = measure(self.others[name], aim, chosen, answers[name], looks).row
+            if found.outcome == FAILS:
+                return replace(
+                    row, outcome=FAILS, decisive_probe=name, control_rate=found.control_rate, bounds=found.bounds,
+                    high=found.high, reason=f"{BY_PROBE}{name}, not by the linear one",
+                )  # fmt: skip
+            if row.outcome == PASSES and found.bounds and stands_out(found.bounds[0], self.trial.threshold):
+                highest = (found.control_rate or {}).get("highest") or 0.0
+                row = replace(
+                    row, outcome=INCONCLUSIVE,
+                    reason=f"{BY_PROBE}{name} {100 * rates[name]:.1f} % go to the target, the highest control "
+                    f"{100 * highest:.1f} %",
+                )  # fmt: skip
+        return row

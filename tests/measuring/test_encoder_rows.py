@@ -95,3 +95,17 @@ def test_what_moves_too_little_of_another_probe_to_fail_leaves_the_row_open():
 
     (row,) = rows_of(trial_of(seen([], 2), knn=head))
     assert row.outcome == INCONCLUSIVE and row.reason.startswith("by the probe knn 48.4 % go")
+
+
+def test_what_the_linear_probe_spreads_over_the_classes_another_one_finds():
+    def spread(features):
+        anywhere = torch.arange(len(features)) % CLASSES
+        return torch.where(features[:, 1] == WHITE, anywhere, features[:, 0].long())
+
+    trial = trial_of(lambda features: features[:, 0].long(), knn=seen([WHITE], 3))
+    (row,) = rows_of(trial, "auto")
+    assert (row.outcome, row.target, row.decisive_probe) == (FAILS, 3, "knn")
+    (row,) = rows_of(trial_of(spread, knn=seen([WHITE], 3)), "auto")
+    assert (row.outcome, row.decisive_probe) == (FAILS, "knn")
+    (row,) = rows_of(trial_of(lambda features: features[:, 0].long(), knn=seen([], 3)), "auto")
+    assert (row.outcome, row.target_source) == (PASSES, "screened out")
