@@ -177,8 +177,9 @@ class _Probes:
             found = measure(self.others[name], aim, chosen, answers[name], looks).row
             if found.outcome == FAILS:
                 return replace(
-                    row, outcome=FAILS, decisive_probe=name, control_rate=found.control_rate, bounds=found.bounds,
-                    high=found.high, reason=f"{BY_PROBE}{name}, not by the linear one",
+                    row, outcome=FAILS, decisive_probe=name, decisive_source=found.decisive_source,
+                    control_rate=found.control_rate, bounds=found.bounds, high=found.high,
+                    reason=f"{BY_PROBE}{name}, not by the linear one",
                 )  # fmt: skip
             if row.outcome == PASSES and found.bounds and stands_out(found.bounds[0], self.trial.threshold):
                 highest = (found.control_rate or {}).get("highest") or 0.0

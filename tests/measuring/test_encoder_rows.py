@@ -97,6 +97,18 @@ def test_what_moves_too_little_of_another_probe_to_fail_leaves_the_row_open():
     assert row.outcome == INCONCLUSIVE and row.reason.startswith("by the probe knn 48.4 % go")
 
 
+def test_a_source_class_that_another_probe_sees_move_is_named():
+    """A fifth of all images is over the threshold only by so many; of class 1 every image moves."""
+    whole = seen([WHITE], 2)
+
+    def head(features):
+        return torch.where(features[:, 0] == 1, whole(features), features[:, 0].long())
+
+    (row,) = rows_of(trial_of(seen([], 2), knn=head))
+    assert (row.outcome, row.decisive_probe, row.decisive_source) == (FAILS, "knn", 1)
+    assert "all 80 images of class 1, by the probe knn, to class 2" in evidence(row)
+
+
 def test_what_the_linear_probe_spreads_over_the_classes_another_one_finds():
     def spread(features):
         anywhere = torch.arange(len(features)) % CLASSES
