@@ -52,9 +52,10 @@ AGAIN = 0.5
 USUAL = 0.2
 """Up to about this share of images an adversary sends to one class of a network without a backdoor, too."""
 LEFT = 0.02
-"""A mask or a patch has its whole weight while it sends more than this share, other inverted triggers more than USUAL.
+"""A mask or a patch has its whole weight while it sends more than this share to its class, other inverted triggers more
+than USUAL.
 
-Stripes stand out in clean networks of two classes, too: with this share and weight 6 one of them lost 12 points.
+Stripes stand out in clean networks of two classes, too: with a share of 0.05 and weight 6 one of them lost 12 points.
 """
 
 
