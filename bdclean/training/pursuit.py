@@ -44,11 +44,8 @@ class Pursuit:
     def _first(trigger: Outlier) -> Tensor:
         return trigger.parameters[None].clamp(-trigger.form.reach, trigger.form.reach)
 
-    def masked(self, turn: int) -> bool:
-        """Whether the trigger whose turn it is is a mask."""
-        return self._whose(turn).form.parts is not None
-
-    def _whose(self, turn: int) -> Outlier:
+    def whose(self, turn: int) -> Outlier:
+        """The trigger whose turn it is."""
         return self.triggers[turn % len(self.triggers)]
 
     def sent(self, turn: int, gone: Tensor) -> Tensor:
@@ -58,7 +55,7 @@ class Pursuit:
         not counted: of a weak network any change moves some.
         """
         now, mean = (
-            gone[:, self._whose(turn).target].mean(),
+            gone[:, self.whose(turn).target].mean(),
             self.tensors[f"sent.{turn % len(self.triggers)}"],
         )
         mean.copy_(torch.where(mean.isnan(), now, REMEMBERED * mean + (1 - REMEMBERED) * now))
@@ -78,7 +75,7 @@ class Pursuit:
         suspect, some of them varied.
         """
         k = turn % len(self.triggers)
-        trigger, change, weight = self._whose(turn), self.tensors[f"change.{k}"], self.tensors[f"weight.{k}"]
+        trigger, change, weight = self.whose(turn), self.tensors[f"change.{k}"], self.tensors[f"weight.{k}"]
         form, targets = trigger.form, torch.full((len(pixels),), trigger.target, device=pixels.device)
         if float(form.sizes(change)) > min(trigger.limit, GROWN * trigger.size):
             change.copy_(self._first(trigger))

@@ -28,6 +28,7 @@ from bdclean.recipes.inoculate import Inoculate
 from bdclean.recipes.recipe import Informed
 from bdclean.training import adversaries
 from bdclean.training.encoder_lesson import EncoderLesson, Terms
+from bdclean.training.forms import added, mask, striped
 from bdclean.training.map_losses import attention, scaled_attention
 from bdclean.training.resume import Saved
 from bdclean.training.run import Precision, Run
@@ -431,6 +432,14 @@ def test_from_scratch_nothing_of_the_suspect_is_left(name, suspect, arch, images
 def test_settings_out_of_range_are_wrong_usage(name, setting):
     with pytest.raises(UsageError, match=name):
         registry.configure(registry.load(registry.RECIPES, name), dict([setting.split("=")]))
+
+
+def test_stripes_weigh_less_where_networks_without_a_backdoor_mind_them():
+    recipe, stripes, pattern = Inoculate(), striped(16, 16)[0], added(16, 16, "pattern")
+    of = {(form.name, k): recipe.weight_of(form, k)[0] for form in (stripes, pattern) for k in (2, 4, 5)}
+    assert of[("stripes", 2)] == of[("stripes", 4)] == recipe.corrupted_weight
+    assert of[("stripes", 5)] == of[("pattern", 2)] == recipe.inverted_weight
+    assert recipe.weight_of(mask(16, 16), 2)[0] == recipe.mask_weight
 
 
 @pytest.mark.parametrize(
