@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from bdclean.errors import UsageError
 from bdclean.files.text import closest
-from bdclean.record.rule import excess, fails_at, worst_source_rate
+from bdclean.record.rule import excess, fails_at, moved, worst_source_rate
 from bdclean.record.run import FAILS, INCONCLUSIVE, NOT_MEASURED, RunRecord, TriggerRow
 
 DEFAULT = "asr>=0.2"
@@ -166,7 +166,7 @@ def _hits(condition: Condition, record: RunRecord) -> tuple[list[str], bool]:
         if condition.name == "excess_asr":
             values.append((row, excess(row)))
         elif condition.name == "asr" and row.outcome == FAILS:
-            values.append((row, max(row.asr.value or 0.0, worst_source_rate(row))))
+            values.append((row, max(moved(row).value or 0.0, worst_source_rate(row))))
         else:
             found = rate[condition.name]
             values.append((row, found.value if found is not None else None))

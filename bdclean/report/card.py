@@ -12,7 +12,7 @@ from bdclean.record.run import FAILS, INCONCLUSIVE, RAN, SUSPICIOUS, RunRecord
 from bdclean.report import markdown, wording
 from bdclean.report.document import LIMITS, RATES, Page, sentence, summary, was
 from bdclean.report.ranking import rank
-from bdclean.report.rows import Table
+from bdclean.report.rows import Table, success
 
 TITLE = "Backdoor audit"
 BEGIN, END = "<!-- bdclean audit: begin -->", "<!-- bdclean audit: end -->"
@@ -114,7 +114,7 @@ def _page(record: RunRecord) -> Page:
             [
                 row.trigger,
                 wording.NOTHING if row.target is None else str(row.target),
-                wording.rate(row.asr),
+                success(row),
                 row.outcome,
             ]
             for row in rows[:MOST_ROWS]

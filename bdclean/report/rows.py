@@ -141,7 +141,7 @@ def _triggers(title: str, rows: Sequence[TriggerRow], names: Sequence[str] | Non
         [
             row.trigger,
             wording.label(row.target, names),
-            wording.rate(row.asr),
+            success(row),
             wording.rate(row.base_rate),
             _controls(row),
             wording.rate(row.robust_accuracy),
@@ -151,9 +151,7 @@ def _triggers(title: str, rows: Sequence[TriggerRow], names: Sequence[str] | Non
         for row in ordered
     ]
     calm = [row.outcome == PASSES for row in ordered]
-    brief = [
-        f"to {wording.label(row.target, names)}, {_brief(row, wording.rate(row.asr))}" for row in ordered
-    ]
+    brief = [f"to {wording.label(row.target, names)}, {_brief(row, success(row))}" for row in ordered]
     return without_empty(Table(title, columns, cells, "", "trigger", "outcome", brief, calm))
 
 
@@ -196,8 +194,8 @@ def _pairs(title: str, before: Side, after: Sequence[TriggerRow], names: Sequenc
             [
                 row.trigger,
                 wording.label(row.target, names),
-                wording.rate(old.asr if old else None),
-                wording.rate(row.asr),
+                success(old) if old else wording.NOTHING,
+                success(row),
                 wording.rate(row.change),
                 wording.rate(row.base_rate),
                 _controls(row),
@@ -291,6 +289,12 @@ def _controls(row: TriggerRow) -> str:
         return wording.NOTHING
     middle = f", median {wording.percent(median)}" if isinstance(median, (int, float)) else ""
     return f"highest {wording.percent(highest)}{middle} of {count}"
+
+
+def success(row: TriggerRow) -> str:
+    """Returns the rate that decides a row and, where it is not the linear one, the encoder's probe that it is by."""
+    by = "" if row.decisive_probe is None else f", by {row.decisive_probe}"
+    return f"{wording.rate(moved(row))}{by}"
 
 
 def _brief(row: TriggerRow, asr: str) -> str:

@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 from bdclean import __version__
 from bdclean.files.text import plain
+from bdclean.record.rule import moved
 from bdclean.record.run import (
     BACKDOORED,
     FAILS,
@@ -202,14 +203,14 @@ def _of_row(row: TriggerRow, fingerprint: str) -> dict[str, Any]:
     said = evidence(row)
     if row.outcome == INCONCLUSIVE:
         said = f"Inconclusive: {said}{_ended(row.reason)}"
-    level = "error" if row.outcome == FAILS else "note"
+    level, rate = "error" if row.outcome == FAILS else "note", moved(row)
     measured = {
         "trigger": plain(row.trigger),
         "target": row.target if isinstance(row.target, int) or row.target is None else plain(row.target),
-        "attackSuccessRate": row.asr.value,
-        "low": row.asr.low,
-        "high": row.asr.high,
-        "images": row.asr.n,
+        "attackSuccessRate": rate.value,
+        "low": rate.low,
+        "high": rate.high,
+        "images": rate.n,
     }
     return {**_result(rule, level, said, fingerprint), "properties": measured}
 

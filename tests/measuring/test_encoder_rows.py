@@ -12,7 +12,7 @@ from bdclean.measuring.trial import Trial
 from bdclean.progress import quiet
 from bdclean.record.rule import moved
 from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES
-from bdclean.report.rows import evidence
+from bdclean.report.rows import evidence, success
 
 CLASSES, WHITE = 5, 255
 
@@ -74,6 +74,7 @@ def test_what_another_probe_sees_fails_a_row_that_the_linear_one_passes():
     assert row.bounds[0].low > 0.9 and row.control_rate["highest"] == 0
     assert evidence(row).startswith("corner:255 sends 100.0")
     assert "by the probe knn, to class 2, the highest of 19 controls 0.0 %." in evidence(row)
+    assert success(row) == "100.0 (98.8-100.0, n 320), by knn"
 
 
 def test_the_linear_probe_decides_where_it_fails_a_row():
