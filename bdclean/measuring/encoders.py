@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from bdclean.measuring.assessment import SUSPECTED
 from bdclean.measuring.intervals import rate
 from bdclean.measuring.metrics import attack_success
 from bdclean.measuring.probe import Encoded, Probe
@@ -38,7 +39,7 @@ def judged_as_encoder(
     triggers = {trigger.spec(): trigger for trigger in made}
     if trial.encoded.probing.labeled:
         probes = _Probes.of(trial, trial.encoded, floor, len(rows))
-        return [probes.judged(row, triggers[row.trigger]) for row in rows], []
+        return [judged for row in rows for judged in probes.judged(row, triggers[row.trigger])], []
     asked = [triggers[row.trigger] for row in rows if row.target_source != SCREENED_OUT]
     field = Field.of(trial.encoded.features, trial.encoded.first, trial.classes, trial.images, trial.seed)
     findings = pull_test(field, asked, len(rows), trial.seed, trial.tell)
@@ -106,21 +107,28 @@ class _Probes:
         }
         return _Probes(trial, encoded, others, floor, tried)
 
-    def judged(self, row: TriggerRow, trigger: Trigger) -> TriggerRow:
-        """`row` with the rates of all probes, and what follows where another one than the first fails it."""
+    def judged(self, row: TriggerRow, trigger: Trigger) -> list[TriggerRow]:
+        """`row` with the rates of all probes, and what follows where another one than the first fails it.
+
+        Where screening picked its class it may give way to a row towards another class; one whose class was found on
+        the suspect stays, and has such a row beside it.
+        """
         if isinstance(row.target, int) and row.target_source != SCREENED_OUT:
             row = self._probed(row, trigger)
-        if row.outcome == FAILS or row.target_source not in (SCREENED, SCREENED_OUT):
-            return row
-        return self._found(row, trigger)
+        if row.outcome == FAILS or row.target_source not in (SCREENED, SCREENED_OUT, SUSPECTED):
+            return [row]
+        found = self._found(row, trigger)
+        if found is None:
+            return [row]
+        return [row, found] if row.target_source == SUSPECTED else [found]
 
-    def _found(self, row: TriggerRow, trigger: Trigger) -> TriggerRow:
-        """`row`, whose class the first probe's screening picked, or that towards another which another probe picks.
+    def _found(self, row: TriggerRow, trigger: Trigger) -> TriggerRow | None:
+        """The row towards another class than that of `row` which another probe picks, where it fails or leaves it open.
 
         Screening looks at the same stamped images for each, whose features are remembered.
         """
         first, second = halves(len(self.trial.images), self.trial.seed)
-        judged = row.target if row.target_source == SCREENED else None
+        judged = None if row.target_source == SCREENED_OUT else row.target
         for other in self.others.values():
             screened = screen(other, trigger, first)
             if not screened.survives or not isinstance(screened.target, int) or screened.target == judged:
@@ -132,7 +140,7 @@ class _Probes:
             )
             if found.outcome == FAILS or (row.outcome == PASSES and found.reason.startswith(BY_PROBE)):
                 return found
-        return row
+        return None
 
     def _probed(self, row: TriggerRow, trigger: Trigger) -> TriggerRow:
         """`row` with the rates of the other probes on the same images, whose features are remembered, and of `floor`.

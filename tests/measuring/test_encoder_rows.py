@@ -62,8 +62,8 @@ def trial_of(first, **others):
     )
 
 
-def rows_of(trial, target=2):
-    found = [measured.row for measured in assess(trial, [Corner()], target)]
+def rows_of(trial, target=2, fixed=None):
+    found = [measured.row for measured in assess(trial, [Corner()], target, fixed)]
     return judged_as_encoder(trial, found, [Corner()])[0]
 
 
@@ -122,3 +122,11 @@ def test_what_the_linear_probe_spreads_over_the_classes_another_one_finds():
     assert (row.outcome, row.decisive_probe) == (FAILS, "knn")
     (row,) = rows_of(trial_of(lambda features: features[:, 0].long(), knn=seen([], 3)), "auto")
     assert (row.outcome, row.target_source) == (PASSES, "screened out")
+
+
+def test_a_backdoor_that_moved_for_another_probe_has_a_row_beside_the_suspects():
+    trial = trial_of(lambda features: features[:, 0].long(), knn=seen([WHITE], 3))
+    rows = rows_of(trial, "auto", {Corner().spec(): 1})
+    assert [(row.target, row.outcome, row.decisive_probe) for row in rows] == [
+        (1, PASSES, None), (3, FAILS, "knn"),
+    ]  # fmt: skip
