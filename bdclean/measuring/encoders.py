@@ -22,9 +22,6 @@ from bdclean.record.rule import above_twin, stands_out
 from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, Finding, Skipped, TriggerRow
 from bdclean.triggers.stamping import Trigger
 
-BY_PROBE = "by the probe "
-"""How the reason of a row begins that another probe than the linear one decides."""
-
 
 def judged_as_encoder(
     trial: Trial, rows: Sequence[TriggerRow], made: Sequence[Trigger], floor: Trial | None = None
@@ -129,16 +126,20 @@ class _Probes:
         """
         first, second = halves(len(self.trial.images), self.trial.seed)
         judged = None if row.target_source == SCREENED_OUT else row.target
+        asked: set[tuple[int, int | None]] = set()
         for other in self.others.values():
             screened = screen(other, trigger, first)
             if not screened.survives or not isinstance(screened.target, int) or screened.target == judged:
                 continue
-            aim = Aim(trigger, screened.target, SCREENED, screened.source(screened.target))
+            source = screened.source(screened.target)
+            if (screened.target, source) in asked:  # every probe was, then
+                continue
+            asked.add((screened.target, source))
+            aim = Aim(trigger, screened.target, SCREENED, source)
             stamped = stamped_predictions(self.trial, trigger, second)
-            found = self._probed(
-                measure(self.trial, aim, second, stamped, self.tried, beside=False).row, trigger
-            )
-            if found.outcome == FAILS or (row.outcome == PASSES and found.reason.startswith(BY_PROBE)):
+            alone = measure(self.trial, aim, second, stamped, self.tried, beside=False).row
+            found = self._probed(alone, trigger)
+            if found.outcome == FAILS or (row.outcome == PASSES and found.outcome != alone.outcome):
                 return found
         return None
 
@@ -187,13 +188,13 @@ class _Probes:
                 return replace(
                     row, outcome=FAILS, decisive_probe=name, decisive_source=found.decisive_source,
                     control_rate=found.control_rate, bounds=found.bounds, high=found.high,
-                    reason=f"{BY_PROBE}{name}, not by the linear one",
+                    reason=f"by the probe {name}, not by the linear one",
                 )  # fmt: skip
             if row.outcome == PASSES and found.bounds and stands_out(found.bounds[0], self.trial.threshold):
                 highest = (found.control_rate or {}).get("highest") or 0.0
                 row = replace(
                     row, outcome=INCONCLUSIVE,
-                    reason=f"{BY_PROBE}{name} {100 * rates[name]:.1f} % go to the target, the highest control "
+                    reason=f"by the probe {name} {100 * rates[name]:.1f} % go to the target, the highest control "
                     f"{100 * highest:.1f} %",
                 )  # fmt: skip
         return row

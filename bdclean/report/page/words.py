@@ -86,10 +86,10 @@ def lead(record: RunRecord) -> str:
         rate += f" (95 % interval {bounds}, n {found.n:,})"
     goes = f"as {wording.label(worst.target, names)}" if worst.target is not None else "as the target"
     source = decisive(worst)
+    by = "" if worst.decisive_probe is None else f" by the probe {worst.decisive_probe}"
     if worst.outcome == FAILS and source is not None:
-        return f"Stamped with {worst.trigger}, {share(source, names)} are predicted {goes}."
+        return f"Stamped with {worst.trigger}, {share(source, names)} are predicted {goes}{by}."
     if record.verdict == BACKDOORED:
-        by = "" if worst.decisive_probe is None else f" by the probe {worst.decisive_probe}"
         return f"Stamped with {worst.trigger}, {rate} of images are predicted {goes}{by}."
     tried = by_trigger(rows)
     passing = sum(row.outcome == PASSES for row in tried.values())
