@@ -85,8 +85,8 @@ def _undecided(row: TriggerRow) -> TriggerRow:
 class _Probes:
     """The probes of an encoder beside the first, which `trial` is by: each is a trial of its own in `others`.
 
-    What clean networks do under changes was counted with heads that were trained with them, not with these: so for
-    them controls always matter, and much must move, as of a network whose answers do not stay.
+    What clean networks do under changes was not counted with these: so for them controls always matter, and much must
+    move, as of a network whose answers do not stay.
     """
 
     trial: Trial
@@ -99,7 +99,7 @@ class _Probes:
     def of(trial: Trial, encoded: Encoded, floor: Trial | None, tried: int) -> _Probes:
         known = encoded.features(trial.images)
         others = {
-            name: replace(trial, predict=Probe(encoded.features, head), clean=head(known), staying=0.0)
+            name: replace(trial, predict=Probe(encoded.features, head), clean=head(known), counted=False)
             for name, head in encoded.others.items()
         }
         return _Probes(trial, encoded, others, floor, tried)

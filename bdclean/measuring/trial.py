@@ -83,6 +83,9 @@ class Trial:
     """Of an encoder: its features, and the probes on them, of which `predict` is the first."""
     staying: float = 1.0
     """The share of its answers that stay when pictures move a little (see `staying_share`)."""
+    counted: bool = True
+    """Whether its answers are of a kind that was counted on networks without a backdoor: a classifier's or those of an
+    encoder's first probe."""
     answers: dict[Stamp, dict[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What is predicted under controls, by image: triggers of one mask and strength share theirs."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from bdclean.measuring import intervals, metrics
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import LEAST_SCREENED, Trial, telling_images
+from bdclean.record.rule import moved
 from bdclean.record.run import (
     BACKDOORED,
     FAILS,
@@ -180,14 +181,24 @@ def compare(
     )
     score = rating = None
     if before.labeled and worst is not None and match is not None and worst.base_rate and match.base_rate:
-        acc = [float((b.clean == b.reference).float().mean()) for b in (before, after)]
-        asr = [row.asr.value or 0.0 for row in (worst, match)]
-        excess = [asr[0] - (worst.base_rate.value or 0.0), asr[1] - (match.base_rate.value or 0.0)]
-        if excess[0] >= 0.2:
-            rating = metrics.defence_effectiveness(acc[0], acc[1], asr[0], asr[1])
-            score = metrics.balanced_score(acc[0], acc[1], excess[0], excess[1])
+        acc, asr, base = _rates(before, worst, worst.decisive_probe)
+        acc_after, asr_after, base_after = _rates(after, match, worst.decisive_probe)
+        if asr - base >= 0.2:
+            rating = metrics.defence_effectiveness(acc, acc_after, asr, asr_after)
+            score = metrics.balanced_score(acc, acc_after, asr - base, asr_after - base_after)
     n = len(before.images)
     return [*found, Measure("defence_effectiveness_rating", rating, n), Measure("balanced_score", score, n)]
+
+
+def _rates(trial: Trial, row: TriggerRow, probe: str | None) -> tuple[float, float, float]:
+    """Accuracy, attack success and base rate, by the `probe` of an encoder that is named, else by the first."""
+    clean, asr, base = trial.clean, row.asr, row.base_rate
+    if probe is not None and trial.encoded is not None:
+        clean = trial.encoded.others[probe](trial.encoded.features(trial.images))
+        asr = row.probes.get(probe, row.asr)
+        base = intervals.rate(metrics.attack_success(clean, trial.reference, row.target, trial.classes))
+    accuracy = float((clean == trial.reference).float().mean())
+    return accuracy, asr.value or 0.0, 0.0 if base is None else base.value or 0.0
 
 
 def damage(measures: Sequence[Measure], before: Trial, after: Trial) -> list[str]:
@@ -217,4 +228,4 @@ def damage(measures: Sequence[Measure], before: Trial, after: Trial) -> list[str
 
 
 def _badness(row: TriggerRow) -> tuple[bool, float]:
-    return row.outcome == FAILS, row.asr.value or 0.0
+    return row.outcome == FAILS, moved(row).value or 0.0

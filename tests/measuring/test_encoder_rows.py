@@ -9,6 +9,7 @@ from bdclean.measuring.assessment import assess
 from bdclean.measuring.encoders import judged_as_encoder
 from bdclean.measuring.probe import Encoded, Probing
 from bdclean.measuring.trial import Trial
+from bdclean.measuring.verdict import compare
 from bdclean.progress import quiet
 from bdclean.record.rule import moved
 from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES
@@ -130,3 +131,14 @@ def test_a_backdoor_that_moved_for_another_probe_has_a_row_beside_the_suspects()
     assert [(row.target, row.outcome, row.decisive_probe) for row in rows] == [
         (1, PASSES, None), (3, FAILS, "knn"),
     ]  # fmt: skip
+
+
+def test_a_repair_is_rated_by_the_probe_that_decided_the_worst_row():
+    """By nearest neighbours all stamped images went to the target and none does now; a linear probe never saw it."""
+    before = trial_of(seen([], 2), knn=seen([WHITE], 2))
+    after = trial_of(seen([], 2), knn=seen([], 2))
+    old, new = rows_of(before), rows_of(after)
+    found = {m.name: m.value for m in compare(before, after, old, new)}
+    assert found["defence_effectiveness_rating"] == found["balanced_score"] == 1
+    same = {m.name: m.value for m in compare(before, before, old, old)}
+    assert (same["defence_effectiveness_rating"], same["balanced_score"]) == (0.5, 0)
