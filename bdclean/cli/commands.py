@@ -10,38 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bdclean.cli import examples
+from bdclean.cli import examples, options
 from bdclean.cli.console import emit, warn
-from bdclean.cli.options import (
-    CONDITIONS,
-    AllowPickle,
-    Arch,
-    BatchSize,
-    Classes,
-    Data,
-    Device,
-    FailOn,
-    Format,
-    Kind,
-    Labeled,
-    Limit,
-    Members,
-    NonMembers,
-    NoPictures,
-    Precision,
-    Preprocess,
-    Quiet,
-    Record,
-    Seed,
-    Sequela,
-    Strict,
-    Test,
-    Triggers,
-    Verbose,
-    given_path,
-    names,
-    split_names,
-)
 from bdclean.cli.project import Config
 from bdclean.errors import Refused, UsageError
 
@@ -66,20 +36,6 @@ app = typer.Typer(
 )
 
 
-def _listed() -> list[str]:
-    """Returns what a shell completes behind `bdclean ls`."""
-    from bdclean.cli.catalogue import LISTS, SINGULAR
-
-    return [*LISTS, *SINGULAR]
-
-
-def _named(context: typer.Context) -> list[str]:
-    """Returns what a shell completes behind that."""
-    from bdclean.cli.catalogue import SINGULAR
-
-    return sorted(SINGULAR.get(context.params.get("what") or "", ()))
-
-
 # --- commands -----------------------------------------------------------------------------------------------
 
 
@@ -98,61 +54,35 @@ def _main(
 
 @app.command(epilog=examples.SCAN)
 def scan(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Files or folders; - reads their paths.")
-    ],
-    data: Data = None,
-    test: Test = None,
-    labeled: Labeled = None,
-    classes: Classes = None,
-    trigger: Triggers = None,
-    target: Annotated[
-        str,
-        typer.Option("--target", metavar="CLASS", help="auto, a number, each (class) or next (label + 1)."),
-    ] = "auto",
-    detector: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--detector",
-            metavar="NAME",
-            autocompletion=names("detector"),
-            help="Runs it, else those under ten seconds; bdclean ls detectors.",
-        ),
-    ] = None,
-    reference: Annotated[
-        Path | None,
-        typer.Option(
-            "--reference",
-            parser=given_path,
-            metavar="FILE",
-            help="A clean network like MODEL: the floor of an encoder's rates; beside a classifier in --sequela.",
-        ),
-    ] = None,
-    sequela: Sequela = None,
-    members: Members = None,
-    non_members: NonMembers = None,
-    fail_on: FailOn = None,
-    arch: Arch = None,
-    kind: Kind = "auto",
-    preprocess: Preprocess = "auto",
-    device: Device = "auto",
-    precision: Precision = "auto",
-    batch_size: BatchSize = None,
-    limit: Limit = 2000,
-    seed: Seed = 0,
-    strict: Strict = False,
-    allow_pickle: AllowPickle = False,
-    no_pictures: NoPictures = False,
-    form: Format = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", parser=given_path, metavar="PATH", help="Write the report there, not to stdout."
-        ),
-    ] = None,
-    record: Record = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    models: options.Models,
+    data: options.Data = None,
+    test: options.Test = None,
+    labeled: options.Labeled = None,
+    classes: options.Classes = None,
+    trigger: options.Triggers = None,
+    target: options.Target = "auto",
+    detector: options.Detectors = None,
+    reference: options.Reference = None,
+    sequela: options.Sequela = None,
+    members: options.Members = None,
+    non_members: options.NonMembers = None,
+    fail_on: options.FailOn = None,
+    arch: options.Arch = None,
+    kind: options.Kind = "auto",
+    preprocess: options.Preprocess = "auto",
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    batch_size: options.BatchSize = None,
+    limit: options.Limit = 2000,
+    seed: options.Seed = 0,
+    strict: options.Strict = False,
+    allow_pickle: options.AllowPickle = False,
+    no_pictures: options.NoPictures = False,
+    form: options.Format = None,
+    out: options.ReportOut = None,
+    record: options.Record = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     project: Config = None,
 ) -> Job:
     """Look for backdoors in checkpoints: stamp triggers on images and measure where they send the predictions.
@@ -166,7 +96,7 @@ def scan(
         reference=reference,
         device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
         allow_pickle=allow_pickle, pictures=not no_pictures, argv=project.argv(),
-        sequela=split_names(sequela), members=members, non_members=non_members,
+        sequela=options.split_names(sequela), members=members, non_members=non_members,
     )  # fmt: skip
 
     def job() -> int:
@@ -234,70 +164,38 @@ def scan(
 
 @app.command(epilog=examples.CLEANSE)
 def cleanse(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A safetensors file, or a folder with one.")],
-    data: Data = None,
-    test: Test = None,
-    labeled: Labeled = None,
-    classes: Classes = None,
-    recipe: Annotated[
-        str,
-        typer.Option(
-            "--recipe", metavar="NAME", autocompletion=names("recipe"), help="See: bdclean ls recipes."
-        ),
-    ] = "auto",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="A setting of the recipe.",
-        ),
-    ] = None,
-    head: Annotated[
-        str,
-        typer.Option(
-            "--head", metavar="NAME", help="keep, or new: for the classes of the labeled images (ft, sft)."
-        ),
-    ] = "keep",
-    pseudo_labels: Annotated[
-        bool,
-        typer.Option(
-            "--pseudo-labels", help="For a recipe that needs labels: the suspect's answers on --data."
-        ),
-    ] = False,
-    trigger: Triggers = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            parser=given_path,
-            metavar="PATH",
-            help="Default: MODEL with .clean.safetensors; of a folder a folder, MODEL.clean, with its config.",
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an output made from another model.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same run was stopped.")] = False,
-    sequela: Sequela = None,
-    members: Members = None,
-    non_members: NonMembers = None,
-    fail_on: FailOn = None,
-    arch: Arch = None,
-    kind: Kind = "auto",
-    preprocess: Preprocess = "auto",
-    device: Device = "auto",
-    precision: Precision = "auto",
-    batch_size: BatchSize = None,
-    limit: Limit = 5000,
-    seed: Seed = 0,
-    strict: Strict = False,
-    allow_pickle: AllowPickle = False,
-    no_pictures: NoPictures = False,
-    form: Format = None,
-    record: Record = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    model: options.Model,
+    data: options.Data = None,
+    test: options.Test = None,
+    labeled: options.Labeled = None,
+    classes: options.Classes = None,
+    recipe: options.Recipe = "auto",
+    settings: options.Settings = None,
+    head: options.Head = "keep",
+    pseudo_labels: options.PseudoLabels = False,
+    trigger: options.Triggers = None,
+    out: options.Out = None,
+    force: options.Force = False,
+    resume: options.Resume = False,
+    sequela: options.Sequela = None,
+    members: options.Members = None,
+    non_members: options.NonMembers = None,
+    fail_on: options.FailOn = None,
+    arch: options.Arch = None,
+    kind: options.Kind = "auto",
+    preprocess: options.Preprocess = "auto",
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    batch_size: options.BatchSize = None,
+    limit: options.Limit = 5000,
+    seed: options.Seed = 0,
+    strict: options.Strict = False,
+    allow_pickle: options.AllowPickle = False,
+    no_pictures: options.NoPictures = False,
+    form: options.Format = None,
+    record: options.Record = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     project: Config = None,
 ) -> Job:
     """Make a cleansed drop-in replacement and measure it before and after. The input is never overwritten.
@@ -310,7 +208,7 @@ def cleanse(
         data=data, test=test, labeled=labeled, classes=classes, arch=arch, kind=kind, preprocess=preprocess,
         device=device, precision=precision, batch_size=batch_size, limit=limit, seed=seed, strict=strict,
         allow_pickle=allow_pickle, pictures=not no_pictures, argv=project.argv(),
-        sequela=split_names(sequela), members=members, non_members=non_members,
+        sequela=options.split_names(sequela), members=members, non_members=non_members,
     )  # fmt: skip
 
     def job() -> int:
@@ -397,30 +295,12 @@ def cleanse(
 
 @app.command(epilog=examples.REPORT)
 def report(
-    records: Annotated[
-        list[str],
-        typer.Argument(metavar="RECORD...", help="Records, or folders of them; - reads standard input."),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", parser=given_path, metavar="PATH", help="Write the report there, not to stdout."
-        ),
-    ] = None,
-    form: Format = None,
-    card: Annotated[
-        Path | None,
-        typer.Option(
-            "--card",
-            parser=given_path,
-            metavar="README.md",
-            help="Keep the Backdoor audit section of this model card up to date; nothing else in it changes.",
-        ),
-    ] = None,
-    fail_on: Annotated[
-        list[str] | None, typer.Option("--fail-on", metavar="CONDITION", help=f"{CONDITIONS} Default: never.")
-    ] = None,
-    verbose: Verbose = False,
+    records: options.Records,
+    out: options.ReportOut = None,
+    form: options.Format = None,
+    card: options.Card = None,
+    fail_on: options.FailOnShown = None,
+    verbose: options.Verbose = False,
     project: Config = None,
 ) -> Job:
     """Show records again, in any format; several are compared. Exits 0 unless --fail-on says otherwise."""
@@ -459,22 +339,8 @@ def report(
 
 @app.command(epilog=examples.LS)
 def ls(
-    what: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="WHAT",
-            autocompletion=_listed,
-            help="recipes, triggers, detectors, architectures, schema; or recipe, trigger, detector with a NAME.",
-        ),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="NAME",
-            autocompletion=_named,
-            help="One of them, in full.",
-        ),
-    ] = None,
+    what: options.What = None,
+    name: options.Named = None,
 ) -> Job:
     """List what there is, or show one recipe, trigger or detector with its settings and limits."""
 

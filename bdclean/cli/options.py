@@ -1,4 +1,4 @@
-"""The options that commands share, as Typer reads them."""
+"""The options and arguments of the commands, as Typer reads them."""
 
 from __future__ import annotations
 
@@ -39,6 +39,20 @@ def names(noun: str) -> Callable[[], list[str]]:
         return sorted(TABLES[noun])
 
     return known
+
+
+def listed() -> list[str]:
+    """Returns what stands behind `bdclean ls`."""
+    from bdclean.cli.catalogue import LISTS, SINGULAR
+
+    return [*LISTS, *SINGULAR]
+
+
+def named(context: typer.Context) -> list[str]:
+    """Returns what stands behind that."""
+    from bdclean.cli.catalogue import SINGULAR
+
+    return sorted(SINGULAR.get(context.params.get("what") or "", ()))
 
 
 # --- options ------------------------------------------------------------------------------------------------
@@ -169,3 +183,103 @@ NonMembers = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on standard error.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="List every row.")]
+
+
+# --- of one command ---------------------------------------------------------------------------------------------
+
+
+Models = Annotated[
+    list[str], typer.Argument(metavar="MODEL...", help="Files or folders; - reads their paths.")
+]
+Target = Annotated[
+    str,
+    typer.Option("--target", metavar="CLASS", help="auto, a number, each (class) or next (label + 1)."),
+]
+Detectors = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--detector",
+        metavar="NAME",
+        autocompletion=names("detector"),
+        help="Runs it, else those under ten seconds; bdclean ls detectors.",
+    ),
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(
+        "--reference",
+        parser=given_path,
+        metavar="FILE",
+        help="A clean network like MODEL: the floor of an encoder's rates; beside a classifier in --sequela.",
+    ),
+]
+ReportOut = Annotated[
+    Path | None,
+    typer.Option("--out", parser=given_path, metavar="PATH", help="Write the report there, not to stdout."),
+]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A safetensors file, or a folder with one.")]
+Recipe = Annotated[
+    str,
+    typer.Option("--recipe", metavar="NAME", autocompletion=names("recipe"), help="See: bdclean ls recipes."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A setting of the recipe.",
+    ),
+]
+Head = Annotated[
+    str,
+    typer.Option(
+        "--head", metavar="NAME", help="keep, or new: for the classes of the labeled images (ft, sft)."
+    ),
+]
+PseudoLabels = Annotated[
+    bool,
+    typer.Option("--pseudo-labels", help="For a recipe that needs labels: the suspect's answers on --data."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        parser=given_path,
+        metavar="PATH",
+        help="Default: MODEL with .clean.safetensors; of a folder a folder, MODEL.clean, with its config.",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output made from another model.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the same run was stopped.")]
+Records = Annotated[
+    list[str],
+    typer.Argument(metavar="RECORD...", help="Records, or folders of them; - reads standard input."),
+]
+Card = Annotated[
+    Path | None,
+    typer.Option(
+        "--card",
+        parser=given_path,
+        metavar="README.md",
+        help="Keep the Backdoor audit section of this model card up to date; nothing else in it changes.",
+    ),
+]
+FailOnShown = Annotated[
+    list[str] | None, typer.Option("--fail-on", metavar="CONDITION", help=f"{CONDITIONS} Default: never.")
+]
+What = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="WHAT",
+        autocompletion=listed,
+        help="recipes, triggers, detectors, architectures, schema; or recipe, trigger, detector with a NAME.",
+    ),
+]
+Named = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="NAME",
+        autocompletion=named,
+        help="One of them, in full.",
+    ),
+]
