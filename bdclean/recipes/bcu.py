@@ -16,7 +16,7 @@ from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
+from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings, updates
 from bdclean.training.losses import distillation_kl
 from bdclean.training.run import Run
 from bdclean.training.students import choose_augmentation, frozen
@@ -71,7 +71,7 @@ class BCU:
             drawn[stage.name] = round(share, 4)
         student.train()
         augment = choose_augmentation(teacher, unlabeled.images, run)
-        steps = math.ceil(self.epochs * len(unlabeled) / self.batch_size)
+        steps = updates(self.epochs, len(unlabeled), self.batch_size)
         per_epoch = steps / self.epochs
 
         def epoch(step: int) -> int:

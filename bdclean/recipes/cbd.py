@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from bdclean.training.encoder_lesson import mean_feature
 from bdclean.training.loop import Batch, Measures, burst, halvings
 from bdclean.training.losses import distillation_kl, nt_xent
 from bdclean.training.run import Run
-from bdclean.training.students import choose_augmentation, frozen
+from bdclean.training.students import choose_augmentation, frozen, set_batch_statistics, uncorrupted
 
 Features = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Float images in [0, 1], [n c h w], to features [n d], float32, and what the network answers."""
@@ -101,12 +102,13 @@ class CBD:
 
             most = burst(arch.classes) if arch.classes else float("inf")
             steps, curve = tune(self, student, sgd(self, student), unlabeled, step, run, most)
+        set_batch_statistics(student.eval(), partial(uncorrupted, unlabeled.images, augment, run))
         stages = [
             f"unlearnt contrastive adversarial examples for {steps} updates on {len(unlabeled)} images, "
             f"{augment.describe()}",
             *halvings(curve),
         ]
-        return Cleansed(student.eval(), arch, curve, asdict(self), stages)
+        return Cleansed(student, arch, curve, asdict(self), stages)
 
     def perturbation(self, answering: Features, pixels: Tensor, generator: torch.Generator) -> Tensor:
         """What, added to each of `pixels` [n c h w] in [0, 1], makes its features find the picture least.

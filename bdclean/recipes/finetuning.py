@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
@@ -16,7 +15,7 @@ from bdclean.errors import Refused
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
+from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings, updates
 from bdclean.training.run import Run
 from bdclean.training.students import Curve, choose_augmentation, cosine, frozen, void
 from bdclean.training.supervised import train_classifier
@@ -95,7 +94,7 @@ def tune(
     step: Callable[[Batch], tuple[Tensor, Measures]], run: Run, most: float,
 ) -> tuple[int, Curve]:  # fmt: skip
     """Trains `student` on `labeled` as `tuning` says; returns how many updates, and the curve. `most`: see `State`."""
-    steps = math.ceil(tuning.epochs * len(labeled) / tuning.batch_size)
+    steps = updates(tuning.epochs, len(labeled), tuning.batch_size)
     rate = partial(cosine, steps=steps, peak=tuning.rate)
     state = State(
         tuning.name, student, optimiser, labeled.images, labeled.labels, tuning.batch_size, steps, rate, most=most

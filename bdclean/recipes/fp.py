@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import ClassVar
@@ -14,7 +13,7 @@ from bdclean.networks.classifier import Classifier
 from bdclean.recipes.finetuning import require_labels
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training.fine_pruning import pruned
-from bdclean.training.loop import burst, halvings
+from bdclean.training.loop import burst, halvings, updates
 from bdclean.training.run import Run
 from bdclean.training.students import choose_augmentation, cosine, frozen
 from bdclean.training.supervised import train_classifier
@@ -31,8 +30,9 @@ class FP:
     Known limits: leaves backdoors that share channels with clean images, which blended and most later ones do.
 
     Settings are BackdoorBench's, since the authors' code is for Caffe: tolerance, rate, cosine to zero, 100 epochs,
-    batch 256. Departures: see `training.fine_pruning.FinePruning`; the last layer is never a shortcut's; accuracy is
-    that on the given labeled images, where BackdoorBench looks at the test set.
+    batch 256. Departures: see `training.fine_pruning.FinePruning`; the last layer is never a shortcut's; the rate falls
+    with each update, not with each epoch; accuracy is that on the given labeled images, where BackdoorBench looks at
+    the test set.
     """
 
     name: ClassVar[str] = "fp"
@@ -60,7 +60,7 @@ class FP:
         images = require_labels(labeled, self.name)
         student = frozen(suspect, run)
         augment = choose_augmentation(student, images.images, run)
-        steps = math.ceil(self.epochs * len(images) / self.batch_size)
+        steps = updates(self.epochs, len(images), self.batch_size)
         layers = [name for stage in arch.stages[:-1] for name in stage.modules]
         with pruned(student, layers, images, run, self.pruned, self.tolerance) as count:
             curve = train_classifier(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import ClassVar
@@ -13,6 +12,7 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.finetuning import Start, fine_tune, require_labels
 from bdclean.recipes.recipe import Cleansed
+from bdclean.training.loop import updates
 from bdclean.training.run import Run
 from bdclean.training.students import cosine
 
@@ -51,7 +51,7 @@ class FT:
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
     ) -> Cleansed:
         images = require_labels(labeled, self.name)
-        steps = math.ceil(self.epochs * len(images) / self.batch_size)
+        steps = updates(self.epochs, len(images), self.batch_size)
 
         rate = partial(cosine, steps=steps, peak=self.rate)
         optimise = (self.batch_size, self.momentum, self.weight_decay)

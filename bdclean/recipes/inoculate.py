@@ -23,7 +23,7 @@ from bdclean.training import adversaries
 from bdclean.training.forms import Form
 from bdclean.training.inversion import Detected, Outlier
 from bdclean.training.known import Known, stamped
-from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
+from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings, updates
 from bdclean.training.losses import distillation_kl, divergence
 from bdclean.training.pursuit import Pursuit
 from bdclean.training.run import Run, seed_for
@@ -155,7 +155,7 @@ class Inoculate:
         pupil = _Pupil(
             copy.deepcopy(teacher), teacher, images, choose_augmentation(teacher, images, run), known
         )
-        steps = max(self.least_steps, math.ceil(self.epochs * len(images) / self.batch_size))
+        steps = max(self.least_steps, updates(self.epochs, len(images), self.batch_size))
         stages = [
             f"detectors: {len(inverted)} findings, {len(found)} outliers" if inverted else "no inversion",
             f"distilled for {steps} updates, {pupil.augment.describe()}",
@@ -193,7 +193,7 @@ class Inoculate:
             choose_augmentation(teacher, images, run),
         )
         pupil = _Pupil(student, teacher, images, augment, known, INSIST)
-        steps = math.ceil(AGAIN * max(self.least_steps, self.epochs * len(images) / self.batch_size))
+        steps = math.ceil(AGAIN * max(self.least_steps, updates(self.epochs, len(images), self.batch_size)))
         curve = self._taught(_Lesson(self, pupil, found, steps, within), begun.arch, within)
         told = dict.fromkeys([*begun.trained_on, *specs])
         return replace(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.finetuning import require_labels
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
+from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings, updates
 from bdclean.training.run import Run
 from bdclean.training.students import (
     Augmentation,
@@ -80,7 +79,7 @@ class MCR:
         images = require_labels(labeled, self.name)
         start, end, student = (frozen(suspect, run) for _ in range(3))
         augment = choose_augmentation(start, images.images, run)
-        stage, steps = "mcr end", math.ceil(self.end_epochs * len(images) / self.batch_size)
+        stage, steps = "mcr end", updates(self.end_epochs, len(images), self.batch_size)
         train = partial(
             train_classifier, end, images, augment, steps, partial(cosine, steps=steps, peak=self.end_rate), run, stage,
             batch_size=self.batch_size, momentum=self.momentum, weight_decay=self.end_weight_decay,
@@ -112,7 +111,7 @@ class MCR:
         run: Run,
     ) -> Curve:  # fmt: skip
         """Trains `middle` in place, the control point of the curve between two networks' weights, which stay."""
-        steps = math.ceil(self.epochs * len(images) / self.batch_size)
+        steps = updates(self.epochs, len(images), self.batch_size)
 
         def rate(step: int) -> float:
             return self.rate * (1 - 0.99 * min(max((step / steps - 0.5) / 0.4, 0), 1))

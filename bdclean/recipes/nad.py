@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import ClassVar
@@ -19,7 +18,7 @@ from bdclean.networks.taps import seeing
 from bdclean.recipes.bcu import by_depth
 from bdclean.recipes.finetuning import require_labels
 from bdclean.recipes.recipe import Cleansed
-from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
+from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings, updates
 from bdclean.training.map_losses import attention
 from bdclean.training.run import Run
 from bdclean.training.students import Augmentation, Curve, choose_augmentation, frozen, keep_trained
@@ -71,7 +70,7 @@ class NAD:
         images = require_labels(labeled, self.name)
         student, teacher = frozen(suspect, run).requires_grad_(True), frozen(suspect, run)
         augment = choose_augmentation(teacher, images.images, run)
-        stage, steps = "nad teacher", math.ceil(self.teacher_epochs * len(images) / self.batch_size)
+        stage, steps = "nad teacher", updates(self.teacher_epochs, len(images), self.batch_size)
         train = partial(
             train_classifier, teacher, images, augment, steps, partial(self._rate, len(images)), run, stage,
             batch_size=self.batch_size, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=True,
@@ -87,7 +86,8 @@ class NAD:
         return Cleansed(student.eval(), arch, curve, asdict(self), stages)
 
     def _rate(self, images: int, step: int) -> float:
-        return self.rate if step * self.batch_size < self.high_epochs * images else self.later_rate
+        seen = step * min(self.batch_size, images)
+        return self.rate if seen < self.high_epochs * images else self.later_rate
 
     def _distil(
         self,
@@ -104,7 +104,7 @@ class NAD:
         optimiser = torch.optim.SGD(
             student.parameters(), self.rate, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=True
         )  # fmt: skip
-        steps = math.ceil(self.epochs * len(images) / self.batch_size)
+        steps = updates(self.epochs, len(images), self.batch_size)
         # attention costs at most twice its weight
         state = State(
             self.name, student, optimiser, images.images, images.labels, self.batch_size, steps,

@@ -25,9 +25,12 @@ from bdclean.training.run import Run
 from bdclean.training.students import frozen
 
 RATIOS = (0.0, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
-"""Shares of filters that the authors' code tries."""
+"""Shares of filters that the authors' code tries, and none."""
+LEAST_MASS = 1e-6
+"""Of the mean change of a layer's filters: what one that did not change gets."""
 SHORTCUTS = ("shortcut", "downsample", "skip")
-"""Convolutions whose names hold one of these lie beside the filters that are compared; the authors' code skips them."""
+"""Convolutions whose names hold one of these lie beside the filters that are compared; the authors' code skips those
+that it calls `shortcut`. Ones that do not see all channels are skipped as well."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def fuse(
     aligned = cut
     if match is not None and len(match) == cut.shape[1]:
         aligned = np.einsum("oi...,ij->oj...", cut, match)
-    sizes = change + change.mean() * 1e-6 + 1e-12  # none gets nothing at all
+    sizes = change + change.mean() * LEAST_MASS + 1e-12  # none gets nothing at all
     gets = sizes / sizes.sum()
     flat, theirs = cut.reshape(len(cut), -1), own.reshape(len(own), -1)
     # |a - b|^2 by products, which needs no array of all differences
@@ -176,15 +179,18 @@ def fuse(
 
 
 def transport(supply: np.ndarray, demand: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """The plan [n m] of least `cost` [n m] that brings `supply` [n] to `demand` [m], both sums being 1."""
+    """The plan [n m] of least `cost` [n m] that brings `supply` [n] to `demand` [m], both sums being 1.
+
+    Some are nearly nothing (dead filters), so the programme is of masses around 1, far above the solver's tolerance.
+    """
     n, m = cost.shape
     rows, columns = kron(eye(n), np.ones((1, m))), kron(np.ones((1, n)), eye(m))
     found = linprog(
         cost.ravel(),
         A_eq=vstack([rows, columns]).tocsc(),
-        b_eq=np.concatenate([supply, demand]),
+        b_eq=np.concatenate([supply, demand]) * m,
         method="highs",
     )
     if found.x is None:
         raise Refused(f"otbr: filters cannot be matched ({found.message}).")
-    return found.x.reshape(n, m)
+    return found.x.reshape(n, m) / m

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import ClassVar
@@ -19,7 +18,7 @@ from bdclean.networks.classifier import Classifier
 from bdclean.recipes.finetuning import require_labels
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training.adversaries import Forward
-from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings
+from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings, updates
 from bdclean.training.run import Run
 from bdclean.training.students import frozen
 
@@ -94,7 +93,7 @@ class SAU:
             return loss, {"shared": shared, "accuracy": (clean.argmax(1) == labels).float().mean()}
 
         optimiser = torch.optim.Adam(student.parameters(), self.rate)
-        steps = math.ceil(self.epochs * len(images) / self.batch_size)
+        steps = updates(self.epochs, len(images), self.batch_size)
         state = State(
             self.name, student, optimiser, images.images, images.labels, self.batch_size, steps,
             lambda step: self.rate, most=burst(arch.classes),

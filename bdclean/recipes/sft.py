@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -12,6 +11,7 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.finetuning import Start, fine_tune, require_labels
 from bdclean.recipes.recipe import Cleansed
+from bdclean.training.loop import updates
 from bdclean.training.run import Run
 from bdclean.training.students import triangular
 
@@ -59,7 +59,7 @@ class SFT:
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
     ) -> Cleansed:
         images = require_labels(labeled, self.name)
-        steps = math.ceil(self.epochs * len(images) / self.batch_size)
+        steps = updates(self.epochs, len(images), self.batch_size)
         boundary = round(steps * self.first_epochs / self.epochs)
 
         def rate(step: int) -> float:

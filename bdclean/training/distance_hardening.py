@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused
 from bdclean.networks.classifier import Classifier
 from bdclean.training.forms import Form, mask
-from bdclean.training.loop import Batch, Measures, State, fit
+from bdclean.training.loop import Batch, Measures, State, fit, updates
 from bdclean.training.run import Run
+from bdclean.training.students import Augmentation, set_batch_statistics, uncorrupted
 
 TURN = 3
 """Steps that a pair of classes is trained on before the next is chosen."""
@@ -28,7 +29,8 @@ FIRST_WEIGHT, LATER_WEIGHT = 1e-3, 1e-2
 SHOWN = 32
 """Images that a step of a trigger's fit sees."""
 WARM, LATER = 2.5, 0.25
-"""Steps of a fit in the warm-up, and at later steps of a turn, as multiples of those at its first."""
+"""Steps of a fit in the warm-up, and at later steps of a turn, as multiples of those at its first. After a fit that
+found no trigger the next one is a first one again."""
 LEVEL = 3.0
 """The logit that stands for a pixel of the mask that is nearly on, or nearly off: triggers go on from within it."""
 
@@ -44,7 +46,8 @@ class DistanceHardening:
     backdoor-toolbox's version for a few thousand images (the authors' 1e-4 goes with all 50,000).
 
     Departures: a pair's triggers are fitted to images of the whole set, not of the batch, and at least one image of
-    either class is stamped; a fit sees SHOWN images a step; each class's latest trigger is kept rather than each
+    either class is stamped; a fit sees SHOWN images a step; batch norm ends with the statistics of unstamped images;
+    each class's latest trigger is kept rather than each
     pair's, so that memory grows with classes; the choice moves from the warm-up's order to the growth of distances over
     the whole training rather than over 1,000 steps.
     """
@@ -72,7 +75,7 @@ class DistanceHardening:
         model.to(run.device)
         state = _Distances(labeled, run)
         warm = len(state.classes)
-        steps = warm + max(1, math.ceil(self.epochs * len(labeled) / self.batch_size))
+        steps = warm + updates(self.epochs, len(labeled), self.batch_size)
 
         def step(batch: Batch) -> tuple[Tensor, Measures]:
             assert batch.labels is not None
@@ -94,7 +97,7 @@ class DistanceHardening:
             ),
             run,
         )  # fmt: skip
-        model.eval()
+        set_batch_statistics(model.eval(), partial(uncorrupted, labeled.images, Augmentation(0, False), run))
         return curve
 
     def _warm_up(
@@ -125,28 +128,31 @@ class DistanceHardening:
         self, model: Classifier, state: _Distances, pixels: Tensor, labels: Tensor, batch: Batch, step: int, run: Run
     ) -> Tensor:  # fmt: skip
         """`pixels` with a pair's two triggers on some images of its two classes."""
-        first = step % TURN == 0
-        if first:
+        if step % TURN == 0:
             state.pair.copy_(self._choose(state, batch))
+            state.turn.zero_()
+        long = step % TURN == 0 or bool(state.failed)
         source, target = state.pair.tolist()
         images = [state.draw([one], batch.generator, SHOWN // 2)[0] for one in (source, target)]
         towards = (target, source)
         start = state.triggers[list(towards)].clamp(-LEVEL, LEVEL)
         fitted = _fit(
             model, state.form, start, images, state.classes[list(towards)],
-            self.fit_steps if first else round(LATER * self.fit_steps), FIRST_WEIGHT if first else LATER_WEIGHT,
+            self.fit_steps if long else round(LATER * self.fit_steps), FIRST_WEIGHT if long else LATER_WEIGHT,
             0.9, batch.generator, run,
         )  # fmt: skip
+        state.failed.fill_(not fitted.found.all())
         for side, (origin, goal) in enumerate(((source, target), (target, source))):
-            if not fitted.found[side]:
-                continue
-            state.triggers[goal] = fitted.parameters[side]
-            last, size = state.sizes[origin, goal].clone(), fitted.sizes[side]
-            if last > 0:
-                state.growth[origin, goal] = (state.growth[origin, goal] + (size - last) / last) / 2
-            state.sizes[origin, goal] = size
-            there = (labels == state.classes[origin]).nonzero()[:, 0]
-            pixels = _stamped(state, fitted, side, pixels, there, self.share, batch.generator)
+            if fitted.found[side]:
+                state.triggers[goal] = fitted.parameters[side]
+                state.turn[side] += torch.stack([fitted.sizes[side], torch.ones_like(fitted.sizes[side])])
+                there = (labels == state.classes[origin]).nonzero()[:, 0]
+                pixels = _stamped(state, fitted, side, pixels, there, self.share, batch.generator)
+            if step % TURN == TURN - 1 and state.turn[side, 1] > 0:
+                last, size = state.sizes[origin, goal].clone(), state.turn[side, 0] / state.turn[side, 1]
+                if last > 0:
+                    state.growth[origin, goal] = (state.growth[origin, goal] + (size - last) / last) / 2
+                state.sizes[origin, goal] = size
         return pixels
 
     def _choose(self, state: _Distances, batch: Batch) -> Tensor:
@@ -165,7 +171,9 @@ class DistanceHardening:
 class _Distances:
     """The classes that have images, their latest triggers, and what is known of the distances between them.
 
-    `tensors` is all the state, changed in place, for the resume state: rows are sources, columns targets.
+    `tensors` is all the state, changed in place, for the resume state: rows are sources, columns targets. `turn`
+    [2 2]: of a pair's two triggers the sum of their sizes in this turn, and how many there were; `failed`: whether the
+    last fit lacked one.
     """
 
     def __init__(self, labeled: ImageSet, run: Run) -> None:
@@ -182,8 +190,11 @@ class _Distances:
         self.triggers = torch.zeros(count, 1 + channels, height, width, device=run.device)
         self.sizes, self.ease, self.growth = square(), square(), square()
         self.pair = torch.tensor([0, 1], device=run.device)
+        self.turn = torch.zeros(2, 2, device=run.device)
+        self.failed = torch.zeros((), dtype=torch.bool, device=run.device)
         self.tensors = {
             "triggers": self.triggers, "sizes": self.sizes, "ease": self.ease, "growth": self.growth, "pair": self.pair,
+            "turn": self.turn, "failed": self.failed,
         }  # fmt: skip
 
     def draw(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.taps import Seen, seeing
-from bdclean.training.loop import Batch, Measures, State, Step, fit
+from bdclean.training.loop import Batch, Measures, State, Step, fit, updates
 from bdclean.training.losses import nt_xent
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.pretraining.learning import Projected, mlp
@@ -150,7 +149,7 @@ def train(
     rate: Callable[[int, int], float], peak: float, run: Run,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Trains `model` by `step` with Adam, and returns the curve. `rate` takes a step and all steps."""
-    steps = max(1, math.ceil(epochs * len(images) / batch_size))
+    steps = updates(epochs, len(images), batch_size)
     optimiser = torch.optim.Adam(model.parameters(), peak, weight_decay=decay)
     state = State(stage, model, optimiser, images, None, batch_size, steps, lambda done: rate(done, steps))
     return fit(step, state, run)

@@ -20,16 +20,18 @@ from bdclean.training.supervised import fine_tune
 
 STEPS = 20
 """Looks at the accuracy, at most: BackdoorBench takes a hundredth of the channels at a time."""
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Hardswish)
 
 
 @dataclass(frozen=True)
 class FinePruning:
     """Prunes the last layer's least active channels and fine-tunes (Liu, Dolan-Gavitt, Garg 2018, arXiv 1805.12185).
 
-    Channels go in the order of their mean absolute output on clean images, until accuracy has fallen by `tolerance` of
+    Channels go in the order of their mean activation on clean images, until accuracy has fallen by `tolerance` of
     itself, as in BackdoorBench; it is that on the given labeled images, where the common code looks at the test set.
     Departures: a channel is what the layer adds, so that beside a shortcut the shortcut stays; a norm that follows
-    belongs to the layer, and is where the channel is measured and set to zero.
+    belongs to the layer, and is where the channel is set to zero, and measured as what of it is above zero, which an
+    activation lets through; of a linear layer without one its absolute output counts. STEPS looks at the accuracy.
     """
 
     share: float | None = None  # of the channels, in [0, 1); none: as many as accuracy allows
@@ -136,11 +138,19 @@ def last_part(model: Classifier, layers: Sequence[str], images: Tensor) -> nn.Mo
 
 
 def activity(model: Classifier, part: nn.Module, images: Tensor, run: Run, size: int = 256) -> Tensor:
-    """The mean absolute output of each channel of the module `part`, float32 [channels], over `images` and places."""
+    """The mean activation of each channel of the module `part`, float32 [channels], over `images` and places.
+
+    It is what of the output is above zero: a channel that is silent on clean images, as a backdoor's is, may lie far
+    below. Where a linear layer has no activation behind it, both signs count.
+    """
     sums: list[Tensor] = []
+    ran = in_running_order(model, images[:2].to(run.device))
+    behind = ran[ran.index(part) + 1 :][:1]
+    signed = isinstance(part, nn.Linear) and not isinstance(next(iter(behind), None), ACTIVATIONS)
 
     def note(module: nn.Module, _: object, output: Tensor) -> None:
-        rows = output.detach().float().abs()
+        rows = output.detach().float()
+        rows = rows.abs() if signed else rows.clamp_min(0)
         rows = rows if isinstance(module, nn.Linear) else rows.movedim(1, -1)
         sums.append(rows.flatten(0, -2).mean(0) * len(output) / len(images))
 

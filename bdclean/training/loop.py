@@ -79,6 +79,11 @@ def burst(classes: int) -> float:
     return 30.0 * max(1.0, math.log(classes))
 
 
+def updates(epochs: float, images: int, batch_size: int) -> int:
+    """How many batches so many `epochs` of `images` take, at least one; a batch is never larger than the set."""
+    return max(1, math.ceil(epochs * images / min(batch_size, images)))
+
+
 def order(images: int, batch_size: int, step: int, seed: int, stage: str) -> Tensor:
     """Indices of the images of a step: consecutive shuffles of all of them, cut into batches of equal size."""
     first, parts = step * batch_size, []  # type: int, list[Tensor]

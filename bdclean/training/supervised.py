@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from bdclean.data.imageset import ImageSet
 from bdclean.networks.classifier import Classifier
-from bdclean.training.loop import Batch, Measures, State, fit
+from bdclean.training.loop import Batch, Measures, State, fit, updates
 from bdclean.training.run import Run
 from bdclean.training.students import Augmentation, Curve, choose_augmentation, one_cycle
 
@@ -57,7 +57,7 @@ class Supervised:
 
     def steps(self, images: int) -> int:
         """How many batches training on so many images takes."""
-        return math.ceil(self.epochs * images / self.batch_size)
+        return updates(self.epochs, images, self.batch_size)
 
 
 def train_classifier(

@@ -20,6 +20,16 @@ def test_a_plan_of_least_cost_brings_supply_to_demand():
     assert plan == pytest.approx(np.array([[0.25, 0.25], [0.0, 0.5]]))
 
 
+@pytest.mark.parametrize(("dead", "n"), [(8, 64), (40, 64), (8, 32)])
+def test_filters_that_nothing_moves_are_matched_as_well(dead, n):
+    drawn = np.random.default_rng(0)
+    cut, own = (drawn.normal(size=(n, 3, 3, 3)) for _ in range(2))
+    change = drawn.uniform(size=n)
+    change[:dead] = 0
+    fused, match = fuse(cut, own, change, None, 0.5)
+    assert np.isfinite(fused).all() and np.allclose(match.sum(0), 1, atol=1e-4)
+
+
 def test_the_same_filters_in_another_order_are_fused_with_their_own():
     """Alike in size, each finds itself, and the next layer's inputs are put into the order of the first's filters."""
     rng = np.random.default_rng(0)

@@ -82,14 +82,14 @@ def test_of_a_stage_of_one_block_the_shortcut_keeps_all_channels():
 
 
 @pytest.mark.parametrize("size", [5, 256])
-def test_activity_is_the_mean_absolute_output(size):
+def test_activity_is_the_mean_of_what_an_activation_lets_through(size):
     made, images = model(), labeled().images
     found = activity(made, made.network.get_submodule("layer3.0.bn2"), images, run(), size)
     seen = []
     made.network.layer3[0].bn2.register_forward_hook(lambda _m, _i, output: seen.append(output))
     with torch.no_grad():
         made(images)
-    expected = [float(sum(abs(seen[0][n, c]).mean() for n in range(N)) / N) for c in range(8)]
+    expected = [float(sum(seen[0][n, c].clamp_min(0).mean() for n in range(N)) / N) for c in range(8)]
     assert found.tolist() == pytest.approx(expected, rel=1e-4)
 
 
@@ -101,6 +101,23 @@ def test_activity_of_a_linear_layer_is_that_of_its_last_axis(tokens):
     found = activity(made, made.network[1], images, run())
     with torch.no_grad():
         assert torch.allclose(found, made(images).abs().reshape(-1, 6).mean(0), rtol=1e-4)
+
+
+def test_a_linear_layer_before_an_activation_counts_what_that_lets_through():
+    made = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(768, 6), nn.ReLU()), parse_preprocess("half"))
+    images = labeled().images
+    with torch.no_grad():
+        assert torch.allclose(activity(made, made.network[1], images, run()), made(images).mean(0), rtol=1e-4)
+
+
+def test_a_channel_that_is_silent_on_clean_images_goes_first():
+    """Its output lies far below zero, where the activation behind it lets nothing through."""
+    made, images = model(), labeled()
+    part = made.network.get_submodule("layer3.0.bn2")
+    with torch.no_grad():
+        part.bias[5] = -50
+    FinePruning(1 / 8, epochs=0.5, batch_size=8)(made, LAYERS, images, run())
+    assert (part.weight == 0).nonzero()[:, 0].tolist() == [5]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5])

@@ -15,7 +15,7 @@ from bdclean.errors import Interrupted, Refused
 from bdclean.files.tensorfile import read_header, read_tensors
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.normalisation import parse_preprocess
-from bdclean.training.loop import State, fit, halvings, order
+from bdclean.training.loop import State, fit, halvings, order, updates
 from bdclean.training.resume import Position, Saved
 from bdclean.training.run import Precision, Run, probe_precision, seed_for
 from bdclean.training.students import (
@@ -98,6 +98,10 @@ def test_every_image_is_seen_equally_often():
             assert len(chosen) == batch
             seen.update(chosen.tolist())
         assert set(seen.values()) == {batch} and len(seen) == images
+
+
+def test_an_epoch_is_one_batch_at_least():
+    assert [updates(100, 50, 256), updates(0.5, 50, 256), updates(2, 100, 32)] == [100, 1, 7]
 
 
 def test_order_depends_on_seed_stage_and_epoch_only():

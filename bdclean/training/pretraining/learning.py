@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from bdclean.data.imageset import ImageSet
 from bdclean.networks.classifier import Classifier
-from bdclean.training.loop import State, Step, fit
+from bdclean.training.loop import State, Step, fit, updates
 from bdclean.training.run import Run
 from bdclean.training.students import one_cycle
 
@@ -93,7 +92,7 @@ class Course:
     weight_decay: float
 
     def steps(self, training: ImageSet) -> int:
-        return max(1, math.ceil(self.epochs * len(training) / self.batch_size))
+        return updates(self.epochs, len(training), self.batch_size)
 
     def __call__(
         self,
