@@ -36,13 +36,14 @@ class LMR:
     inputs of the head whose weight for this class moved most are cut off, and the rest is tuned to get the class back.
     When to use it: with very few labeled images, 1 % of the training set in the paper, and one target class.
     What it needs: labeled images; labels only enter cross-entropies.
-    Known limits: one target class, which is always found, also in a network without a backdoor, and of two
-    classes hardly by more than chance. Backdoors with several targets are not met. Far from the paper's figures with the settings that are ours (see below).
+    Known limits: one target class, which is always found, also in a network without a backdoor, and of two classes
+    hardly by more than chance. Backdoors with several targets are not met. Far from the paper's figures with the
+    settings that are ours (see below).
 
     Known of the paper is a summary: the losses, their margins and weights, and the three phases are its; optimiser,
-    rates, lengths of the phases and the pruned share are not known, and are ours. Departures: images are augmented; while
-    clean images are unlearnt each class counts alike; the second phase ends after its steps, not when accuracy on the class is lost; batch norm keeps the suspect's statistics
-    while clean images are unlearnt.
+    rates, lengths of the phases and the pruned share are not known, and are ours. Departures: images are augmented;
+    while clean images are unlearnt each class counts alike, and batch norm keeps the suspect's statistics; the second
+    phase ends after its steps, not when accuracy on the class is lost.
     """
 
     name: ClassVar[str] = "lmr"
