@@ -16,7 +16,15 @@ from bdclean.measuring.probe import Encoded, Probe
 from bdclean.measuring.pull import Field, pull_test
 from bdclean.measuring.rows import Aim, measure
 from bdclean.measuring.screening import screen
-from bdclean.measuring.trial import SCREENED, SCREENED_OUT, Trial, halves, stamped_predictions
+from bdclean.measuring.trial import (
+    LEAST_SCREENED,
+    SCREENED,
+    SCREENED_OUT,
+    Trial,
+    halves,
+    stamped_features,
+    stamped_predictions,
+)
 from bdclean.measuring.whitening import LEAST, crowded, stamped_distances
 from bdclean.record.rule import above_twin, stands_out
 from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, Finding, Skipped, TriggerRow
@@ -37,9 +45,10 @@ def judged_as_encoder(
     if trial.encoded.probing.labeled:
         probes = _Probes.of(trial, trial.encoded, floor, len(rows))
         return [judged for row in rows for judged in probes.judged(row, triggers[row.trigger])], []
-    asked = [triggers[row.trigger] for row in rows if row.target_source != SCREENED_OUT]
+    named = dict.fromkeys(row.trigger for row in rows if row.target_source != SCREENED_OUT)
+    asked = [triggers[name] for name in named]  # once, however many rows it has
     field = Field.of(trial.encoded.features, trial.encoded.first, trial.classes, trial.images, trial.seed)
-    findings = pull_test(field, asked, len(rows), trial.seed, trial.tell)
+    findings = pull_test(field, asked, len(triggers) * trial.readings, trial.seed, trial.tell)
     return [_undecided(row) for row in rows], [*findings, *_whitened(trial, trial.encoded, asked)]
 
 
@@ -78,6 +87,8 @@ def _undecided(row: TriggerRow) -> TriggerRow:
         row,
         outcome=INCONCLUSIVE,
         reason="images go to one cluster of features, which is no class: labels would tell",
+        # At no other threshold does it fail either.
+        bounds=[replace(bound, certain=None, control=None) for bound in row.bounds],
     )
 
 
@@ -94,15 +105,17 @@ class _Probes:
     others: dict[str, Trial]
     floor: Trial | None
     tried: int
+    """Rows that are asked, with one for each class that another probe may pick, or that was chosen on these images."""
 
     @staticmethod
-    def of(trial: Trial, encoded: Encoded, floor: Trial | None, tried: int) -> _Probes:
+    def of(trial: Trial, encoded: Encoded, floor: Trial | None, rows: int) -> _Probes:
         known = encoded.features(trial.images)
         others = {
             name: replace(trial, predict=Probe(encoded.features, head), clean=head(known), counted=False)
             for name, head in encoded.others.items()
         }
-        return _Probes(trial, encoded, others, floor, tried)
+        targets = trial.classes + 1 if len(trial.images) < LEAST_SCREENED else 1 + len(others)
+        return _Probes(trial, encoded, others, floor, rows * targets)
 
     def judged(self, row: TriggerRow, trigger: Trigger) -> list[TriggerRow]:
         """`row` with the rates of all probes, and what follows where another one than the first fails it.
@@ -144,7 +157,7 @@ class _Probes:
         return None
 
     def _probed(self, row: TriggerRow, trigger: Trigger) -> TriggerRow:
-        """`row` with the rates of the other probes on the same images, whose features are remembered, and of `floor`.
+        """`row` with the rates of the other probes on the same images, and of `floor`.
 
         One that its controls leave open fails where it is clearly above `floor`, or by another probe.
         """
@@ -152,8 +165,7 @@ class _Probes:
         first, second = halves(len(trial.images), trial.seed)
         # All images, or so many of the half that rows are measured on.
         chosen = torch.cat([first, second]) if row.images > len(second) else second[: row.images]
-        stamped, reference = trigger(trial.images[chosen]), trial.reference[chosen]
-        known = self.encoded.features(stamped)
+        reference, known = trial.reference[chosen], stamped_features(trial, trigger, chosen)
         answers = {name: head(known) for name, head in self.encoded.others.items()}
         probes = {
             name: rate(attack_success(of, reference, target, trial.classes)) for name, of in answers.items()
@@ -161,7 +173,11 @@ class _Probes:
         everything = rate(self.encoded.first(known) == target)
         least = None
         if self.floor is not None:
-            least = rate(attack_success(self.floor.predict(stamped), reference, target, trial.classes))
+            least = rate(
+                attack_success(
+                    stamped_predictions(self.floor, trigger, chosen), reference, target, trial.classes
+                )
+            )
         row = replace(row, probes=probes, asr_all_images=everything, reference_rate=least)
         if row.outcome == INCONCLUSIVE and least is not None and above_twin(row, trial.threshold):
             return replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -120,13 +120,23 @@ def stamped_predictions(trial: Trial, stamp: Stamp, chosen: Tensor) -> Tensor:
     the memory of the images, which may be more than fit."""
     if not len(chosen):
         return torch.zeros(0, dtype=torch.int64)
-    few = max(1, min(STAMPED_AT_ONCE, STAMPED_PIXELS // trial.images[0, 0].numel()))
 
     def predicted(chosen: Tensor) -> Tensor:
-        return torch.cat([trial.predict(stamp(trial.images[part])) for part in chosen.split(few)])
+        return torch.cat([trial.predict(stamped) for stamped in _stamped(trial, stamp, chosen)])
 
     # What an encoder's features remember must be the same in every process: they share out passes alone.
     return shared(predicted, chosen) if trial.encoded is None else predicted(chosen)
+
+
+def stamped_features(trial: Trial, stamp: Stamp, chosen: Tensor) -> Tensor:
+    """Features of length one, float32 [n d], of the images `chosen` of an encoder's trial under `stamp`."""
+    assert trial.encoded is not None
+    return torch.cat([trial.encoded.features(stamped) for stamped in _stamped(trial, stamp, chosen)])
+
+
+def _stamped(trial: Trial, stamp: Stamp, chosen: Tensor) -> Iterator[Tensor]:
+    few = max(1, min(STAMPED_AT_ONCE, STAMPED_PIXELS // trial.images[0, 0].numel()))
+    return (stamp(trial.images[part]) for part in chosen.split(few))
 
 
 def control_predictions(trial: Trial, control: Stamp, chosen: Tensor) -> Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from bdclean.data.labels.folders import labels_plausible
 from bdclean.measuring import intervals, metrics
 from bdclean.measuring.rows import Measured
-from bdclean.measuring.trial import LEAST_SCREENED, Trial, telling_images
+from bdclean.measuring.trial import LEAST_SCREENED, Target, Trial, telling_images
 from bdclean.record.rule import moved
 from bdclean.record.run import (
     BACKDOORED,
@@ -176,13 +178,16 @@ def compare(
         found += [change, intervals.measure("agreement", after.clean == before.clean)]
     worst = max(rows_before, key=_badness, default=None)
     # A backdoor may have moved: of the rows of this trigger the worst counts.
+    probe = None if worst is None else worst.decisive_probe
     match = max(
-        (row for row in rows_after if worst and row.trigger == worst.trigger), key=_badness, default=None
+        (row for row in rows_after if worst and row.trigger == worst.trigger),
+        key=lambda row: (row.outcome == FAILS, _left(row, probe)),
+        default=None,
     )
     score = rating = None
     if before.labeled and worst is not None and match is not None and worst.base_rate and match.base_rate:
-        acc, asr, base = _rates(before, worst, worst.decisive_probe)
-        acc_after, asr_after, base_after = _rates(after, match, worst.decisive_probe)
+        acc, asr, base = _rates(before, worst, probe)
+        acc_after, asr_after, base_after = _rates(after, match, probe)
         if asr - base >= 0.2:
             rating = metrics.defence_effectiveness(acc, acc_after, asr, asr_after)
             score = metrics.balanced_score(acc, acc_after, asr - base, asr_after - base_after)
@@ -192,19 +197,30 @@ def compare(
 
 def _rates(trial: Trial, row: TriggerRow, probe: str | None) -> tuple[float, float, float]:
     """Accuracy, attack success and base rate, by the `probe` of an encoder that is named, else by the first."""
-    clean, asr, base = trial.clean, row.asr, row.base_rate
+    clean, base = trial.clean, row.base_rate
     if probe is not None and trial.encoded is not None:
         clean = trial.encoded.others[probe](trial.encoded.features(trial.images))
-        asr = row.probes.get(probe, row.asr)
-        base = intervals.rate(metrics.attack_success(clean, trial.reference, row.target, trial.classes))
+        base = intervals.rate(
+            metrics.attack_success(clean, trial.reference, cast("Target", row.target), trial.classes)
+        )
     accuracy = float((clean == trial.reference).float().mean())
-    return accuracy, asr.value or 0.0, 0.0 if base is None else base.value or 0.0
+    return accuracy, _left(row, probe), 0.0 if base is None else base.value or 0.0
+
+
+def _left(row: TriggerRow, probe: str | None) -> float:
+    """The rate that decides `row`, or that by `probe` where more is left there."""
+    return max(moved(row).value or 0.0, 0.0 if probe is None else row.probes.get(probe, row.asr).value or 0.0)
 
 
 def damage(measures: Sequence[Measure], before: Trial, after: Trial) -> list[str]:
     """A sentence where the output keeps too little of the suspect's answers, or of the accuracy of probes on it."""
     values = {m.name: m.value for m in measures}
     if before.encoded is not None:
+        if not before.labeled and not labels_plausible(after.clean, before.clean, before.classes):
+            return [
+                "the written encoder groups clean images like the suspect no more than chance would: it is damaged, do "
+                "not use it; try more images or other settings."
+            ]
         lost = -(values.get("clean_accuracy_change") or 0.0)
         if lost <= MOST_LOST:
             return []

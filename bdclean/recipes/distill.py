@@ -44,7 +44,8 @@ class Distill:
     least that anp would prune may cost more accuracy than it may, so that nothing is: `pruned` says how much.
 
     Settings are the authors' code's; of the teachers, whose settings the paper's code lacks, their own authors'.
-    Departures: attention is on a scale that does not depend on a map's size (`weights=paper` is the code's); kd is of
+    Departures: attention is on a scale that does not depend on a map's size, and every loss weighs 10, where the code
+    has 1000 for at, afd, fitnet, cc and kd (`weights=paper` is the code's scale and weight); kd is of
     the last stage, as the code's comment says, where it distils the first; sp is its own loss, which the code leaves
     out by mistake; random images of the set, not its first.
     """

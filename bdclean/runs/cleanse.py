@@ -77,19 +77,19 @@ def cleanse(
             )
         people = repair.read_people(checkpoint, images)
         classifier, run = repair.open_run(recipe, method, trained, images, place, resume)
-        found = repair.measure_before(before, made)
-        known = repair.firing([each.row for each in found], made) if isinstance(method, Informed) else []
+        old = repair.measure_before(before, made)
+        known = repair.firing(old.rows, made) if isinstance(method, Informed) else []
         hold_known(run, known)
         cleansed = repair.run(recipe, method, classifier, trained, images, known, run)
         repair.write(cleansed, recipe, trained, before, usual, place, force)
         after = repair.open_written(place, trained, before, run)
-        rows = repair.measure_after(after, made, found, cleansed)
-        if isinstance(method, Informed) and (still := repair.firing(rows[1], made)):
+        new = repair.measure_after(after, made, old)
+        if isinstance(method, Informed) and (still := repair.firing(new.rows, made)):
             cleansed = repair.insist(recipe, method, trained, images, still, cleansed, run)
             repair.write(cleansed, recipe, trained, before, usual, place, force)
             after = repair.open_written(place, trained, before, run)
-            rows = repair.measure_after(after, made, found, cleansed)
-        record = repair.conclude(before, after, made, *rows, cleansed)
+            new = repair.measure_after(after, made, old)
+        record = repair.conclude(before, after, made, old, new, cleansed)
         if not inputs.sequela:
             return record
         given = images.labeled if method.needs_labels and images.labeled is not None else images.unlabeled

@@ -84,22 +84,23 @@ def _probing(
                 f"{len(probing)} labeled images for a probe are fewer than their {classes} classes: give some of each."
             )
         known = Probing(probing.images, probing.labels, classes, True)
-        if images.labels is None:
-            return known, None, doubts
         named = probing.classes is not None and images.classes is not None
-        if (named and images.classes != probing.classes) or int(images.labels.max()) >= classes:
+        held = images.labels
+        if held is not None and ((named and images.classes != probing.classes) or int(held.max()) >= classes):
+            held = None
             doubts.append(
                 "the labels of these images are of other classes than those that the probes are trained on: the images "
                 "are used as unlabeled."
             )
+        # Each vouches for itself: the labels that are measured by, and, where there are none, those of the probes.
+        if held is not None:
+            if images.sure or _plausible(features, probing, images.images, held, classes):
+                return known, held, doubts
+        elif probing.sure or _plausible_by_half(features, probing, classes, seed):
             return known, None, doubts
-        if images.sure:
-            return known, images.labels, doubts
-        vote = knn(features(probing.images), probing.labels, classes)
-        if labels_plausible(vote(features(images.images)), images.labels, classes):
-            return known, images.labels, doubts
+        whose = "these images" if held is not None else "the images for probes"
         doubts.append(
-            "nearest neighbours among the encoder's features do no better than chance on the labels of these images: "
+            f"nearest neighbours among the encoder's features do no better than chance on the labels of {whose}: "
             "they are used as unlabeled."
         )
     count = min(CLUSTERS, len(probing) // LEAST_IN_CLUSTER)
@@ -110,3 +111,17 @@ def _probing(
         )
     groups = clusters(features(probing.images), count, seed)
     return Probing(probing.images, groups, int(groups.max()) + 1, False), None, doubts
+
+
+def _plausible(features: Features, known: ImageSet, images: Tensor, labels: Tensor, classes: int) -> bool:
+    """Whether nearest neighbours among `known` do better than chance on the `labels` of `images`."""
+    assert known.labels is not None
+    vote = knn(features(known.images), known.labels, classes)
+    return labels_plausible(vote(features(images)), labels, classes)
+
+
+def _plausible_by_half(features: Features, images: ImageSet, classes: int, seed: int) -> bool:
+    """The same of one half of `images` among the other."""
+    first, second = (images.select(half) for half in halves(len(images), seed))
+    assert second.labels is not None
+    return _plausible(features, first, second.images, second.labels, classes)

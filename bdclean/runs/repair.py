@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from bdclean.recipes.recipe import Cleansed, Informed, Recipe
 from bdclean.record.rule import fired
 from bdclean.record.run import (
     BACKDOORED,
+    FAILS,
     NO_EVIDENCE,
     NOT_ASSESSED,
     SUSPICIOUS,
@@ -51,6 +52,20 @@ from bdclean.runs.trials import after_writing, open_trial
 from bdclean.training import parallel
 from bdclean.training.run import Run
 from bdclean.triggers.stamping import Trigger
+
+
+@dataclass(frozen=True)
+class Rated:
+    """What was measured on a network, its rows as all probes judge them, and what the unlabeled tests found."""
+
+    measured: list[Measured]
+    rows: list[TriggerRow]
+    findings: list[Finding]
+
+    @staticmethod
+    def of(trial: Trial, measured: list[Measured], made: Sequence[Trigger], seen_on: str) -> Rated:
+        rows, findings = judged_as_encoder(trial, [each.row for each in measured], made)
+        return Rated(measured, rows, [replace(finding, seen_on=seen_on) for finding in findings])
 
 
 class Repair:
@@ -193,12 +208,13 @@ class Repair:
             rows.append(each.row)
         return in_order(measured, made)
 
-    def measure_before(self, before: Trial, made: Sequence[Trigger]) -> list[Measured]:
-        measured = self._measure("before", before, made, {})
-        known = [each.row for each in measured]
-        told = verdict_on(before, known, (), self.named)[0]
-        self._note(before=Side(told, clean_measures(before, known), known))
-        return measured
+    def measure_before(self, before: Trial, made: Sequence[Trigger]) -> Rated:
+        """The suspect under the triggers `made`."""
+        found = Rated.of(before, self._measure("before", before, made, {}), made, "suspect")
+        told = verdict_on(before, found.rows, found.findings, self.named)[0]
+        measures = clean_measures(before, found.rows)
+        self._note(before=Side(told, measures, found.rows, found.findings))
+        return found
 
     def firing(self, rows: Sequence[TriggerRow], made: Sequence[Trigger]) -> list[Trigger]:
         """Those of `made` that fired, by their `rows`."""
@@ -290,28 +306,31 @@ class Repair:
                 "lower its learning rate with --set."
             ) from None
 
-    def measure_after(
-        self, after: Trial, made: Sequence[Trigger], found: Sequence[Measured], cleansed: Cleansed
-    ) -> tuple[list[TriggerRow], list[TriggerRow]]:
-        """The rows of the suspect and those of the output, towards the same targets."""
+    def measure_after(self, after: Trial, made: Sequence[Trigger], before: Rated) -> Rated:
+        """The output, towards the targets of the suspect's rows; of several of one trigger that which fails."""
         fixed: dict[str, Target] = {
-            each.row.trigger: each.row.target
-            for each in found
-            if each.row.target is not None and each.row.target_source != SCREENED_OUT
+            row.trigger: row.target
+            for row in sorted(before.rows, key=lambda row: row.outcome == FAILS)
+            if row.target is not None and row.target_source != SCREENED_OUT
         }
-        pairs = [each.row for each in found], pair(found, self._measure("after", after, made, fixed))
-        old, new = ([_marked(row, cleansed) for row in side] for side in pairs)
-        return old, new
+        found = self._measure("after", after, made, fixed)
+        paired = [
+            replace(each, row=row) for each, row in zip(found, pair(before.measured, found), strict=True)
+        ]
+        return Rated.of(after, paired, made, "output")
 
     def conclude(
-        self, before: Trial, after: Trial, made: Sequence[Trigger], old: list[TriggerRow], new: list[TriggerRow],
+        self,
+        before: Trial,
+        after: Trial,
+        made: Sequence[Trigger],
+        was: Rated,
+        found: Rated,
         cleansed: Cleansed,
-    ) -> RunRecord:  # fmt: skip
+    ) -> RunRecord:
         """The record, with what the repair changed."""
-        old, suspected = judged_as_encoder(before, old, made)
-        new, findings = judged_as_encoder(after, new, made)
-        suspected = [replace(finding, seen_on="suspect") for finding in suspected]
-        findings = [replace(finding, seen_on="output") for finding in findings]
+        old, new = ([_marked(row, cleansed) for row in side.rows] for side in (was, found))
+        findings = found.findings
         measures = [*clean_measures(after, old), *compare(before, after, old, new)]
         told, advice = verdict_on(after, new, findings, self.named)
         if told == NO_EVIDENCE and (left := not_gone(old, new)) is not None:
@@ -324,9 +343,7 @@ class Repair:
             broken,
             before=replace(
                 self.record.before or Side(),
-                verdict=verdict_on(before, old, suspected, self.named)[0],
                 triggers=old,
-                findings=suspected,
             ),
             findings=[*self.record.findings, *findings],
             after=Side(told, measures, new),

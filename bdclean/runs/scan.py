@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bdclean.data.duplicates import without_duplicates
 from bdclean.data.imageset import ImageSet
 from bdclean.data.shared import Shared
 from bdclean.errors import Refused, UsageError, attach
@@ -91,14 +92,20 @@ def scan(
         record = replace(record, data=describe_images(path, images))
         record = record.warned([*images.warnings, *copies(images)])
         people = read_people(checkpoint, inputs, tell, shared)
-        probing = None
+        probing, duplicates = None, 0
         if inputs.labeled is not None and path != inputs.labeled:
             probing = read_images(inputs.labeled, checkpoint, inputs, tell, forced=True, shared=shared)
+            probing, duplicates = without_duplicates(probing, images)
+            if not len(probing):
+                raise Refused(
+                    f"every image of {inputs.labeled} is also among those to measure on: give others for the probes."
+                )
         device = resolve_device(inputs.device)
         record = replace(record, device=str(device))
         suspect, images, doubts = understand_labeled(checkpoint, images, inputs, device)
         entry = describe_suspect(record.checkpoint, suspect, images.images.shape[2:])
-        record = replace(record, checkpoint=entry, data=describe_images(path, images))
+        data = replace(describe_images(path, images), duplicates=duplicates)
+        record = replace(record, checkpoint=entry, data=data)
         record = record.warned([*suspect.warnings, *doubts])
         if suspect.doubt:
             raise Refused(suspect.doubt)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 NEIGHBOURS = 3
 """An image crowds by how near its NEIGHBOURS-th nearest among the others is."""
+AT_ONCE = 1_000
+"""Images whose distances to all others are known at a time."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,14 @@ def crowding(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
     def held_out(judged: Tensor, others: Tensor) -> Tensor:
         whiten = Whitening.of(others)
-        distances = torch.cdist(whiten(judged), whiten(others))
-        near = distances.topk(min(NEIGHBOURS, len(others)), largest=False).values[:, -1]
+        there, nearest = whiten(others), min(NEIGHBOURS, len(others))
+        # In parts: all distances at once would grow with the square of the images.
+        near = torch.cat(
+            [
+                torch.cdist(part, there).topk(nearest, largest=False).values[:, -1]
+                for part in whiten(judged).split(AT_ONCE)
+            ]
+        )
         return near / near.median().clamp_min(1e-300)
 
     return held_out(first, second), held_out(second, first)

@@ -30,7 +30,8 @@ class BadEncoder:
 
     The loss, its weights of 1, and the trigger are the authors'. Departures: `centred` (off is the paper's form), the
     references nearest to their class's mean in place of any, one-cycle SGD over few epochs in place of 1e-3 over 200,
-    and augmented references for a quarter of a batch in place of all of it.
+    augmented references for a quarter of a batch in place of all of it, and L1 draws an augmented reference to the
+    clean features of itself, where the paper has those of the reference as it is.
     """
 
     name: ClassVar[str] = "badencoder"
