@@ -17,6 +17,8 @@ TRIED, JUDGED = 16, 8
 """So many patches are tried on a batch, each on so many of its images."""
 REMEMBERED = 0.8
 """Of what a trigger sent is kept at each use of it: one use, of a quarter of a batch, tells 0.02 at best."""
+UNSEEN = -2.0
+"""Stands for what a trigger sends before its first use: no share, and a number, as all state must be."""
 SHOWN = 64
 """On so many images of other classes is what a search for patches found judged."""
 
@@ -37,7 +39,7 @@ class Pursuit:
         for k, trigger in enumerate(self.triggers):
             self.tensors[f"change.{k}"] = self._first(trigger).to(run.device).clone()
             self.tensors[f"weight.{k}"] = torch.tensor(trigger.form.weight, device=run.device)
-            self.tensors[f"sent.{k}"] = torch.tensor(torch.nan, device=run.device)
+            self.tensors[f"sent.{k}"] = torch.tensor(UNSEEN, device=run.device)
         self.patches = [_patches(trigger, suspect, images, run) for trigger in self.triggers]
 
     @staticmethod
@@ -58,7 +60,7 @@ class Pursuit:
             gone[:, self.whose(turn).target].mean(),
             self.tensors[f"sent.{turn % len(self.triggers)}"],
         )
-        mean.copy_(torch.where(mean.isnan(), now, REMEMBERED * mean + (1 - REMEMBERED) * now))
+        mean.copy_(torch.where(mean == UNSEEN, now, REMEMBERED * mean + (1 - REMEMBERED) * now))
         return mean
 
     def stamp(
