@@ -34,6 +34,10 @@ class Refused(BdcleanError):
     exit_code = 3
 
 
+class Unusable(Refused):
+    """A network's answers or features are no numbers, or all the same: nothing can be said of it."""
+
+
 class Interrupted(BaseException):
     """The run was told to stop; what `--resume` needs is on disk. 130 is Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 

@@ -70,8 +70,9 @@ def run_all(
             codes.append(error.exit_code)
         if at_once:
             codes += _show(shown, [record])
-        # Ctrl-C means all of them; wrong usage would be wrong for the next model, too.
-        if code >= 128 or (code == 2 and number == 1) or not settled:
+        # Ctrl-C means all of them; wrong usage would be wrong for the next model, too, unless it is about this one.
+        wrong = code == 2 and number == 1 and record.checkpoint.sha256 is None
+        if code >= 128 or wrong or not settled:
             break
     if not ranks.first():
         return max(codes)

@@ -36,6 +36,38 @@ app = typer.Typer(
 )
 
 
+def _listed() -> list[str]:
+    """Returns what stands behind `bdclean ls`."""
+    from bdclean.cli.catalogue import LISTS, SINGULAR
+
+    return [*LISTS, *SINGULAR]
+
+
+def _named(context: typer.Context) -> list[str]:
+    """Returns what stands behind that."""
+    from bdclean.cli.catalogue import SINGULAR
+
+    return sorted(SINGULAR.get(context.params.get("what") or "", ()))
+
+
+What = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="WHAT",
+        autocompletion=_listed,
+        help="recipes, triggers, detectors, architectures, schema; or recipe, trigger, detector with a NAME.",
+    ),
+]
+Named = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="NAME",
+        autocompletion=_named,
+        help="One of them, in full.",
+    ),
+]
+
+
 # --- commands -----------------------------------------------------------------------------------------------
 
 
@@ -130,7 +162,12 @@ def scan(
         files = [Path(path) for path in paths]
         if place is not None:
             check_place(place, files)
-        records = Records.at(record_place(record), files)
+        kept = record_place(record)
+        if place is not None and kept is not None and place.resolve() == kept.resolve():
+            raise UsageError(
+                f"{place} cannot be both the report and the record: give another --out or --record."
+            )
+        records = Records.at(kept, files)
 
         @cache
         def shared() -> Shared:  # among the models; made late, because it imports torch
@@ -339,8 +376,8 @@ def report(
 
 @app.command(epilog=examples.LS)
 def ls(
-    what: options.What = None,
-    name: options.Named = None,
+    what: What = None,
+    name: Named = None,
 ) -> Job:
     """List what there is, or show one recipe, trigger or detector with its settings and limits."""
 

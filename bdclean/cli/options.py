@@ -41,20 +41,6 @@ def names(noun: str) -> Callable[[], list[str]]:
     return known
 
 
-def listed() -> list[str]:
-    """Returns what stands behind `bdclean ls`."""
-    from bdclean.cli.catalogue import LISTS, SINGULAR
-
-    return [*LISTS, *SINGULAR]
-
-
-def named(context: typer.Context) -> list[str]:
-    """Returns what stands behind that."""
-    from bdclean.cli.catalogue import SINGULAR
-
-    return sorted(SINGULAR.get(context.params.get("what") or "", ()))
-
-
 # --- options ------------------------------------------------------------------------------------------------
 
 
@@ -266,20 +252,4 @@ Card = Annotated[
 ]
 FailOnShown = Annotated[
     list[str] | None, typer.Option("--fail-on", metavar="CONDITION", help=f"{CONDITIONS} Default: never.")
-]
-What = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="WHAT",
-        autocompletion=listed,
-        help="recipes, triggers, detectors, architectures, schema; or recipe, trigger, detector with a NAME.",
-    ),
-]
-Named = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="NAME",
-        autocompletion=named,
-        help="One of them, in full.",
-    ),
 ]

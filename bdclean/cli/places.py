@@ -95,9 +95,16 @@ def _write_to_file(record: RunRecord, place: Path) -> None:
 
 
 def _repeats(one: RunRecord, other: RunRecord) -> bool:
-    """Whether two records are of the same command line, but for where bdclean lies, on the same bytes."""
-    same_model = one.checkpoint.sha256 == other.checkpoint.sha256
-    return same_model and one.command == other.command and one.argv[1:] == other.argv[1:]
+    """Whether two records are of the same command line, but for where bdclean lies, on the same bytes and images."""
+    model, images = (
+        [what(record) for record in (one, other)]
+        for what in (
+            lambda record: record.checkpoint.sha256,
+            lambda record: None if record.data is None else record.data.digest,
+        )
+    )
+    same_input = model[0] == model[1] and images[0] == images[1]
+    return same_input and one.command == other.command and one.argv[1:] == other.argv[1:]
 
 
 # --- records to show again -----------------------------------------------------------------------------------

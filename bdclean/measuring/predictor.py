@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bdclean.errors import Refused, out_of_memory
+from bdclean.errors import Refused, Unusable, out_of_memory
 from bdclean.training.memory import keep_freed_memory
 from bdclean.training.parallel import shared
 
@@ -83,7 +83,7 @@ class Predictor:
         self.seen += len(images)
         # Read back once: a device that is read after every batch waits for the next one.
         if not finite:
-            raise Refused(
+            raise Unusable(
                 "the network's answers to these images are not all finite numbers: nothing can be said of it. "
                 "If its normalisation was given with --preprocess, try another."
             )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bdclean.errors import Refused
+from bdclean.errors import Unusable
 from bdclean.measuring.predictor import Predictor
 from bdclean.training.linear_head import logistic_regression
 from bdclean.training.pretraining.knn import NEIGHBOURS
@@ -45,7 +45,7 @@ class Features:
     held: int = 0
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Raises Refused where features are no numbers."""
+        """Raises Unusable where features are no numbers."""
         key = hashlib.blake2b(images.contiguous().numpy().data, digest_size=16).digest()
         if key in self.remembered:
             self.remembered.move_to_end(key)
@@ -110,9 +110,9 @@ class Probe:
 
 
 def check_features(features: Tensor) -> None:
-    """Raises Refused where all images have the same features [n d]: there is nothing to tell them apart by."""
+    """Raises Unusable where all images have the same features [n d]: there is nothing to tell them apart by."""
     if float((features - features[:1]).abs().max()) < 1e-6:
-        raise Refused(
+        raise Unusable(
             "the encoder gives every image the same features: it is no encoder, is broken, or is normalised wrongly; "
             "if --preprocess was given, try another."
         )

@@ -9,7 +9,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bdclean.data.labels.folders import labels_plausible
 from bdclean.measuring import intervals, metrics
 from bdclean.measuring.rows import Measured
 from bdclean.measuring.trial import LEAST_SCREENED, Target, Trial, telling_images
@@ -29,6 +28,9 @@ from bdclean.record.run import (
     TriggerRow,
 )
 
+LEAST_GROUPED = 0.3
+"""So far groups of clean images agree (`grouped_alike`) before and after a repair of an encoder. Of 16 clusters random
+weights kept 0.25 of the answers, a student of 10 epochs of 500 images 0.39, others 0.45 and more, `inoculate` 0.77."""
 ONE_ANSWER = 0.95
 """From this share of images on that get the same answer, nothing can be said of the class that they get."""
 MOST_LOST = 0.1
@@ -79,16 +81,25 @@ def verdict_on(
     return told, _small_sources(trial)
 
 
-def not_gone(rows_before: Sequence[TriggerRow], rows_after: Sequence[TriggerRow]) -> str | None:
-    """Which trigger failed on the suspect and is not conclusive towards the same class on the output; None if none."""
-    failed = {(row.trigger, row.target) for row in rows_before if row.outcome == FAILS}
+def not_gone(
+    rows_before: Sequence[TriggerRow], rows_after: Sequence[TriggerRow], findings: Sequence[Finding] = ()
+) -> str | None:
+    """Which trigger failed on the suspect and is not conclusive towards the same class on the output; None if none.
+
+    Rows of clusters never fail: there one counts that the suspect's `findings` are suspicious of.
+    """
+    accused = {finding.trigger for finding in findings if finding.verdict == SUSPICIOUS}
+    failed = {
+        (row.trigger, row.target) for row in rows_before if row.outcome == FAILS or row.trigger in accused
+    }
     left = next(
         (row for row in rows_after if row.outcome == INCONCLUSIVE and (row.trigger, row.target) in failed),
         None,
     )
     if left is None:
         return None
-    return f"{left.trigger} fails on the suspect and is not known to be gone from the output; {left.reason}"
+    how = "fails on the suspect" if left.trigger not in accused else "is suspicious on the suspect"
+    return f"{left.trigger} {how} and is not known to be gone from the output; {left.reason}"
 
 
 def commonest(answers: Tensor) -> tuple[int, float]:
@@ -212,14 +223,22 @@ def _left(row: TriggerRow, probe: str | None) -> float:
     return max(moved(row).value or 0.0, 0.0 if probe is None else row.probes.get(probe, row.asr).value or 0.0)
 
 
+def grouped_alike(before: Tensor, after: Tensor) -> float:
+    """How far groups int64 [n] agree beyond what chance gives (Cohen's kappa): 1 wholly, 0 by chance."""
+    groups = int(torch.cat([before, after]).max()) + 1
+    shares = [of.bincount(minlength=groups).double() / len(of) for of in (before, after)]
+    chance = float((shares[0] * shares[1]).sum())
+    return (float((before == after).double().mean()) - chance) / max(1e-9, 1 - chance)
+
+
 def damage(measures: Sequence[Measure], before: Trial, after: Trial) -> list[str]:
     """A sentence where the output keeps too little of the suspect's answers, or of the accuracy of probes on it."""
     values = {m.name: m.value for m in measures}
     if before.encoded is not None:
-        if not before.labeled and not labels_plausible(after.clean, before.clean, before.classes):
+        if not before.labeled and grouped_alike(before.clean, after.clean) < LEAST_GROUPED:
             return [
-                "the written encoder groups clean images like the suspect no more than chance would: it is damaged, do "
-                "not use it; try more images or other settings."
+                "the written encoder hardly groups clean images as the suspect does: it is damaged, do not use it; try "
+                "more images or other settings."
             ]
         lost = -(values.get("clean_accuracy_change") or 0.0)
         if lost <= MOST_LOST:

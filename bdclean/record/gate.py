@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from bdclean.errors import UsageError
 from bdclean.files.text import closest
 from bdclean.record.rule import excess, fails_at, moved, worst_source_rate
-from bdclean.record.run import FAILS, INCONCLUSIVE, NOT_MEASURED, RunRecord, TriggerRow
+from bdclean.record.run import FAILS, INCONCLUSIVE, NOT_MEASURED, PASSES, RunRecord, TriggerRow
 
 DEFAULT = "asr>=0.2"
 ROW_NAMES = ("asr", "excess_asr", "base_rate", "robust_accuracy")
@@ -73,6 +73,11 @@ class Gate:
                 reached.append(f"{condition}: {', '.join(hits)}.")
             elif not measured:
                 missing.append(f"{condition}: {condition.name} was not measured.")
+            elif open_rows := _unjudged(condition, record):
+                missing.append(
+                    f"{condition}: {', '.join(open_rows)} would have to be held against controls, which the run had no "
+                    "need to measure: scan again with this --fail-on."
+                )
         if self.inconclusive and not record.excused:
             rows = [row.trigger for row in record.rows() if row.outcome == INCONCLUSIVE]
             if rows:
@@ -178,3 +183,14 @@ def _hits(condition: Condition, record: RunRecord) -> tuple[list[str], bool]:
         and (condition.name != "asr" or fails_at(row, condition.value, record.threshold))
     ]
     return hits, any(value is not None for _, value in values)
+
+
+def _unjudged(condition: Condition, record: RunRecord) -> list[str]:
+    """Rows that surely reach a condition stricter than the run's threshold, and have no control to tell by."""
+    if condition.name != "asr" or record.threshold is None or condition.value >= record.threshold:
+        return []
+    return [
+        row.trigger
+        for row in record.rows()
+        if row.outcome == PASSES and row.control_rate is None and (row.asr.low or 0.0) >= condition.value
+    ]

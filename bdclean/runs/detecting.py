@@ -80,8 +80,9 @@ def look(
             looked.skipped.append(Skipped(f"detector {name}", str(error)))
     kind = (suspect.arch.classes, max(images.shape[2:]))
     ranked = rank({name: each.statistic for name, each in found.items()}, kind, len(suspect.choices))
+    tests = len(suspect.choices) * sum(each.p_value is not None for each in ranked.values())
     for name, each in found.items():
-        looked.findings += _judged(each, ranked.get(name), LEVEL if asked else LEVEL_UNASKED)
+        looked.findings += _judged(each, ranked.get(name), LEVEL if asked else LEVEL_UNASKED, tests)
         looked.pictures += pictures.masks(each.pictures)
     looked.calibration = list(ranked.values())
     return looked
@@ -123,8 +124,11 @@ def rank(
     return ranked
 
 
-def _judged(found: Detected, ranked: Calibration | None, level: float) -> list[Finding]:
-    """Its findings with how odd the network is among clean ones: suspicious where that and its own threshold agree."""
+def _judged(found: Detected, ranked: Calibration | None, level: float, tests: int) -> list[Finding]:
+    """Its findings with how odd the network is among clean ones: suspicious where that and its own threshold agree.
+
+    `tests`: how many were asked, for which it is corrected.
+    """
     findings = [Finding(**finding) for finding in found.findings]
     if ranked is None or ranked.p_value is None or ranked.corrected is None:
         count = 0 if ranked is None else len(ranked.scores)
@@ -139,6 +143,8 @@ def _judged(found: Detected, ranked: Calibration | None, level: float) -> list[F
         f"Of {len(ranked.scores)} clean networks ({ranked.kind}) {above} score as high: p {ranked.p_value:.3f}, "
         f"corrected {ranked.corrected:.3f}, suspicious from {level} down"
     )
+    if (least := tests / (len(ranked.scores) + 1)) > level:
+        said += f", which so few cannot reach (least {least:.3f}): it does not decide the verdict"
     return [
         replace(
             finding,

@@ -16,7 +16,7 @@ from bdclean.data.labels.labelling import claimed_names, label_listing
 from bdclean.data.loading import load_images
 from bdclean.data.shared import Shared
 from bdclean.data.sources.opening import open_images as open_listing
-from bdclean.errors import Refused
+from bdclean.errors import Refused, UsageError
 from bdclean.measuring.trial import Predict, make_predictor
 from bdclean.measuring.verdict import commonest
 from bdclean.networks.ambiguity.size import own_size
@@ -67,6 +67,8 @@ def read_images(
         shared=shared,
     )  # fmt: skip
     if len(images) < LEAST_IMAGES:
+        if 0 < inputs.limit < LEAST_IMAGES:
+            raise UsageError(f"--limit {inputs.limit} is too few: at least {LEAST_IMAGES} images are needed.")
         raise Refused(
             f"{path} has {len(images)} readable images: at least {LEAST_IMAGES} are needed, 200 or more are better."
         )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from bdclean import __version__
 from bdclean.data.imageset import ImageSet
-from bdclean.errors import Refused, UsageError
+from bdclean.errors import Refused, Unusable, UsageError
 from bdclean.measuring import pictures
 from bdclean.measuring.assessment import assess, in_order
 from bdclean.measuring.encoders import judged_as_encoder
@@ -47,7 +47,7 @@ from bdclean.runs.places import default_output, is_folder
 from bdclean.runs.resuming import open_run
 from bdclean.runs.sequela import People, after_cleanse, begun, check_apart, read_people
 from bdclean.runs.split import Images, open_images
-from bdclean.runs.suspect import Suspect, describe_checkpoint, describe_suspect, resolve_device
+from bdclean.runs.suspect import Suspect, describe_checkpoint, describe_suspect, resolve_device, with_second
 from bdclean.runs.trials import after_writing, open_trial
 from bdclean.training import parallel
 from bdclean.training.run import Run
@@ -74,6 +74,7 @@ class Repair:
     def __init__(self, model: Path, inputs: Inputs, threshold: float, named: bool, tell: Tell) -> None:
         self.model, self.inputs, self.threshold, self.named, self.tell = model, inputs, threshold, named, tell
         self.to_folder = False
+        self.carried: dict[str, str] = {}
         self.record = RunRecord(
             "cleanse", seed=inputs.seed, argv=list(inputs.argv), threshold=threshold,
             checkpoint=CheckpointEntry(path=str(model)),
@@ -86,6 +87,7 @@ class Repair:
         """The suspect's file, and where the output goes, which can be written: a file, or a folder."""
         checkpoint = Checkpoint.read(self.model, self.inputs.arch, self.inputs.allow_pickle, self.inputs.kind)
         self._note(checkpoint=describe_checkpoint(checkpoint, self.model))
+        self.carried = checkpoint.carried
         place = default_output(self.model, out, new_head)
         self.to_folder = is_folder(place, self.model, new_head)
         if self.to_folder:
@@ -294,7 +296,7 @@ class Repair:
         """The output, read back; one that gives no numbers does not stay where a result would be looked for."""
         try:
             return after_writing(self._weights(place), suspect, before, self.inputs)
-        except Refused as error:
+        except Unusable as error:
             self._weights(place).unlink(missing_ok=True)
             if run.saved is not None:
                 run.saved.discard()
@@ -333,7 +335,7 @@ class Repair:
         findings = found.findings
         measures = [*clean_measures(after, old), *compare(before, after, old, new)]
         told, advice = verdict_on(after, new, findings, self.named)
-        if told == NO_EVIDENCE and (left := not_gone(old, new)) is not None:
+        if told == NO_EVIDENCE and (left := not_gone(old, new, was.findings)) is not None:
             told, advice = NOT_ASSESSED, left
         broken = damage(measures, before, after)
         if broken and told not in (BACKDOORED, SUSPICIOUS):
@@ -355,6 +357,7 @@ class Repair:
             confusion=pictures.confusions([*old, *new], made, before, after),
             feature_map=feature_map([*old, *new], made, before, after),
         )
+        self.record = with_second(self.record, self.carried)
         return self.record
 
     def read_people(self, checkpoint: Checkpoint, images: Images) -> People | None:

@@ -32,7 +32,6 @@ from bdclean.record.run import (
     CheckpointEntry,
     Finding,
     RunRecord,
-    Skipped,
     TriggerRow,
 )
 from bdclean.runs.detecting import Looked, choose_detectors, look
@@ -48,6 +47,7 @@ from bdclean.runs.suspect import (
     input_size,
     resolve_device,
     understand,
+    with_second,
 )
 from bdclean.runs.trials import open_trial
 from bdclean.training import parallel
@@ -136,7 +136,7 @@ def scan(
             )  # fmt: skip
             skipped = [*record.skipped, *behind.skipped]
             record = replace(record, skipped=skipped).warned(behind.warnings)
-        return with_second(record, checkpoint)
+        return with_second(record, checkpoint.second)
     except BaseException as error:  # whatever ends the run: what was measured so far belongs into its record
         attach(error, record)
         raise
@@ -215,17 +215,6 @@ def passes(trials: Sequence[Trial]) -> float | None:
         return None
     seen = parallel.total(sum(predictor.seen for predictor in predictors))
     return round(seen / len(trials[0].images), 2)
-
-
-def with_second(record: RunRecord, checkpoint: Checkpoint) -> RunRecord:
-    """`record`, without a pass where the input holds the network again with other weights, which nobody measured."""
-    if not checkpoint.second:
-        return record
-    left = [Skipped(name, why) for name, why in checkpoint.second.items()]
-    record = replace(record, skipped=[*record.skipped, *left])
-    if record.verdict != NO_EVIDENCE:
-        return record
-    return replace(record, verdict=NOT_ASSESSED, advice=next(iter(checkpoint.second.values())).rstrip("."))
 
 
 def images_of(inputs: Inputs, kind: str = "classifier") -> Path:

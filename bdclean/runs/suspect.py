@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from bdclean.networks.classifier import Classifier
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.recognition.identify import accepts
 from bdclean.networks.recognition.variants import SIZED
-from bdclean.record.run import CheckpointEntry, NewHead
+from bdclean.record.run import NO_EVIDENCE, NOT_ASSESSED, CheckpointEntry, NewHead, RunRecord, Skipped
 from bdclean.runs.options import Inputs
 from bdclean.training import parallel
 from bdclean.training.pretraining.augmentations import Views
@@ -235,3 +235,17 @@ def _class_names(checkpoint: Checkpoint) -> list[str] | None:
     """What the file calls its classes, if it names as many as it has."""
     names = claimed_names(checkpoint.metadata, checkpoint.config)
     return list(names) if names is not None and len(names) == checkpoint.arch.classes else None
+
+
+def with_second(record: RunRecord, second: Mapping[str, str]) -> RunRecord:
+    """`record`, without a pass where there is the network again with other weights, which nobody measured.
+
+    `second`: where -> a sentence, as a Checkpoint has them.
+    """
+    if not second:
+        return record
+    left = [Skipped(name, why) for name, why in second.items()]
+    record = replace(record, skipped=[*record.skipped, *left])
+    if record.verdict != NO_EVIDENCE:
+        return record
+    return replace(record, verdict=NOT_ASSESSED, advice=next(iter(second.values())).rstrip("."))

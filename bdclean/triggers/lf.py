@@ -34,9 +34,9 @@ class LF:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.strength <= 255 or not 1 <= self.waves <= 64 or self.seed < 0:
+        if not 0 < self.strength <= 255 or not 1 <= self.waves <= 64 or not 0 <= self.seed < 2**63:
             raise UsageError(
-                f"lf needs a strength over 0 and up to 255, waves of 1 to 64 and a seed of 0 or more, "
+                f"lf needs a strength over 0 and up to 255, waves of 1 to 64 and a seed of 0 up to 2^63, "
                 f"got {self.strength}, {self.waves} and {self.seed}."
             )
 

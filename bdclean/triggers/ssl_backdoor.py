@@ -41,9 +41,9 @@ class SSLBackdoor:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.size < 0 or self.seed < 0 or self.colours < 0 or not 0 <= self.inner < 0.5:
+        if self.size < 0 or not 0 <= self.seed < 2**63 or self.colours < 0 or not 0 <= self.inner < 0.5:
             raise UsageError(
-                f"ssl-backdoor needs size, seed and colours of 0 or more and inner from 0 to under 0.5, "
+                f"ssl-backdoor needs size, colours and seed (under 2^63) of 0 or more and inner from 0 to under 0.5, "
                 f"got {self.size}, {self.seed}, {self.colours} and {self.inner}."
             )
         if self.patch != "random":

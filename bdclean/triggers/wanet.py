@@ -38,9 +38,9 @@ class WaNet:
     grid: str = ""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.k <= 64 or not 0 < self.strength <= 32 or self.seed < 0:
+        if not 2 <= self.k <= 64 or not 0 < self.strength <= 32 or not 0 <= self.seed < 2**63:
             raise UsageError(
-                f"wanet needs k of 2 to 64, a strength over 0 and up to 32 and a seed of 0 or more, "
+                f"wanet needs k of 2 to 64, a strength over 0 and up to 32 and a seed of 0 up to 2^63, "
                 f"got {self.k}, {self.strength} and {self.seed}."
             )
         if self.grid:

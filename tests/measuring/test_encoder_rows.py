@@ -1,6 +1,6 @@
 """Rows of an encoder by its probes: where they see the same stamped images as different classes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from bdclean.measuring.assessment import assess
 from bdclean.measuring.encoders import judged_as_encoder
 from bdclean.measuring.probe import Encoded, Probing
 from bdclean.measuring.trial import Trial
-from bdclean.measuring.verdict import compare
+from bdclean.measuring.verdict import compare, damage
 from bdclean.progress import quiet
-from bdclean.record.rule import moved
+from bdclean.record.rule import fails_at, moved
 from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES
 from bdclean.report.rows import evidence, success
 
@@ -47,16 +47,21 @@ def seen(levels, target):
     return head
 
 
+class Pixels:
+    """Features: the first pixel, which says the class, and the last one."""
+
+    def __call__(self, images):
+        return torch.stack([images[:, 0, 0, 0], images[:, 0, -1, -1]], 1).float()
+
+    fresh = __call__
+
+
 def trial_of(first, **others):
-    """Features are the first pixel, which says the class, and the last one."""
     labels = torch.arange(400) % CLASSES
     images = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
     images[:, :, 0, 0] = labels[:, None].to(torch.uint8)
 
-    def features(images):
-        return torch.stack([images[:, 0, 0, 0], images[:, 0, -1, -1]], 1).float()
-
-    encoded = Encoded(features, Probing(images, labels, CLASSES, True), first, others)
+    encoded = Encoded(Pixels(), Probing(images, labels, CLASSES, True), first, others)
     predict = encoded.predict
     return Trial(
         predict, images, labels, predict(images), CLASSES, True, False, 0.2, 0, quiet, encoded=encoded
@@ -142,3 +147,35 @@ def test_a_repair_is_rated_by_the_probe_that_decided_the_worst_row():
     assert found["defence_effectiveness_rating"] == found["balanced_score"] == 1
     same = {m.name: m.value for m in compare(before, before, old, old)}
     assert (same["defence_effectiveness_rating"], same["balanced_score"]) == (0.5, 0)
+
+
+def test_of_several_rows_after_a_repair_that_counts_which_the_probe_left_most_of():
+    """The linear probe's class is not the one by which nearest neighbours failed the suspect."""
+
+    def some(features):
+        return torch.where(torch.arange(len(features)) % 7 == 0, all_of(features), features[:, 0].long())
+
+    all_of = seen([WHITE], 3)
+    before, after = trial_of(seen([WHITE], 1), knn=all_of), trial_of(seen([], 1), knn=some)
+    old = rows_of(before, 3)
+    new = [*rows_of(after, 1), *rows_of(after, 3)]
+    score = {m.name: m.value for m in compare(before, after, old, new)}["balanced_score"]
+    assert score == {m.name: m.value for m in compare(before, after, old, new[1:])}["balanced_score"]
+    assert 0.8 < score < 0.95
+
+
+def test_groups_that_a_repair_did_not_keep_are_damage():
+    trial = replace(trial_of(seen([], 0)), labeled=False, own_reference=True)
+    shuffled = trial.clean[torch.randperm(len(trial.clean), generator=torch.Generator().manual_seed(0))]
+    assert damage([], trial, trial) == []
+    (said,) = damage([], trial, replace(trial, clean=shuffled))
+    assert said.startswith("the written encoder hardly groups clean images as the suspect does")
+
+
+def test_a_row_that_only_clusters_show_fails_at_no_threshold():
+    trial = trial_of(seen([WHITE], 2))
+    unlabeled = replace(
+        trial, encoded=replace(trial.encoded, probing=replace(trial.encoded.probing, labeled=False))
+    )
+    (row,) = rows_of(unlabeled)
+    assert row.outcome == INCONCLUSIVE and not fails_at(row, 0.3, 0.2)

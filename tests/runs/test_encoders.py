@@ -138,12 +138,12 @@ def test_features_that_are_all_the_same_are_refused(tmp_path):
 
 @pytest.fixture
 def put(tmp_path):
-    """Copies the first `count` shipped images of each of some classes, one folder a class."""
+    """Copies `count` shipped images of each of some classes, from the `first` on, one folder a class."""
 
-    def made(name, classes, count):
+    def made(name, classes, count, first=0):
         for each in classes:
             (tmp_path / name / each).mkdir(parents=True)
-            for file in sorted((LABELED / each).iterdir())[:count]:
+            for file in sorted((LABELED / each).iterdir())[first : first + count]:
                 shutil.copy(file, tmp_path / name / each)
         return tmp_path / name
 
@@ -240,11 +240,43 @@ def test_a_reference_needs_labels():
 
 @pytest.mark.slow
 def test_images_of_classes_that_the_probes_do_not_know_are_used_as_unlabeled(put):
-    known = put("known", CLASSES[:10], 50)
-    given = replace(inputs(LABELED, labeled=known), kind="auto")
+    known = put("known", CLASSES[:10], 25)
+    given = replace(inputs(put("given", CLASSES, 50, 25), labeled=known), kind="auto")
     record = scan(SAMPLES / ENCODER, given, triggers=("badnets:size=3",), tell=quiet)
     assert any("of other classes than those that the probes" in warning for warning in record.warnings)
     assert not record.data.labeled and record.triggers[0].probes is not None
+
+
+@pytest.mark.slow
+def test_folders_that_say_nothing_of_the_classes_train_no_probes(put, tmp_path):
+    """Of the images that are measured none has a label to tell by: the folders have to vouch for themselves."""
+    parts = tmp_path / "parts"
+    for k, file in enumerate(sorted(UNLABELED.iterdir())[:600]):
+        (parts / f"part{k % 3}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, parts / f"part{k % 3}")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in sorted(UNLABELED.iterdir())[600:900]:
+        shutil.copy(file, flat)
+    record = cleanse(
+        SAMPLES / ENCODER, replace(inputs(parts, test=flat), kind="auto"), recipe="inoculate",
+        settings={"epochs": "1", "least_steps": "2", "answers": "2"}, triggers=("badnets:size=3",),
+        out=tmp_path / "out.safetensors", tell=quiet,
+    )  # fmt: skip
+    assert any("on the labels of the images for probes" in warning for warning in record.warnings)
+    assert not record.data.labeled and not record.before.triggers[0].probes
+
+
+@pytest.mark.slow
+def test_images_for_probes_that_are_measured_on_are_left_out_of_the_probes(put):
+    known = put("known", CLASSES, 20)
+    given = replace(inputs(LABELED, labeled=known), kind="auto")
+    match = "is also among those to measure on: give others for the probes"
+    with pytest.raises(Refused, match=match):
+        scan(SAMPLES / ENCODER, given, triggers=("badnets:size=3",), tell=quiet)
+    given = replace(inputs(known, labeled=LABELED), kind="auto")
+    record = scan(SAMPLES / ENCODER, given, triggers=("badnets:size=3",), tell=quiet)
+    assert record.data.duplicates >= 20 * len(CLASSES)
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ class Checkpoint:
     `names`: the file's name for each tensor -> the network's, several to one where `parts` says which rows each is;
     `tied`: names of tensors that are copies of read ones, and stay so; `unread`: tensors that the network does not
     have, carried over as they are; `candidates`: networks whose tensors have the same names and shapes, `arch` first;
-    `second`: what else the input holds that is the network again with weights of its own -> a sentence.
+    `second`: what else the input holds that is the network again with weights of its own -> a sentence; `carried`: of
+    these what is in the file itself, so that an output has it, too.
     """
 
     source: Path
@@ -68,6 +69,7 @@ class Checkpoint:
     tied: dict[str, str] = field(default_factory=dict, repr=False)
     paths: tuple[Path, ...] = ()
     second: dict[str, str] = field(default_factory=dict)
+    carried: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def read(
@@ -92,6 +94,8 @@ class Checkpoint:
         tensors, digest = source.load()
         _check_finite(tensors, match, shown(path))
         tied, more, second = copies(tensors, {e.name: e.dtype for e in source.entries}, match)
+        # Files of self-supervision keep several copies by design, of which the family's rule takes one.
+        carried = {} if match.arch.kind == "encoder" else second
         beside_it = second_files(Path(path), source.paths, shapes)
         return Checkpoint(
             source=Path(path),
@@ -112,8 +116,8 @@ class Checkpoint:
             parts=match.parts,
             tied=tied,
             paths=source.paths,
-            # Files of self-supervision keep several copies by design, of which the family's rule takes one.
-            second=beside_it if match.arch.kind == "encoder" else second | beside_it,
+            second=carried | beside_it,
+            carried=carried,
         )
 
     def again(self, path: Path | str) -> Checkpoint:
