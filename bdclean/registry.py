@@ -262,6 +262,7 @@ DETECTORS: dict[str, Entry] = {
     "stripes": Entry(
         "bdclean.detectors.stripes:Stripes", "stripes along an axis that send images to a class", quick=True
     ),
+    "warps": Entry("bdclean.detectors.warps:Warps", "the smallest smooth warp that sends images to a class"),
 }
 
 TABLES: dict[str, dict[str, Entry]] = {

@@ -17,7 +17,8 @@ from bdclean.bench import unlabeled_encoders
 from bdclean.bench.opened import Opened
 from bdclean.networks.classifier import Classifier
 from bdclean.training.clusters import unit_features
-from bdclean.training.inversion import SMALL, Detected, spread_out
+from bdclean.training.forms import SMALL
+from bdclean.training.inversion import Detected, spread_out
 from bdclean.training.run import Run
 from bdclean.training.students import frozen
 from bdclean.triggers.bank import make_triggers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.registry import FAMILIES
 from bdclean.training import adversaries
-from bdclean.training.forms import ADDED, added, mask
+from bdclean.training.forms import ADDED, Form, added, mask
 from bdclean.training.inversion import Detected, Inverted, Outlier, invert, outliers, smallness, spread_out
 from bdclean.training.run import Run
 
@@ -32,8 +33,8 @@ class Inversion:
     When to use it: to look for patches, and for what is added to the whole picture, without knowing the trigger.
     What it needs: 100 images or more, without labels; three classes or more.
     Known limits: no finding decides a verdict by itself, only with its rank among clean networks. Of more than
-    100 classes only the 100 are inverted that random counterfeits draw images to. Warps are not found, stripes badly:
-    see `stripes`.
+    100 classes only the 100 are inverted that random counterfeits draw images to. Stripes are found badly: see
+    `stripes`; for warps see `warps`.
 
     After Neural Cleanse (Wang et al. 2019, IEEE S&P); departures stand in `training.inversion`.
     """
@@ -52,32 +53,39 @@ class Inversion:
         """Findings on `images` uint8 [n c h w]: of each form the outliers, else the smallest change."""
         channels, height, width = images.shape[1:]
         forms = [mask(height, width, channels), *(added(height, width, kind, channels) for kind in ADDED)]
-        classes, found = self._classes(suspect, arch, images, run), Detected()
-        for form in forms:
-            if form.family not in self.families:
-                continue
-            steps = math.ceil(self.steps * form.steps)
-            inverted = invert(suspect, images, form, classes, run, steps=steps)
-            small, index, limit = outliers(inverted)
-            found.statistic = max(found.statistic or 0.0, smallness(inverted))
-            for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
-                target, parameters = int(inverted.classes[k]), inverted.parameters[k]
-                found.findings.append(described(inverted, bool(small[k]), index, limit, k))
-                found.pictures[f"{form.name} inverted for class {target}, on grey"] = form.picture(parameters)
-                if small[k]:
-                    found.outliers.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
-        return found
+        forms = [form for form in forms if form.family in self.families]
+        return inverted_forms(self.name, forms, self.steps, self.families, suspect, arch, images, run)
 
-    def _classes(self, suspect: Classifier, arch: Arch, images: Tensor, run: Run) -> Tensor:
-        """All classes; of more than MOST_INVERTED those that random counterfeits draw most images to, in order."""
-        if arch.classes <= MOST_INVERTED:
-            return torch.arange(arch.classes)
-        pixels = spread_out(images).to(run.device).float() / 255
-        forward, generator = partial(run.forward, suspect), run.generator("attraction")
-        drawn = run.keep(
-            "attraction", lambda: adversaries.attraction(forward, pixels, self.families, generator)
-        )
-        return drawn.topk(MOST_INVERTED).indices.sort().values
+
+def inverted_forms(
+    name: str, forms: Sequence[Form], steps: int, families: Sequence[str], suspect: Classifier, arch: Arch,
+    images: Tensor, run: Run,
+) -> Detected:  # fmt: skip
+    """What the detector `name` finds: of each of `forms` the outliers, else the smallest change."""
+    classes, found = inverted_classes(suspect, arch, images, families, run), Detected()
+    for form in forms:
+        inverted = invert(suspect, images, form, classes, run, steps=math.ceil(steps * form.steps))
+        small, index, limit = outliers(inverted)
+        found.statistic = max(found.statistic or 0.0, smallness(inverted))
+        for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
+            target, parameters = int(inverted.classes[k]), inverted.parameters[k]
+            found.findings.append(described(inverted, bool(small[k]), index, limit, k) | {"detector": name})
+            found.pictures[f"{form.name} inverted for class {target}, on grey"] = form.picture(parameters)
+            if small[k]:
+                found.outliers.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
+    return found
+
+
+def inverted_classes(
+    suspect: Classifier, arch: Arch, images: Tensor, families: Sequence[str], run: Run
+) -> Tensor:
+    """All classes; of more than MOST_INVERTED those that random counterfeits draw most images to, in order."""
+    if arch.classes <= MOST_INVERTED:
+        return torch.arange(arch.classes)
+    pixels = spread_out(images).to(run.device).float() / 255
+    forward, generator = partial(run.forward, suspect), run.generator("attraction")
+    drawn = run.keep("attraction", lambda: adversaries.attraction(forward, pixels, families, generator))
+    return drawn.topk(MOST_INVERTED).indices.sort().values
 
 
 def described(

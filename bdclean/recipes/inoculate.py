@@ -66,15 +66,15 @@ class Inoculate:
 
     What it does: a copy of the suspect learns to give, on corrupted images, the suspect's answer on the clean ones. The
     corruptions are random counterfeits of triggers, the most harmful of many such draws, small adversaries found on the
-    student, and inverted triggers: where a class of the suspect is reached by an unusually small mask, or by unusually
-    little that is added to the picture, or where stripes send most images to it, that change itself, refitted on the
-    student at each use, and patches: near a mask, in its colours, and those that a search by trial found to send images
-    to its class. Such a search also tells which classes a patch reaches. Before it ends it looks at the student in the
+    student, and inverted triggers: where a class of the suspect is reached by an unusually small mask or warp, or by
+    unusually little that is added to the picture, or where stripes send most images to it, that change itself, refitted
+    on the student at each use, and patches: near a mask, in its colours, and those that a search by trial found to send
+    images to its class. Such a search also tells which classes a patch reaches. Before it ends it looks at the student in the
     same way; where a class stands out, it goes on from there, twice at most. Given images that carry an inverted
     trigger are set aside.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
-    Known limits: what it was measured with is in README. Stripes that are not along an axis, and warps, are met by
+    Known limits: what it was measured with is in README. Stripes that are not along an axis are met by
     random draws alone. Stamped images among the given ones are found only where their trigger was inverted. Of more
     than 100 classes only the 100 are inverted that random counterfeits draw images to. Triggers that only a generator
     makes, clean networks with few images, and more than 43 classes are untried.
@@ -113,7 +113,7 @@ class Inoculate:
     settle: bool = True  # in the second phase batch norm keeps the statistics of clean images
     adversary_share: float = 0.5  # of the corrupted images
     adversary_steps: int = 3
-    inversion_steps: int = 100  # of masks; 0.6 as many of what is added, 0.1 rounds of patches; 0: none
+    inversion_steps: int = 100  # of masks; 0.6 as many of other changes, 0.1 rounds of patches; 0: none
     leave_out: tuple[str, ...] = ()  # families not trained on, to measure triggers of unseen ones
 
     def __post_init__(self) -> None:
@@ -226,6 +226,8 @@ class Inoculate:
         looking = [registry.load(known, "inversion")(self.inversion_steps, families)]
         if "patch" in families:
             looking.append(registry.load(known, "patches")(math.ceil(self.inversion_steps / 10)))
+        if "warp" in families:
+            looking.append(registry.load(known, "warps")(self.inversion_steps))
         if "wave" in families:
             looking.append(registry.load(known, "stripes")())
         return [detector(teacher, arch, images, run) for detector in looking]

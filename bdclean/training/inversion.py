@@ -58,15 +58,6 @@ PIXELS = 1 << 20
 """Pixels that go forward and back at once, 1,024 images of 32 x 32: with more, gradients are added up."""
 
 
-SMALL = 0.3
-"""The share of the median size under which a change is unusually small.
-
-Over the three forms of seven networks the smallest of a class without a trigger was 0.45; the triggers of ten classes
-(blends of noise and of a picture, stripes, smooth, checker, white, quantised) were at 0.28 or less in one form at
-least, a warp was not.
-"""
-
-
 @dataclass(frozen=True)
 class Inverted:
     """Fitted `parameters` [k ...] of a form, for `classes` [k], with the success rate of each [k]."""
@@ -252,7 +243,7 @@ def chunks(total: int, size: int) -> Iterator[Tensor]:
 def outliers(inverted: Inverted) -> tuple[Tensor, Tensor, float]:
     """Which changes are unusually small, bool [k]; each one's anomaly index [k]; and the size under which one counts.
 
-    That size is SMALL of the median (0 of fewer than three classes): unlike the index, (median - size) /
+    That size is the form's share of the median (0 of fewer than three classes): unlike the index, (median - size) /
     (1.4826 * median absolute deviation) as in Neural Cleanse, it does not depend on how alike the other classes happen
     to be. A class that does not reach its success would need more than its size, so it can raise the median, and is
     never small itself.
@@ -263,7 +254,7 @@ def outliers(inverted: Inverted) -> tuple[Tensor, Tensor, float]:
     median = sizes.median()
     spread = 1.4826 * (sizes - median).abs().median()
     index = (median - sizes) / spread.clamp_min(1e-6 * float(median) + 1e-9)
-    limit = float(median) * SMALL
+    limit = float(median) * inverted.form.small
     return (inverted.success >= inverted.form.least) & (sizes < limit), index, limit
 
 
