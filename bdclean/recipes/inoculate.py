@@ -69,8 +69,8 @@ class Inoculate:
     student, and inverted triggers: where a class of the suspect is reached by an unusually small mask or warp, or by
     unusually little that is added to the picture, or where stripes send most images to it, that change itself, refitted
     on the student at each use, and patches: near a mask, in its colours, and those that a search by trial found to send
-    images to its class. Such a search also tells which classes a patch reaches. Before it ends it looks at the student in the
-    same way; where a class stands out, it goes on from there, twice at most. Given images that carry an inverted
+    images to its class. Such a search also tells which classes a patch reaches. Before it ends it looks at the student
+    in the same way; where a class stands out, it goes on from there, twice at most. Given images that carry an inverted
     trigger are set aside.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
