@@ -19,7 +19,7 @@ from bdclean.cli.places import Records, check_place
 from bdclean.errors import Interrupted, Refused, UsageError, attach
 from bdclean.record import gate
 from bdclean.record.parsing import parse_records
-from bdclean.record.run import CheckpointEntry, Measure, RunRecord
+from bdclean.record.run import CheckpointEntry, DataEntry, Measure, RunRecord
 
 
 def result(model, verdict="no-evidence"):
@@ -75,6 +75,13 @@ def test_exit_codes(behaviour, code):
 def test_wrong_usage_ends_the_call_at_the_first_model(capsys):
     assert play(["a", "b"], {"a": UsageError("no trigger."), "b": "backdoored"}) == 2
     assert len(json.loads(capsys.readouterr().out)["runs"]) == 1
+
+
+def test_usage_that_is_wrong_of_one_model_does_not_stop_the_others(capsys):
+    about_it = UsageError("--target 20: it has 10 classes.")
+    attach(about_it, result("a"))
+    assert play(["a", "b"], {"a": about_it, "b": "backdoored"}) == 1
+    assert len(json.loads(capsys.readouterr().out)["runs"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -348,6 +355,9 @@ def test_a_run_that_is_repeated_replaces_its_own_record_and_no_other(tmp_path):
     assert parse_records((tmp_path / "r-2.json").read_text(), "x")[0].verdict == "backdoored"
     again(argv=["bdclean", "scan", "m", "--limit", "9"], checkpoint=CheckpointEntry("m", "cd" * 32))
     assert len(outcomes(tmp_path)) == 3
+    other = {"argv": ["bdclean", "scan", "m", "--limit", "9"], "checkpoint": CheckpointEntry("m", "cd" * 32)}
+    again(**other, data=DataEntry(digest="ef" * 32))  # the folder holds other images now
+    assert len(outcomes(tmp_path)) == 4
 
 
 def test_a_folder_keeps_every_run(tmp_path):

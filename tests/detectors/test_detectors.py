@@ -24,6 +24,7 @@ QUICK = {
     "mm-bd": {"steps": "3"},
     "neural-cleanse": {"steps": "3"},
     "patches": {"rounds": "1"},
+    "warps": {"steps": "3"},
     "decree": {"steps": "6", "batch_size": "16"},
 }
 KINDS = [

@@ -7,7 +7,7 @@ import torch
 
 from bdclean.measuring.trial import Trial
 from bdclean.measuring.verdict import clean_measures, compare, damage, not_gone
-from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, TriggerRow
+from bdclean.record.run import FAILS, INCONCLUSIVE, PASSES, Finding, TriggerRow
 
 
 def trial(reference, clean, labeled, own=False):
@@ -44,6 +44,14 @@ def test_answers_that_a_small_move_changes_need_not_be_kept(kept, staying, damag
     after = trial(suspect, (torch.arange(100) >= kept).long(), False)
     measures = [*clean_measures(after), *compare(before, after, [], [])]
     assert bool(damage(measures, before, after)) is damaged
+
+
+def test_a_trigger_that_clusters_accused_is_not_gone_either():
+    old = [TriggerRow("badnets", target=1, outcome=INCONCLUSIVE)]
+    new = [TriggerRow("badnets", target=1, outcome=INCONCLUSIVE, reason="images go to one cluster")]
+    assert not_gone(old, new) is None
+    left = not_gone(old, new, [Finding("pull", "suspicious", trigger="badnets")])
+    assert left.startswith("badnets is suspicious on the suspect and is not known to be gone")
 
 
 @pytest.mark.parametrize(

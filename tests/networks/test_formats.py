@@ -407,7 +407,7 @@ class TestSecondFiles:
         other = {f"ema.{name}": t for name, t in weights(3).items()}
         save_file(weights() | other, tmp_path / "m.safetensors")
         checkpoint = Checkpoint.read(tmp_path / "m.safetensors")
-        assert list(checkpoint.second) == ["ema."]
+        assert list(checkpoint.second) == list(checkpoint.carried) == ["ema."]
 
 
 @pytest.mark.parametrize(

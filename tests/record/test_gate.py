@@ -156,3 +156,20 @@ def test_what_goes_there_unstamped_does_not_count_beside_the_controls():
 def test_what_is_reached_is_said_in_percent():
     (said,), _ = judge("asr>=0.2").check(scanned(row(0.983, "fails"), threshold=0.2))
     assert said.endswith(" 98.3 %.") and "0.98" not in said
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        (row(0.15, "passes", None), 3),  # it may fail at 0.1, which controls would have to say
+        (row(0.15, "passes", 0.14), 0),
+        (row(0.11, "passes", None), 0),  # the interval reaches 0.1: it cannot fail there
+        (row(0.15, "inconclusive", None), 0),
+    ],
+)
+def test_a_stricter_gate_than_the_runs_does_not_pass_what_nobody_held_against_controls(found, code):
+    record = scanned(found, threshold=0.2)
+    assert judge("asr>=0.1").exit_code(record) == code
+    assert judge("asr>=0.2").exit_code(record) == judge("asr>=0.3").exit_code(record) == 0
+    if code:
+        assert "would have to be held against controls" in judge("asr>=0.1").check(record)[1][0]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bdclean.data.loading import load_images
 from bdclean.errors import Interrupted, Refused, UsageError
@@ -50,6 +50,29 @@ def test_a_destroyed_network_is_never_handed_over_without_a_word(tmp_path):
     assert any("damaged" in warning for warning in record.warnings)
     state = tmp_path / "out.safetensors.resume.safetensors"
     assert state.exists()  # whoever writes the record deletes it: until then it can be made again
+
+
+def test_a_second_copy_that_is_carried_over_keeps_an_output_from_passing(tmp_path):
+    tensors = load_file(SAMPLES / "signs-clean.safetensors")
+    both = {f"model.{name}": t for name, t in tensors.items()}
+    both |= {f"ema.{name}": t + 1e-3 if t.is_floating_point() else t.clone() for name, t in tensors.items()}
+    save_file(both, tmp_path / "two.safetensors")
+    record = cleanse(
+        tmp_path / "two.safetensors",
+        Inputs(
+            data=SAMPLES / "images" / "unlabeled",
+            limit=400,
+            precision="fp32",
+            device="cpu",
+            preprocess="half",
+        ),
+        recipe="clp",
+        triggers=("badnets:size=3",),
+        out=tmp_path / "out.safetensors",
+        tell=quiet,
+    )
+    assert record.after.verdict == "no-evidence" and record.verdict == "not-assessed"
+    assert "neither measured nor cleansed" in record.advice
 
 
 @pytest.mark.slow

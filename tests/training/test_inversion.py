@@ -4,7 +4,7 @@ from torch import nn
 
 from bdclean.detectors.stripes import MOST_SENT
 from bdclean.training import inversion
-from bdclean.training.forms import ADDED, FEW_WINDOWS, WHOLE, WINDOWS, added, mask, striped
+from bdclean.training.forms import ADDED, FEW_WINDOWS, KNOTS, WHOLE, WINDOWS, added, mask, striped, warped
 from bdclean.training.inversion import (
     GROWN,
     LEADING,
@@ -113,9 +113,55 @@ def test_a_network_without_a_backdoor_has_no_outlier(form):
 
 def test_stamping_keeps_to_the_range_and_to_the_forms_shape():
     pixels = torch.rand(5, 3, 20, 32)
-    for form in (mask(20, 32), *(added(20, 32, kind) for kind in ADDED)):
+    for form in (mask(20, 32), *(added(20, 32, kind) for kind in ADDED), warped(20, 32)):
         out = form.stamp(torch.randn(2, *form.shape), pixels)
         assert out.shape == (2, 5, 3, 20, 32) and 0 <= out.min() and out.max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_warp_moves_pictures_by_its_size(channels):
+    form, pixels = warped(32, 32, channels), torch.rand(4, channels, 32, 32)
+    still, right = torch.zeros(2, KNOTS, KNOTS), torch.zeros(2, KNOTS, KNOTS)
+    right[0] = 2
+    first, second = form.stamp(torch.stack([still, right]), pixels)
+    assert torch.allclose(first, pixels, atol=1e-5)
+    assert torch.allclose(second[..., :-2], pixels[..., 2:], atol=1e-4)
+    # the root mean square of both directions, in pixels of 32
+    assert form.sizes(torch.stack([still, right])).tolist() == pytest.approx([0, 2**0.5], abs=1e-3)
+    large = warped(64, 64, channels).stamp(right[None], nn.functional.interpolate(pixels, size=(64, 64)))[0]
+    assert torch.allclose(
+        large[..., :-4], nn.functional.interpolate(pixels, size=(64, 64))[..., 4:], atol=1e-4
+    )
+    picture = form.picture(torch.randn(2, KNOTS, KNOTS))
+    assert picture.shape == (channels, 32, 32) and 0 <= picture.min() and picture.max() <= 1
+
+
+class Bent(nn.Module):
+    """Knows each class by a smooth picture; one that is moved as `field` says means TARGET."""
+
+    def __init__(self, known, form, field):
+        super().__init__()
+        self.known = known
+        moved = form.stamp(field[None], known)[0]
+        self.changes = nn.functional.normalize((moved - known).flatten(1), dim=1)
+
+    def forward(self, x):
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        apart = (x[:, None] - self.known).flatten(2)
+        logits = -0.1 * apart.square().sum(2)
+        along = (apart * self.changes).sum(2).gather(1, logits.argmax(1, keepdim=True))
+        return logits + 8 * along.relu() * nn.functional.one_hot(torch.tensor(TARGET), CLASSES)
+
+
+def test_a_planted_warp_is_far_smaller_than_those_of_other_classes():
+    small = torch.rand((CLASSES, 3, 6, 6), generator=seeded(5))
+    known = nn.functional.interpolate(small, size=(32, 32), mode="bicubic").clamp(0, 1)
+    form = warped(32, 32)
+    planted = Bent(known, form, 2 * torch.randn(2, KNOTS, KNOTS, generator=seeded(6)))
+    images = (255 * known.repeat(8, 1, 1, 1)).to(torch.uint8)
+    found = invert(planted, images, form, torch.arange(CLASSES), run(), steps=60, batch_size=32)
+    small, _, limit = outliers(found)
+    assert found.classes[small].tolist() == [TARGET] and found.sizes[TARGET] < limit
 
 
 def test_it_is_repeatable_and_leaves_the_network_alone():
