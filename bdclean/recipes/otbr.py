@@ -184,11 +184,13 @@ def transport(supply: np.ndarray, demand: np.ndarray, cost: np.ndarray) -> np.nd
     Some are nearly nothing (dead filters), so the programme is of masses around 1, far above the solver's tolerance.
     """
     n, m = cost.shape
+    # In double precision, or the sums would differ by more than the solver takes.
+    supply, demand = (m * mass.astype(np.float64) / mass.sum(dtype=np.float64) for mass in (supply, demand))
     rows, columns = kron(eye(n), np.ones((1, m))), kron(np.ones((1, n)), eye(m))
     found = linprog(
         cost.ravel(),
         A_eq=vstack([rows, columns]).tocsc(),
-        b_eq=np.concatenate([supply, demand]) * m,
+        b_eq=np.concatenate([supply, demand]),
         method="highs",
     )
     if found.x is None:

@@ -24,7 +24,7 @@ def test_a_plan_of_least_cost_brings_supply_to_demand():
 def test_filters_that_nothing_moves_are_matched_as_well(dead, n):
     drawn = np.random.default_rng(0)
     cut, own = (drawn.normal(size=(n, 3, 3, 3)) for _ in range(2))
-    change = drawn.uniform(size=n)
+    change = drawn.uniform(size=n).astype(np.float32)  # as networks have them
     change[:dead] = 0
     fused, match = fuse(cut, own, change, None, 0.5)
     assert np.isfinite(fused).all() and np.allclose(match.sum(0), 1, atol=1e-4)

@@ -225,9 +225,8 @@ def test_a_normalisation_without_a_size_leaves_the_claimed_one(tmp_path):
 
 def test_a_pass_is_none_where_the_input_holds_other_weights():
     record = RunRecord("scan", verdict="no-evidence", outcome="ran")
-    alone, beside = SimpleNamespace(second={}), SimpleNamespace(second={"b.bin": "b.bin was not measured."})
-    assert with_second(record, alone) == record
-    found = with_second(record, beside)
+    assert with_second(record, {}) == record
+    found = with_second(record, {"b.bin": "b.bin was not measured."})
     assert (found.verdict, found.advice, found.exit_code) == ("not-assessed", "b.bin was not measured", 3)
     assert [entry.what for entry in found.skipped] == ["b.bin"]
-    assert with_second(RunRecord("scan", verdict="backdoored"), beside).verdict == "backdoored"
+    assert with_second(RunRecord("scan", verdict="backdoored"), {"b.bin": "x."}).verdict == "backdoored"
