@@ -27,8 +27,8 @@ class FT:
     What it needs: labeled images, 5 % of the training set in most papers.
     Known limits: blended and clean-label backdoors often survive; accuracy falls with few images.
 
-    Settings are BCU's baseline's (rate 0.01, cosine to zero, 100 epochs, batch 256), which BackdoorBench shares; here the
-    rate falls with each update, not with each epoch.
+    Settings are BCU's baseline's (rate 0.01, cosine to zero, 100 epochs, batch 256), which BackdoorBench shares;
+    here the rate falls with each update, not with each epoch.
     """
 
     name: ClassVar[str] = "ft"
