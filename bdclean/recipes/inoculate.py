@@ -109,7 +109,7 @@ class Inoculate:
     corrupted_weight: float = 0.15  # of the corrupted half's loss beside the clean one's: more costs accuracy
     evident_weight: float = 1.0  # of images that an adversary sends to one class: what a trigger does
     inverted_weight: float = 2.0  # of images under an inverted trigger: there is something to take out
-    mask_weight: float = 6.0  # of those under a mask or a patch, which clean networks hardly ever have
+    mask_weight: float = 6.0  # of those under a mask, patch or warp, which clean networks hardly ever have
     settle: bool = True  # in the second phase batch norm keeps the statistics of clean images
     adversary_share: float = 0.5  # of the corrupted images
     adversary_steps: int = 3
@@ -209,7 +209,7 @@ class Inoculate:
 
     def weight_of(self, form: Form, classes: int) -> tuple[float, float]:
         """The whole weight of images under an inverted trigger, and the share it sends from which on they have it."""
-        if form.parts is not None:
+        if form.family in ("patch", "warp"):
             return self.mask_weight, LEFT
         common = form.family == "wave" and classes <= FEW_CLASSES
         return self.corrupted_weight if common else self.inverted_weight, USUAL
