@@ -53,8 +53,8 @@ AGAIN = 0.5
 USUAL = 0.2
 """Up to about this share of images an adversary sends to one class of a network without a backdoor, too."""
 LEFT = 0.02
-"""A mask or a patch has its whole weight while it sends more than this share to its class, other inverted triggers more
-than USUAL."""
+"""A mask, patch or warp has its whole weight while it sends more than this share to its class, other inverted triggers
+more than USUAL."""
 FEW_CLASSES = 4
 """Of up to so many, stripes send most images to one in networks without a backdoor, too: they weigh no more than other
 corruptions there. One of two classes lost 9 points of its accuracy with `inverted_weight`, 2 so."""
