@@ -21,7 +21,7 @@ from bdclean.training.run import Run
 class Warps:
     """Fits the smallest smooth warp that sends images to each class, and tells those that are far smaller.
 
-    What it does: moves 8 x 8 points, between which the picture follows smoothly; a class whose warp is under 0.45 of
+    What it does: moves 8 x 8 points, between which the picture follows smoothly; a class whose warp is under 0.7 of
     the median, and sends 85 % of the images, is an outlier.
     When to use it: to look for WaNet and its kin without knowing the field.
     What it needs: 100 images or more, without labels; three classes or more.
