@@ -81,8 +81,8 @@ least.
 
 
 SMALL_WARP = 0.7
-"""Of warps: two triggers' (WaNet, 98 and 71 %) were at 0.36 and 0.63. Of 14 networks without one there was hardly a warp
-that sends most images in eleven, in the others the smallest was at 0.77 to 1.03."""
+"""Of warps: two triggers' (WaNet, 98 and 71 %) were at 0.36 and 0.63. Of 14 networks without one there was none that
+sends most images in eleven, in the others the smallest was at 0.77 to 1.03."""
 
 
 def mask(height: int, width: int, channels: int = 3) -> Form:
