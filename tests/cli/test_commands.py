@@ -74,6 +74,7 @@ def test_help_answers_at_once():
         ("scan m --data . --limit -1", "--limit"),
         ("scan m --data . --device gpu", "--device 'gpu'"),
         ("scan m --data . --precision int8", "--precision 'int8'"),
+        ("scan m --data . --format json --out a.json --record a.json", "both the report and the record"),
         ("scan m --data . --sequela pat", "no --sequela 'pat': did you mean path?"),
         ("cleanse m --data . --sequela path,", "no --sequela ''"),
         ("scan m --data . --sequela path", "bdclean cleanse measures it"),
