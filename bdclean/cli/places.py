@@ -96,15 +96,13 @@ def _write_to_file(record: RunRecord, place: Path) -> None:
 
 def _repeats(one: RunRecord, other: RunRecord) -> bool:
     """Whether two records are of the same command line, but for where bdclean lies, on the same bytes and images."""
-    model, images = (
-        [what(record) for record in (one, other)]
-        for what in (
-            lambda record: record.checkpoint.sha256,
-            lambda record: None if record.data is None else record.data.digest,
-        )
-    )
-    same_input = model[0] == model[1] and images[0] == images[1]
-    return same_input and one.command == other.command and one.argv[1:] == other.argv[1:]
+    return _asked(one) == _asked(other)
+
+
+def _asked(record: RunRecord) -> tuple[str, list[str], str | None, str | None]:
+    """What a run was asked, and of which bytes: its command, arguments, model and images."""
+    images = None if record.data is None else record.data.digest
+    return record.command, record.argv[1:], record.checkpoint.sha256, images
 
 
 # --- records to show again -----------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -22,7 +20,7 @@ from bdclean.training.encoder_lesson import directions, mean_feature, train
 from bdclean.training.loop import Batch, Measures, halvings
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.run import Run
-from bdclean.training.students import frozen, one_cycle, set_batch_statistics, void
+from bdclean.training.students import frozen, one_cycle, set_batch_statistics, uncorrupted, void
 from bdclean.training.whitening import crowding
 
 ASKED_AT_ONCE = 256
@@ -124,18 +122,10 @@ class InoculateEncoder:
             *halvings(curve),
         ]
         if self.filters:
-            set_batch_statistics(student.eval(), partial(_seen, images, views, run))
+            set_batch_statistics(student.eval(), partial(uncorrupted, images, views, run, 1))
         aside = len(unlabeled) - len(images)
         families = ("tone",) if self.filters else ()
         return Cleansed(student.eval(), arch, curve, asdict(self), stages, set_aside=aside, families=families)
-
-
-def _seen(images: Tensor, views: Views, run: Run) -> Iterator[Tensor]:
-    """Views of `images` uint8 [n c h w] in parts, for batch norm's statistics."""
-    generator = run.generator("statistics")
-    order = torch.randperm(len(images), generator=generator, device=run.device).cpu()
-    for part in order.tensor_split(math.ceil(len(images) / ASKED_AT_ONCE)):
-        yield run.precision.layout(views(images[part].to(run.device), generator))
 
 
 @torch.no_grad()

@@ -145,8 +145,8 @@ def activity(model: Classifier, part: nn.Module, images: Tensor, run: Run, size:
     """
     sums: list[Tensor] = []
     ran = in_running_order(model, images[:2].to(run.device))
-    behind = ran[ran.index(part) + 1 :][:1]
-    signed = isinstance(part, nn.Linear) and not isinstance(next(iter(behind), None), ACTIVATIONS)
+    behind = next(iter(ran[ran.index(part) + 1 :]), None)
+    signed = isinstance(part, nn.Linear) and not isinstance(behind, ACTIVATIONS)
 
     def note(module: nn.Module, _: object, output: Tensor) -> None:
         rows = output.detach().float()

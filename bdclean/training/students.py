@@ -130,7 +130,9 @@ STATISTICS_PIXELS = 1 << 20
 """Batch norm's final statistics are means over parts of 256 images, or of so many pixels but 64 images or more."""
 
 
-def uncorrupted(images: Tensor, augment: Augmentation, run: Run, passes: int = 2) -> Iterator[Tensor]:
+def uncorrupted(
+    images: Tensor, augment: Callable[[Tensor, torch.Generator], Tensor], run: Run, passes: int = 2
+) -> Iterator[Tensor]:
     """Augmented `images` (uint8 [n c h w]) in parts, `passes` times, for `set_batch_statistics` and `recentre`."""
     generator = run.generator("statistics")
     size = min(256, max(64, STATISTICS_PIXELS // images[0, 0].numel()))

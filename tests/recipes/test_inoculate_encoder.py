@@ -137,7 +137,9 @@ def test_filters_are_seen_by_the_student_where_they_are_asked_for(monkeypatch):
     students = []
     for share in (0.0, 0.5):
         recipe = InoculateEncoder(least_steps=4, epochs=1, batch_size=30, filters=share)
-        students.append(recipe(suspect, arch, ImageSet(PHOTOS, None), None, run()).model.state_dict())
+        cleansed = recipe(suspect, arch, ImageSet(PHOTOS, None), None, run())
+        students.append(cleansed.model.state_dict())
+        assert cleansed.families == (("tone",) if share else ())
         assert filters == ([60] * 4 if share else [])
     assert any(not torch.equal(students[0][name], students[1][name]) for name in students[0])
     with pytest.raises(UsageError, match="filters are a share"):
