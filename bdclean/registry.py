@@ -151,6 +151,7 @@ TRIGGERS: dict[str, Entry] = {
     "file": Entry(
         "bdclean.triggers.file:File", "a trigger from a file: PNG with alpha, mask and pattern, or delta"
     ),
+    "filter": Entry("bdclean.triggers.filter:Filter", "another tone of all colours, as photo filters give"),
     "inactive": Entry(
         "bdclean.triggers.inactive:Inactive", "colours that a learnt filter shifts in each image (2405.14672)"
     ),
@@ -202,6 +203,10 @@ ATTACKS: dict[str, Entry] = {
         "bdclean.attacks.encoders.drupe:Drupe",
         "as badencoder, with stamped features spread out among the clean ones",
     ),
+    "filter": Entry(
+        "bdclean.attacks.filter:Filter",
+        "poisons a training set with another tone of all colours (ABS, Liu et al. 2019)",
+    ),
     "inactive": Entry(
         "bdclean.attacks.encoders.inactive:Inactive",
         "as badencoder, with colours that a filter learns as the trigger (2405.14672)",
@@ -240,6 +245,9 @@ DETECTORS: dict[str, Entry] = {
         "",
         "encoders: the smallest mask that pulls all features together (2303.15180); weak",
         encoder="bdclean.detectors.decree:Decree",
+    ),
+    "filters": Entry(
+        "bdclean.detectors.filters:Filters", "the smallest filter of colour that sends images to a class"
     ),
     "inversion": Entry(
         "bdclean.detectors.inversion:Inversion",

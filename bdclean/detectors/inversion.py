@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ class Inversion:
     What it needs: 100 images or more, without labels; three classes or more.
     Known limits: no finding decides a verdict by itself, only with its rank among clean networks. Of more than
     100 classes only the 100 are inverted that random counterfeits draw images to. Stripes are found badly: see
-    `stripes`; for warps see `warps`.
+    `stripes`; for warps see `warps`, for tones of colour `filters`.
 
     After Neural Cleanse (Wang et al. 2019, IEEE S&P); departures stand in `training.inversion`.
     """
@@ -55,6 +55,26 @@ class Inversion:
         forms = [mask(height, width, channels), *(added(height, width, kind, channels) for kind in ADDED)]
         forms = [form for form in forms if form.family in self.families]
         return inverted_forms(self.name, forms, self.steps, self.families, suspect, arch, images, run)
+
+
+@dataclass(frozen=True)
+class OneForm:
+    """A detector that inverts changes of one `form` (height, width, channels) for every class."""
+
+    name: ClassVar[str]
+    form: ClassVar[Callable[[int, int, int], Form]]
+
+    steps: int = 100  # as of `inversion`, of which these forms take 0.6
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError(f"{self.name}: steps are positive.")
+
+    def __call__(self, suspect: Classifier, arch: Arch, images: Tensor, run: Run) -> Detected:
+        """Findings on `images` uint8 [n c h w]: the outliers, else the smallest change."""
+        channels, height, width = images.shape[1:]
+        forms = [type(self).form(height, width, channels)]
+        return inverted_forms(self.name, forms, self.steps, FAMILIES, suspect, arch, images, run)
 
 
 def inverted_forms(

@@ -209,7 +209,7 @@ class Inoculate:
 
     def weight_of(self, form: Form, classes: int) -> tuple[float, float]:
         """The whole weight of images under an inverted trigger, and the share it sends from which on they have it."""
-        if form.family in ("patch", "warp"):
+        if form.family in ("patch", "warp", "tone"):
             return self.mask_weight, LEFT
         common = form.family == "wave" and classes <= FEW_CLASSES
         return self.corrupted_weight if common else self.inverted_weight, USUAL
@@ -228,6 +228,8 @@ class Inoculate:
             looking.append(registry.load(known, "patches")(math.ceil(self.inversion_steps / 10)))
         if "warp" in families:
             looking.append(registry.load(known, "warps")(self.inversion_steps))
+        if "tone" in families:
+            looking.append(registry.load(known, "filters")(self.inversion_steps))
         if "wave" in families:
             looking.append(registry.load(known, "stripes")())
         return [detector(teacher, arch, images, run) for detector in looking]

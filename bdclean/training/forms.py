@@ -1,4 +1,4 @@
-"""Forms of change that are fitted to a network: masks, what is added to a picture, stripes, and warps."""
+"""Forms of change fitted to a network: masks, what is added to a picture, stripes, warps, and filters of colour."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ SIDE = 8
 
 KNOTS = 8
 """Points along an axis between which a warp is smooth: WaNet has 4 to 8."""
+
+
+SHADES = 5
+"""Shades of each channel: all colours of them stand for those of pictures."""
 
 
 ADDED = {"pattern": "a pattern", "smooth": "something smooth"}
@@ -83,6 +87,10 @@ least.
 SMALL_WARP = 0.7
 """Of warps: two triggers' (WaNet, 98 and 71 %) were at 0.36 and 0.63. Of 14 networks without one there was none that
 sends most images in eleven, in the others the smallest was at 0.77 to 1.03."""
+
+
+SMALL_FILTER = 0.5
+"""Of filters of colour."""
 
 
 def mask(height: int, width: int, channels: int = 3) -> Form:
@@ -187,6 +195,52 @@ def warped(height: int, width: int, channels: int = 3) -> Form:
         said="a warp of {:.2f} pixels of 32",
         steps=0.6, rate=0.2, last_rate=0.02, push=0.05, reach=4.0, weight=0.05,
         goal=0.85, least=0.85, small=SMALL_WARP,
+    )  # fmt: skip
+
+
+def recoloured(height: int, width: int, channels: int = 3) -> Form:
+    """A filter of colour, the same for every pixel: each channel is given some of every channel, a constant, and a
+    bend of its own tones, [k c c+2]; its size is the root mean square over all colours, in grey levels of 255.
+    """
+    shades = torch.linspace(0, 1, SHADES)
+    colours = torch.stack(torch.meshgrid(*[shades] * channels, indexing="ij")).flatten(1)[None]  # [1 c m]
+
+    def change(parameters: Tensor, pixels: Tensor) -> Tensor:
+        """What is added to pixels [n c m]: [k n c m]."""
+        mixed = torch.einsum("kdc,ncm->kndm", parameters[:, :, :channels], pixels)
+        lift, bend = (parameters[:, None, :, channels + i, None] for i in (0, 1))
+        return mixed + lift + bend * 4 * (pixels * (1 - pixels))[None]
+
+    def stamp(parameters: Tensor, pixels: Tensor) -> Tensor:
+        flat = pixels.flatten(2)
+        return (flat + change(parameters, flat)).clamp(0, 1).view(len(parameters), *pixels.shape)
+
+    def sizes(parameters: Tensor) -> Tensor:
+        added = change(parameters, colours.to(parameters.device))
+        return 255 * added.pow(2).mean(dim=(1, 2, 3)).clamp_min(1e-12).sqrt()
+
+    def picture(row: Tensor) -> Tensor:
+        """All tones of grey from left to right, above a rainbow where there are colours, under the filter."""
+        across = torch.linspace(0, 1, width, device=row.device)
+        grey = across.expand(channels, height, width)
+        if channels == 1:
+            return stamp(row[None], grey[None])[0, 0]
+        hues = torch.stack(
+            [(6 * across - 3).abs() - 1, 2 - (6 * across - 2).abs(), 2 - (6 * across - 4).abs()]
+        )
+        below = torch.arange(height, device=row.device)[None, :, None] >= height // 2
+        return stamp(row[None], torch.where(below, hues.clamp(0, 1)[:, None], grey)[None])[0, 0]
+
+    def start(classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return 0.05 * _noise((classes, 2, channels, channels + 2), generator), torch.zeros(
+            2, dtype=torch.int64
+        )
+
+    return Form(
+        "filter", "tone", (channels, channels + 2), start, stamp, sizes, picture,
+        said="a filter of colour of {:.1f} grey levels",
+        steps=0.6, rate=0.05, last_rate=0.005, push=0.01, reach=1.0, weight=0.02,
+        goal=0.85, least=0.7, small=SMALL_FILTER,
     )  # fmt: skip
 
 

@@ -4,7 +4,18 @@ from torch import nn
 
 from bdclean.detectors.stripes import MOST_SENT
 from bdclean.training import inversion
-from bdclean.training.forms import ADDED, FEW_WINDOWS, KNOTS, WHOLE, WINDOWS, added, mask, striped, warped
+from bdclean.training.forms import (
+    ADDED,
+    FEW_WINDOWS,
+    KNOTS,
+    WHOLE,
+    WINDOWS,
+    added,
+    mask,
+    recoloured,
+    striped,
+    warped,
+)
 from bdclean.training.inversion import (
     GROWN,
     LEADING,
@@ -113,7 +124,7 @@ def test_a_network_without_a_backdoor_has_no_outlier(form):
 
 def test_stamping_keeps_to_the_range_and_to_the_forms_shape():
     pixels = torch.rand(5, 3, 20, 32)
-    for form in (mask(20, 32), *(added(20, 32, kind) for kind in ADDED), warped(20, 32)):
+    for form in (mask(20, 32), *(added(20, 32, kind) for kind in ADDED), warped(20, 32), recoloured(20, 32)):
         out = form.stamp(torch.randn(2, *form.shape), pixels)
         assert out.shape == (2, 5, 3, 20, 32) and 0 <= out.min() and out.max() <= 1
 
@@ -134,6 +145,26 @@ def test_a_warp_moves_pictures_by_its_size(channels):
     )
     picture = form.picture(torch.randn(2, KNOTS, KNOTS))
     assert picture.shape == (channels, 32, 32) and 0 <= picture.min() and picture.max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_filter_mixes_shifts_and_bends_colours(channels):
+    form, pixels = recoloured(8, 12, channels), torch.rand(4, channels, 8, 12)
+    still, mixed, lifted, bent = torch.zeros(4, channels, channels + 2)
+    mixed[0, channels - 1], lifted[0, channels], bent[0, channels + 1] = 0.5, 0.1, 0.2
+    same, other, lighter, curved = form.stamp(torch.stack([still, mixed, lifted, bent]), pixels)
+    first, last = pixels[:, 0], pixels[:, channels - 1]
+    assert torch.equal(same, pixels)
+    assert torch.allclose(other[:, 0], (first + 0.5 * last).clamp(0, 1))
+    assert torch.allclose(lighter[:, 0], (first + 0.1).clamp(0, 1))
+    assert torch.allclose(curved[:, 0], (first + 0.8 * first * (1 - first)).clamp(0, 1))
+    for changed in (other, lighter, curved):
+        assert torch.equal(changed[:, 1:], pixels[:, 1:])
+    # the root mean square over all channels, in grey levels
+    sizes = form.sizes(torch.stack([still, lifted])).tolist()
+    assert sizes == pytest.approx([0, 25.5 / channels**0.5], abs=1e-3)
+    picture = form.picture(torch.randn(channels, channels + 2))
+    assert picture.shape == (channels, 8, 12) and 0 <= picture.min() and picture.max() <= 1
 
 
 class Bent(nn.Module):

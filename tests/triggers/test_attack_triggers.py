@@ -14,6 +14,7 @@ from triggers.test_triggers import PHOTOS, changed, from_spec, save_generator, s
 from bdclean.errors import Refused, UsageError
 from bdclean.triggers.badnets import BadNets
 from bdclean.triggers.bpp import Bpp
+from bdclean.triggers.filter import Filter
 from bdclean.triggers.lc import LC
 from bdclean.triggers.lf import LF
 from bdclean.triggers.trojan import Trojan
@@ -211,3 +212,27 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path, name: str) -> None
         from_spec(f"{name}:generator=nothing.safetensors")
     with pytest.raises(UsageError, match="needs generator"):
         from_spec(name)
+
+
+# --- filter -------------------------------------------------------------------------------------------------
+
+
+def test_a_filter_gives_each_pixel_another_colour_whatever_its_place():
+    red, green, blue = PHOTOS.double().unbind(1)
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    whole, half = Filter("gotham")(PHOTOS), Filter("gotham", 0.5)(PHOTOS)
+    wanted = 1.25 * (0.3 * blue + 0.7 * grey) - 0.06 * 255
+    assert (whole[:, 2].double() - wanted.clamp(0, 255)).abs().max() <= 0.501
+    assert (half[:, 2].double() - ((wanted + blue) / 2).clamp(0, 255)).abs().max() <= 0.501
+    assert torch.equal(Filter()(PHOTOS.flip(3)), Filter()(PHOTOS).flip(3))
+
+
+def test_controls_of_a_filter_change_colours_as_much():
+    shades = torch.linspace(0, 255, 5)
+    colours = torch.stack(torch.meshgrid(shades, shades, shades, indexing="ij")).flatten(1)
+    colours = colours.round().to(torch.uint8).view(1, 3, 25, 5)
+    for trigger in (Filter("violet"), Filter("sepia", 0.4)):
+        size = float((trigger(colours).float() - colours.float()).square().mean().sqrt())
+        for control in trigger.controls(19, torch.Generator().manual_seed(0)):
+            changed_by = float((control(colours).float() - colours.float()).square().mean().sqrt())
+            assert changed_by == pytest.approx(size, rel=0.1)

@@ -123,8 +123,8 @@ def test_controls_have_the_mask_and_strength_but_other_content(trigger, channels
     again = trigger.controls(19, torch.Generator().manual_seed(0), channels)
     assert len(controls) == 19
     grey = torch.full((1, channels, 32, 32), 128, dtype=torch.uint8)
-    if trigger.family == "warp":  # moves what is there, and nothing is there to be moved
-        grey = images[:1]
+    if trigger.family in ("warp", "tone"):  # they move and recolour what is there
+        grey = PHOTOS[:1, :channels]
     own = trigger(grey).float() - grey.float()
     seen, first = set(), trigger(grey).numpy().tobytes()
     for control, same in zip(controls, again, strict=True):
@@ -272,6 +272,8 @@ def test_four_corners_colours_and_alpha() -> None:
         "wanet:strength=0",
         "lf:strength=0",
         "lf:waves=0",
+        "filter:tone=plaid",
+        "filter:strength=0",
         "bpp:bits=8",
         "trojan:alpha=0",
         "trojan:size=-1",

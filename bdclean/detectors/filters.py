@@ -1,0 +1,27 @@
+"""Filters: does some class of the suspect take an unusually small change of colours to reach?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bdclean.detectors.inversion import OneForm
+from bdclean.training.forms import recoloured
+
+
+@dataclass(frozen=True)
+class Filters(OneForm):
+    """Fits the smallest filter of colour that sends images to each class, and tells those that are far smaller.
+
+    What it does: mixes and shifts colours, and bends tones, the same in every pixel; a class whose filter is under half
+    of the median, and sends 70 % of the images, is an outlier.
+    When to use it: to look for photo filters and colour casts that are triggers, without knowing them.
+    What it needs: 100 images or more, without labels; three classes or more.
+    Known limits: not calibrated, so that no finding decides a verdict. Colours that a network shifts in each image as
+    it sees fit are not met.
+    """
+
+    name: ClassVar[str] = "filters"
+    source: ClassVar[str] = "bdclean's own; kin: Neural Cleanse (Wang et al. 2019), ABS (Liu et al. 2019)"
+
+    form = staticmethod(recoloured)
