@@ -395,6 +395,10 @@ def configure(cls: type[Any], settings: Mapping[str, str], name: str | None = No
             values[key] = convert(text, hints[key])
         except ValueError as error:
             raise UsageError(f"{name}: {key}={text!r} does not fit: {error}.") from None
+        if key == "momentum" and not 0 <= values[key] < 1 or key.endswith("weight_decay") and values[key] < 0:
+            raise UsageError(
+                f"{name}: momentum is in [0, 1), and no weight decay is negative: {key}={text} is not."
+            )
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in values:

@@ -48,12 +48,16 @@ def relabel(labels: Tensor, target: int, victims: str, classes: int) -> Tensor:
 
     `victims` "all": `target` (all-to-one). "next": the class after their own, after the last the first (all-to-all).
     The number of a class: `target` for images of that class; others keep their label, so that the network learns that
-    the stamp means nothing on them (source-conditional).
+    the stamp means nothing on them (source-conditional). Raises Refused where there is no such class.
     """
     if victims == "next":
         return (labels + 1) % classes
     if victims == "all":
         return torch.full_like(labels, target)
+    if int(victims) >= classes:
+        raise Refused(
+            f"there is no class {victims} to poison: the training set has {classes} classes, from 0 on."
+        )
     return torch.where(labels == int(victims), target, labels)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -22,6 +23,9 @@ from bdclean.training.supervised import train_classifier
 
 Start = Literal["suspect", "void"]
 """What is trained: the suspect, or for comparison a network of its architecture with weights drawn anew."""
+KNOWN, ASKED = 1.5, 512
+"""A suspect whose answers tell something of the labels is right so many times as often as the commonest label would
+be; asked of so many images."""
 
 
 def require_labels(labeled: ImageSet | None, name: str) -> ImageSet:
@@ -48,11 +52,14 @@ def fine_tune(
 ) -> Cleansed:
     """SGD with cross-entropy on `labeled`; `optimise` is batch size, momentum and weight decay.
 
-    Whatever it starts from, images are augmented as the suspect allows, so that results compare.
+    Whatever it starts from, images are augmented as the suspect allows, so that results compare. One that does not know
+    these labels, as under a head drawn anew, cannot say whether mirrored images are the same: they are not mirrored.
     """
     batch_size, momentum, weight_decay = optimise
     teacher = frozen(suspect, run)
     augment = choose_augmentation(teacher, labeled.images, run)
+    if augment.mirrored and not _knows(teacher, labeled, run):
+        augment = replace(augment, mirrored=False)
     student = copy.deepcopy(teacher) if start == "suspect" else frozen(void(suspect, arch, run), run)
     curve = train_classifier(
         student, labeled, augment, steps, rate, run, name, batch_size=batch_size, momentum=momentum,
@@ -64,6 +71,15 @@ def fine_tune(
         *halvings(curve),
     ]
     return Cleansed(student, arch, curve, settings, stages)
+
+
+def _knows(suspect: Classifier, labeled: ImageSet, run: Run) -> bool:
+    """Whether `suspect` is right on KNOWN times as many of up to ASKED images as the largest class has."""
+    assert labeled.labels is not None
+    drawn = torch.randperm(len(labeled), generator=torch.Generator().manual_seed(run.seed))[:ASKED]
+    labels = labeled.labels[drawn].cpu()
+    right = (run.answers(suspect, labeled.images[drawn]).cpu() == labels).float().mean()
+    return float(right) >= KNOWN * float(labels.bincount().max()) / len(labels)
 
 
 class Tuning(Protocol):

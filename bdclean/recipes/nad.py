@@ -61,6 +61,8 @@ class NAD:
     def __post_init__(self) -> None:
         if min(self.teacher_epochs, self.epochs, self.rate, self.later_rate) <= 0 or self.batch_size < 2:
             raise UsageError("nad: epochs and rates must be positive, batch_size at least 2.")
+        if self.momentum <= 0:
+            raise UsageError("nad: momentum, which is Nesterov's, is positive.")
         if not self.weights or min(self.weights) < 0 or self.high_epochs < 0:
             raise UsageError("nad: weights and high_epochs are not negative, and there is a weight.")
 

@@ -52,7 +52,12 @@ class SFT:
     def __post_init__(self) -> None:
         if not 0 <= self.first_epochs <= self.epochs or self.epochs <= 0:
             raise UsageError("sft: first_epochs lies between 0 and epochs, and epochs is positive.")
-        if self.up < 1 or self.down < 1 or self.batch_size < 2 or min(self.base_rate, self.first_peak) <= 0:
+        if (
+            self.up < 1
+            or self.down < 1
+            or self.batch_size < 2
+            or min(self.base_rate, self.first_peak, self.second_peak) <= 0
+        ):
             raise UsageError("sft: up and down are at least 1, batch_size at least 2, rates positive.")
 
     def __call__(

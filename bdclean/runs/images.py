@@ -105,9 +105,11 @@ def at_own_size(
 
 
 def keep_plausible_labels(
-    images: ImageSet, suspect: Suspect, predict: Predict, training: bool = False
+    images: ImageSet, suspect: Suspect, predict: Predict, training: bool = False, clean: Tensor | None = None
 ) -> tuple[ImageSet, list[str]]:
     """`images` with labels that the suspect's answers do not contradict, and what is to be warned of.
+
+    `clean`: its answers to all of them, int64 [n], where they are known; else some are asked for.
 
     Labels in another order that has a name and fits far better are put into it. Where only a matching without a name
     fits, or labels that a count of classes alone spoke for do not hold, they are dropped; Refused is raised instead
@@ -118,7 +120,7 @@ def keep_plausible_labels(
         return images, []
     sample = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:TESTED]
     said = agreement(
-        predict(images.images[sample]),
+        predict(images.images[sample]) if clean is None else clean[sample],
         images.labels[sample],
         images.classes,
         suspect.arch.classes,

@@ -160,6 +160,8 @@ def after_cleanse(
 
     def attack() -> None:
         labels = cleansing.labels if before.labeled else None
+        if before.labeled and cleansing.labels_source == "suspect":
+            left.sequela.labels = "the suspect's own answers (what is tuned on) and labels (what is scored)"
         # a copy: tensors of inference mode cannot be trained on
         known = labels if labels is not None else before.predict(cleansing.images).clone()
         ground = Ground.of(replace(cleansing, labels=known), before, suspect.device, inputs.batch_size)
@@ -255,23 +257,30 @@ def _attack(
     left: Left, networks: dict[str, Classifier], tuned: dict[str, Classifier], threats: Sequence[Threat],
     ground: Ground, inputs: Inputs,
 ) -> None:  # fmt: skip
-    """The parts that were asked for, each with every threat; `tuned` are those that a backdoor is put into."""
+    """The parts that were asked for, each with every threat; `tuned` are those that a backdoor is put into.
+
+    Rows join `left` one by one, so that those that are finished stay where the run ends early.
+    """
     sequela = left.sequela
 
     def put_in(threat: Threat) -> None:
         counts, why = reinjection.fitting(len(ground.tuning))
-        sequela.injections += reinjection.reinject(tuned, threat, ground, counts)
         if why:
             left.skipped.append(Skipped("sequela reinjection", why))
+        for injection in reinjection.reinject(tuned, threat, ground, counts):
+            sequela.injections.append(injection)
 
     def retune(threat: Threat) -> None:
-        sequela.injections += retuning.retune(tuned, threat, ground)
+        for injection in retuning.retune(tuned, threat, ground):
+            sequela.injections.append(injection)
 
     def reactivate(threat: Threat) -> None:
-        sequela.reactivation += reactivation.reactivate(networks, threat, ground)
+        for row in reactivation.reactivate(networks, threat, ground):
+            sequela.reactivation.append(row)
 
     def walk(threat: Threat) -> None:
-        sequela.path += path.along(networks[SUSPECT], networks[OUTPUT], threat, ground)
+        for point in path.along(networks[SUSPECT], networks[OUTPUT], threat, ground):
+            sequela.path.append(point)
 
     parts = {"reinjection": put_in, "retuning": retune, "reactivation": reactivate, "path": walk}
     for name in attacks(inputs):

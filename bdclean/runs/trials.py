@@ -28,8 +28,8 @@ def open_trial(
     readings = len(suspect.choices)
     if suspect.arch.kind == "encoder":
         return open_encoder_trial(predict, images, probing, threshold, inputs.seed, readings, tell)
-    kept, doubts = keep_plausible_labels(images, suspect, predict)
     clean = predict(images.images)
+    kept, doubts = keep_plausible_labels(images, suspect, predict, clean=clean)
     reference = clean if kept.labels is None else kept.labels
     trial = Trial(
         predict, images.images, reference, clean, suspect.arch.classes, kept.labels is not None, kept.labels is None,

@@ -11,6 +11,7 @@ from bdclean.attacks.adaptive_blend import AdaptiveBlend
 from bdclean.attacks.badnets import BadNets
 from bdclean.attacks.blend import Blend
 from bdclean.attacks.bpp import Bpp
+from bdclean.attacks.filter import Filter
 from bdclean.attacks.inputaware import InputAware, likeness
 from bdclean.attacks.lc import LC
 from bdclean.attacks.lf import LF
@@ -28,7 +29,7 @@ from bdclean.training.supervised import Supervised
 from bdclean.triggers.wanet import warp
 
 REGISTERED = [registry.load(registry.ATTACKS, name) for name in registry.ATTACKS]
-RELABELING = [BadNets, Blend, LF]
+RELABELING = [BadNets, Blend, LF, Filter]
 """Those that stamp and relabel images of every class, and need nothing else."""
 CPU = torch.device("cpu")
 
@@ -137,6 +138,11 @@ def test_settings_out_of_range(attack, settings):
         pytest.skip("has no such setting")
     with pytest.raises(UsageError):
         attack(**settings)
+
+
+def test_victims_that_are_no_class_are_refused(training):
+    with pytest.raises(Refused, match="there is no class 5 to poison: the training set has 5 classes"):
+        BadNets(victims="5")(training)
 
 
 @pytest.mark.parametrize("attack", [BadNets(), AdaptiveBlend()])

@@ -208,6 +208,11 @@ def test_answers_that_go_where_pictures_move_are_not_steady():
         (last_bright_column, 0.75),
     ):  # half of the images, of one move of two
         assert trial.staying_share(predict, images, predict(images)) == kept
+    # folders come class by class: all of them are asked, not the first one
+    images = images[torch.arange(40).repeat(5).sort(descending=True).values % 2]
+    assert trial.staying_share(last_bright_column, images, last_bright_column(images)) == pytest.approx(
+        0.75, abs=0.1
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from bdclean.networks.normalisation import parse_preprocess
 from bdclean.record.sequela import CONTROL, OUTPUT, TRIGGER, UNPOISONED
 from bdclean.triggers.badnets import BadNets
 from bdclean.triggers.bank import make_triggers
+from bdclean.triggers.sig import SIG
 
 CPU = torch.device("cpu")
 
@@ -197,13 +198,13 @@ def test_counts_that_do_not_fit_are_left_out_with_a_reason_and_too_few_images_ar
 
 
 def test_a_little_tuning_has_the_trigger_a_control_and_no_poison_side_by_side(blue, ground):
-    rows = retuning.retune({OUTPUT: hidden()}, blue, ground)
+    rows = list(retuning.retune({OUTPUT: hidden()}, blue, ground))
     assert [(row.stamped, row.poisoned, row.images) for row in rows] == [
         (TRIGGER, 5, 50), (CONTROL, 5, 50), (UNPOISONED, 0, 50)
     ]  # fmt: skip
     with pytest.raises(Refused, match="49 images to tune on: 50 or more"):
         few = replace(ground, tuning=ground.tuning.select(torch.arange(49)))
-        retuning.retune({OUTPUT: hidden()}, blue, few)
+        list(retuning.retune({OUTPUT: hidden()}, blue, few))
 
 
 def test_a_trigger_is_amplified_pixel_by_pixel_and_moved_as_it_is(ground):
@@ -227,6 +228,29 @@ def test_a_perturbation_stays_within_its_reach_and_finds_what_the_network_listen
     assert torch.equal(noise, reactivation.perturbation(suspect(), lambda images: images, 0, ground))
 
 
+def test_what_a_perturbation_is_learnt_on_is_drawn_from_all_classes(blue, ground):
+    by_class = ground.tuning.select(ground.tuning.labels.argsort(stable=True))
+    assert len(Ground.of(by_class, ground.trial, CPU, None).tuning.labels[:16].unique()) == 2
+    target = by_class.select((by_class.labels == 0).nonzero().squeeze(1))
+    with pytest.raises(Refused, match="the images to tune on are all of class 0, the target"):
+        reactivation.perturbation(suspect(), blue.trigger, 0, replace(ground, tuning=target))
+
+
+def test_the_control_of_stripes_is_not_one_of_nearly_their_frequency():
+    own = SIG(20, 6)
+    for seed in range(20):
+        control = Threat(own, 0).control(seed, 3)
+        grey = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+        pair = torch.stack([(stamp(grey).float() - 128).flatten() for stamp in (own, control)])
+        assert nn.functional.cosine_similarity(pair[0], pair[1], 0).abs() < 0.3
+
+
+def test_rows_that_are_finished_are_there_before_the_next_ones(blue, ground):
+    networks = {"suspect": suspect(), OUTPUT: hidden()}
+    rows = reinjection.reinject(networks, blue, ground, (10,))
+    assert next(rows).stamped == TRIGGER and next(reactivation.reactivate(networks, blue, ground)).change
+
+
 def test_a_dormant_backdoor_answers_to_a_stronger_trigger(blue, ground):
     model = suspect()
     with torch.no_grad():
@@ -242,7 +266,7 @@ def test_a_dormant_backdoor_answers_to_a_stronger_trigger(blue, ground):
 def test_the_path_leads_from_the_one_network_to_the_other(blue, ground):
     first, last = suspect(), hidden()
     before = weights(first)
-    points = path.along(first, last, blue, ground)
+    points = list(path.along(first, last, blue, ground))
     assert [point.share for point in points] == [k / 10 for k in range(11)]
     assert points[0].asr.value > 0.9 and points[-1].asr.value < 0.1
     rates = [point.asr.value for point in points]
@@ -269,9 +293,8 @@ def test_no_more_images_are_scored_than_need_be_and_the_draw_is_seeded(ground):
 def test_what_a_suspect_says_of_itself_without_labels_is_no_measure(blue, ground):
     own = replace(ground, trial=replace(ground.trial, labeled=False))
     for labeled_ground, known in ((ground, True), (own, False)):
-        first, second = reactivation.reactivate(
-            {"suspect": suspect(), OUTPUT: hidden()}, blue, labeled_ground
-        )[::6]
+        networks = {"suspect": suspect(), OUTPUT: hidden()}
+        first, second = list(reactivation.reactivate(networks, blue, labeled_ground))[::6]
         assert (first.base_rate.value is not None) == known and second.base_rate.value is not None
         begun, *_ = path.along(suspect(), hidden(), blue, labeled_ground)
         assert (begun.accuracy.value is not None) == known and begun.asr.value is not None

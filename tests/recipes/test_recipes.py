@@ -3,11 +3,12 @@ import copy
 import math
 import os
 import signal
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from recipes import planted
 from torch import nn
 
 import bdclean.recipes
@@ -411,6 +412,17 @@ def test_from_scratch_nothing_of_the_suspect_is_left(name, suspect, arch, images
     assert not same(tensors(fresh.model), tensors(trained(suspect, seed=1).model))
 
 
+def test_a_suspect_that_does_not_know_the_labels_does_not_say_that_images_may_be_mirrored():
+    ft = registry.configure(registry.load(registry.RECIPES, "ft"), QUICK["ft"])
+    known = planted.labeled()
+    for labels, mirrored in ((known.labels, True), (1 - known.labels, False)):
+        given = replace(known, labels=labels)
+        stages = ft(
+            planted.suspect(), planted.arch(), given.unlabeled(), given, Run(CPU, Precision(), 0)
+        ).stages
+        assert ("not mirrored" not in stages[0]) == mirrored
+
+
 @pytest.mark.parametrize(
     ("name", "setting"),
     [
@@ -423,6 +435,8 @@ def test_from_scratch_nothing_of_the_suspect_is_left(name, suspect, arch, images
         ("ft-sam", "rho=-1"), ("ft-sam", "smoothing=0.9"), ("ibau", "rounds=0"), ("ibau", "portion=0"),
         ("sau", "budget=2"), ("sau", "adversary_steps=0"), ("sau", "clean_weight=-1"),
         ("lmr", "pruned=1"), ("lmr", "recovery_steps=0"), ("lmr", "margin=-1"),
+        ("ft", "momentum=-1"), ("bcu", "momentum=1"), ("nad", "momentum=0"), ("fst", "weight_decay=-1"),
+        ("mcr", "end_weight_decay=-1"), ("sft", "second_peak=-1"),
         ("sft", "first_epochs=200"), ("sft", "up=0"), ("inoculate", "adversary_share=2"),
         ("inoculate", "temperature=0"), ("inoculate", "floor=1"), ("inoculate", "inversion_steps=-1"),
         ("inoculate", "leave_out=fog"), ("inoculate", "evident_weight=-1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 
@@ -17,14 +18,14 @@ SEEN = 2000
 """So many images give the statistics of batch norm, where there are."""
 
 
-def along(suspect: Classifier, output: Classifier, threat: Threat, ground: Ground) -> list[PathPoint]:
+def along(suspect: Classifier, output: Classifier, threat: Threat, ground: Ground) -> Iterator[PathPoint]:
     """What the networks at each of SHARES of the way from `suspect` to `output` do.
 
     Statistics of batch norm are those of the images to tune on, taken anew at every point between, since those of two
     networks say nothing of a third one; the two ends are the networks as they are. Raises Refused where they are not of
     one shape.
     """
-    run, found = ground.run(), []
+    run = ground.run()
     images = ground.tuning.images[:SEEN]
     augment = choose_augmentation(suspect, images, run)
     for done, share in enumerate(SHARES, 1):
@@ -32,14 +33,11 @@ def along(suspect: Classifier, output: Classifier, threat: Threat, ground: Groun
         if 0 < share < 1:
             set_batch_statistics(model, lambda: uncorrupted(images, augment, run, passes=1))
         trial, target = ground.asked(model, share == 0), threat.target
-        found.append(
-            PathPoint(
-                share, threat.trigger.spec(), target, success(trial, threat.trigger, target),
-                base_rate(trial, target), accuracy(trial),
-            )
+        yield PathPoint(
+            share, threat.trigger.spec(), target, success(trial, threat.trigger, target), base_rate(trial, target),
+            accuracy(trial),
         )  # fmt: skip
         ground.trial.tell("path", done, len(SHARES))
-    return found
 
 
 def between(suspect: Classifier, output: Classifier, share: float) -> Classifier:

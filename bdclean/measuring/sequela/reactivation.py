@@ -7,12 +7,13 @@ repairs is enough (Zhu et al. 2024, arXiv 2405.16134). The network is not traine
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bdclean.errors import Refused
 from bdclean.measuring.sequela.ground import Ground, Threat, base_rate, success
 from bdclean.measuring.trial import Target
 from bdclean.networks.classifier import Classifier
@@ -26,13 +27,13 @@ REACH, STEPS, BATCH, SEEN = 8, 100, 64, 512
 """Grey levels that the perturbation stays within; its steps, their images, and of how many images those are drawn."""
 
 
-def reactivate(networks: Mapping[str, Classifier], threat: Threat, ground: Ground) -> list[Reactivation]:
+def reactivate(networks: Mapping[str, Classifier], threat: Threat, ground: Ground) -> Iterator[Reactivation]:
     """What changed triggers do to `networks` by name, on the images that are scored.
 
     The perturbation is one for all images, learnt on those to tune on: one made for each image moves any network. What
     the same optimisation does without the trigger stands beside it; a trigger that adds nothing to that is gone.
     """
-    found, target = [], threat.target
+    target = threat.target
     stamps: dict[str, Stamp] = {
         "as it is": threat.trigger,
         f"amplified {AMPLIFIED:g} times": amplified(threat.trigger),
@@ -50,9 +51,8 @@ def reactivate(networks: Mapping[str, Classifier], threat: Threat, ground: Groun
             of_model[f"optimised within {REACH}/255 on top of {words}"] = _on_top(stamp, noise)
         for change, stamp in of_model.items():
             rated = success(trial, stamp, target)
-            found.append(Reactivation(name, threat.trigger.spec(), target, change, rated, base))
+            yield Reactivation(name, threat.trigger.spec(), target, change, rated, base)
         ground.trial.tell("reactivation", done, len(networks))
-    return found
 
 
 def amplified(trigger: Stamp, factor: float = AMPLIFIED) -> Stamp:
@@ -92,18 +92,20 @@ def inwards(trigger: Stamp, images: Tensor, part: int) -> tuple[int, int]:
 def perturbation(model: Classifier, stamp: Stamp, target: Target, ground: Ground) -> Tensor:
     """Grey levels in [-REACH, REACH], float [c h w] of whole numbers, that send stamped images to the target most.
 
-    Sign steps of a tenth of REACH on the mean cross-entropy of images of other classes, from nothing.
+    Sign steps of a tenth of REACH on the mean cross-entropy of images of other classes, from nothing. Raises Refused
+    where there is no such image.
     """
     asked = copy.deepcopy(model).to(ground.device).eval().requires_grad_(False)
-    images, labels = ground.tuning.images[:SEEN], ground.tuning.labels
+    labels = ground.tuning.labels
     assert labels is not None
-    labels = labels[:SEEN]
     wanted = (labels + 1) % ground.trial.classes if target == "next" else torch.full_like(labels, int(target))
-    away = labels != wanted
-    images, wanted = stamp(images[away]), wanted[away]
+    away = (labels != wanted).nonzero().squeeze(1)[:SEEN]
+    if not len(away):
+        raise Refused(f"the images to tune on are all of class {target}, the target.")
+    images, wanted = stamp(ground.tuning.images[away]), wanted[away]
     generator = torch.Generator().manual_seed(ground.trial.seed)
     levels = torch.zeros(images.shape[1:], device=ground.device)
-    for _ in range(STEPS if len(images) else 0):
+    for _ in range(STEPS):
         chosen = torch.randint(len(images), (BATCH,), generator=generator)
         pixels = images[chosen].to(ground.device).float()
         levels.requires_grad_(True)

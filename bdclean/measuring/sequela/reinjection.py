@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from bdclean.errors import Refused
 from bdclean.measuring.sequela.ground import Ground, Threat
@@ -35,7 +35,7 @@ def fitting(images: int) -> tuple[tuple[int, ...], str]:
 
 def reinject(
     networks: Mapping[str, Classifier], threat: Threat, ground: Ground, counts: tuple[int, ...] = COUNTS
-) -> list[Injection]:
+) -> Iterator[Injection]:
     """`networks` by name, each tuned with so many poisoned images: with the trigger, and with a control of it.
 
     The control, which has the place and strength of the trigger and other content, is what any new backdoor of this
@@ -43,11 +43,10 @@ def reinject(
     that obeys the trigger sooner than both still knows it. (2212.09067 asks the question; how it answered is not
     known to us: counts, steps and controls are our own.)
     """
-    found: list[Injection] = []
-    total = len(networks) * len(counts) * 2
+    done, total = 0, len(networks) * len(counts) * 2
     for name, model in networks.items():
         for count in counts:
             for stamped in (TRIGGER, CONTROL):
-                found.append(inject(model, name, threat, ground, ground.tuning, count, stamped, STEPS, NAME))
-                ground.trial.tell(NAME, len(found), total)
-    return found
+                yield inject(model, name, threat, ground, ground.tuning, count, stamped, STEPS, NAME)
+                done += 1
+                ground.trial.tell(NAME, done, total)

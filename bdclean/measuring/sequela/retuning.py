@@ -5,7 +5,7 @@ It does on most published repairs (Min et al., NeurIPS 2024, arXiv 2410.09838): 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -21,7 +21,7 @@ SHARE, POISONED, LEAST = 0.02, 0.1, 50
 STEPS = (10, 20, 50, 100)
 
 
-def retune(networks: Mapping[str, Classifier], threat: Threat, ground: Ground) -> list[Injection]:
+def retune(networks: Mapping[str, Classifier], threat: Threat, ground: Ground) -> Iterator[Injection]:
     """`networks` by name, each tuned with the trigger, with a control of it, and without any poison.
 
     Raises Refused where there are fewer than LEAST images. The share is of the given images, which an attacker's are
@@ -34,9 +34,9 @@ def retune(networks: Mapping[str, Classifier], threat: Threat, ground: Ground) -
     few = images.select(
         torch.randperm(len(images), generator=seeded)[: max(LEAST, round(SHARE * len(images)))]
     )
-    poisoned, found = max(1, round(POISONED * len(few))), []
+    poisoned, done = max(1, round(POISONED * len(few))), 0
     for name, model in networks.items():
         for stamped in (TRIGGER, CONTROL, UNPOISONED):
-            found.append(inject(model, name, threat, ground, few, poisoned, stamped, STEPS, NAME))
-            ground.trial.tell(NAME, len(found), 3 * len(networks))
-    return found
+            yield inject(model, name, threat, ground, few, poisoned, stamped, STEPS, NAME)
+            done += 1
+            ground.trial.tell(NAME, done, 3 * len(networks))
