@@ -40,7 +40,8 @@ def stamped_distances(
     `known` uint8 [m c h w] are other images: the covariance is theirs. The score is the area under the ROC curve: how
     often a stamped image lies farther than a clean one, 0.5 where the trigger changes nothing.
     """
-    whiten, few = Whitening.of(features(known)), images[:IMAGES]
+    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:IMAGES]
+    whiten, few = Whitening.of(features(known)), images[drawn]
     clean = whiten.distances(features(images))
     far = float(clean.quantile(BEYOND))
     found = []

@@ -302,7 +302,8 @@ FEW_IMAGES = 24
 
 def spread_out(images: Tensor, count: int = FEW_IMAGES) -> Tensor:
     """`count` images from all over the set: of all classes, where it is sorted by class."""
-    return images[:: max(1, len(images) // count)][:count]
+    few = min(count, len(images))
+    return images[torch.arange(few, device=images.device) * len(images) // max(1, few)]
 
 
 def sent_by(form: Form, changes: Tensor, model: nn.Module, images: Tensor, run: Run) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bdclean.training.inversion import PIXELS
+from bdclean.training.inversion import PIXELS, spread_out
 
 Forward = Callable[[Tensor], Tensor]
 """Float images in [0, 1], [n c h w], to logits [n classes]."""
@@ -97,7 +97,7 @@ def search(
     than one of no size. Where the search ends is chance, and kin of a trigger fire, too: of all that were
     tried those are told that are worth at least half of the best one.
     """
-    few = pixels[:FEW]
+    few = spread_out(pixels, FEW)
     first = [drawn.near() if k % 2 else drawn.anywhere() for k in range(FIRST)]
     tried = dict(scored(model, few, first, target, area))
     for _ in range(rounds):
@@ -112,8 +112,11 @@ def search(
 
 
 def of_others(images: Tensor, classes: Tensor, target: int, most: int, device: torch.device) -> Tensor:
-    """At most `most` of `images` uint8 [n c h w] whose `classes` int64 [n] are not `target`, as floats in [0, 1]."""
-    return images[classes != target][:most].to(device).float() / 255
+    """At most `most` of `images` uint8 [n c h w] whose `classes` int64 [n] are not `target`, as floats in [0, 1].
+
+    From all over them: a folder is read class by class.
+    """
+    return spread_out(images[classes != target], most).to(device).float() / 255
 
 
 def _ranked(tried: dict[Patch, float]) -> list[Patch]:

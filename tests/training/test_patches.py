@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bdclean.training.patches import CELLS, LONGEST, NEAR, Drawn, Patch, scored, search
+from bdclean.training.inversion import spread_out
+from bdclean.training.patches import CELLS, LONGEST, NEAR, Drawn, Patch, of_others, scored, search
 
 RED, BLACK = (1.0, 0.0, 0.0), (0.0, 0.0, 0.0)
 
@@ -117,3 +118,15 @@ def test_scores_do_not_depend_on_how_many_patches_go_at_once(monkeypatch):
     (larger,) = scored(Cornered(), pictures(5), [plain(RED, 0, 0, 8, 8)], 1, area=0.25)
     (free,) = scored(Cornered(), pictures(5), [plain(RED, 0, 0, 8, 8)], 1)
     assert free[1] - larger[1] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("count", [12, 20, 39, 40, 100])
+def test_images_that_come_class_by_class_are_taken_from_all_classes(count):
+    classes = torch.arange(4).repeat_interleave(10)
+    images = classes.to(torch.uint8).view(-1, 1, 1, 1)
+    taken = spread_out(images, count).flatten()
+    assert (
+        len(taken) == min(count, 40) and len(taken.unique()) == 4 and taken.bincount().max() <= count / 4 + 1
+    )
+    others = (255 * of_others(images, classes, 1, 9, torch.device("cpu"))).round().flatten()
+    assert others.tolist() == [0, 0, 0, 2, 2, 2, 3, 3, 3]
