@@ -53,8 +53,8 @@ AGAIN = 0.5
 USUAL = 0.2
 """Up to about this share of images an adversary sends to one class of a network without a backdoor, too."""
 LEFT = 0.02
-"""A mask, patch or warp has its whole weight while it sends more than this share to its class, other inverted triggers
-more than USUAL."""
+"""A mask, patch, warp or filter has its whole weight while it sends more than this share to its class, other inverted
+triggers more than USUAL."""
 FEW_CLASSES = 4
 """Of up to so many, stripes send most images to one in networks without a backdoor, too: they weigh no more than other
 corruptions there. One of two classes lost 9 points of its accuracy with `inverted_weight`, 2 so."""
@@ -66,12 +66,12 @@ class Inoculate:
 
     What it does: a copy of the suspect learns to give, on corrupted images, the suspect's answer on the clean ones. The
     corruptions are random counterfeits of triggers, the most harmful of many such draws, small adversaries found on the
-    student, and inverted triggers: where a class of the suspect is reached by an unusually small mask or warp, or by
-    unusually little that is added to the picture, or where stripes send most images to it, that change itself, refitted
-    on the student at each use, and patches: near a mask, in its colours, and those that a search by trial found to send
-    images to its class. Such a search also tells which classes a patch reaches. Before it ends it looks at the student
-    in the same way; where a class stands out, it goes on from there, twice at most. Given images that carry an inverted
-    trigger are set aside.
+    student, and inverted triggers: where a class of the suspect is reached by an unusually small mask, warp or filter
+    of colour, or by unusually little that is added to the picture, or where stripes send most images to it, that change
+    itself, refitted on the student at each use, and patches: near a mask, in its colours, and those that a search by
+    trial found to send images to its class. Such a search also tells which classes a patch reaches. Before it ends it
+    looks at the student in the same way; where a class stands out, it goes on from there, twice at most. Given images
+    that carry an inverted trigger are set aside.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
     Known limits: what it was measured with is in README. Stripes that are not along an axis are met by
@@ -109,7 +109,7 @@ class Inoculate:
     corrupted_weight: float = 0.15  # of the corrupted half's loss beside the clean one's: more costs accuracy
     evident_weight: float = 1.0  # of images that an adversary sends to one class: what a trigger does
     inverted_weight: float = 2.0  # of images under an inverted trigger: there is something to take out
-    mask_weight: float = 6.0  # of those under a mask, patch or warp, which clean networks hardly ever have
+    mask_weight: float = 6.0  # under a mask, patch, warp or filter: clean networks hardly have one
     settle: bool = True  # in the second phase batch norm keeps the statistics of clean images
     adversary_share: float = 0.5  # of the corrupted images
     adversary_steps: int = 3

@@ -29,7 +29,7 @@ from bdclean.recipes.inoculate import Inoculate
 from bdclean.recipes.recipe import Informed
 from bdclean.training import adversaries
 from bdclean.training.encoder_lesson import EncoderLesson, Terms
-from bdclean.training.forms import added, mask, striped, warped
+from bdclean.training.forms import added, mask, recoloured, striped, warped
 from bdclean.training.map_losses import attention, scaled_attention
 from bdclean.training.resume import Saved
 from bdclean.training.run import Precision, Run
@@ -453,8 +453,8 @@ def test_stripes_weigh_less_where_networks_without_a_backdoor_mind_them():
     of = {(form.name, k): recipe.weight_of(form, k)[0] for form in (stripes, pattern) for k in (2, 4, 5)}
     assert of[("stripes", 2)] == of[("stripes", 4)] == recipe.corrupted_weight
     assert of[("stripes", 5)] == of[("pattern", 2)] == recipe.inverted_weight
-    rare = [recipe.weight_of(form, 10) for form in (mask(16, 16), warped(16, 16))]
-    assert rare[0] == rare[1] and rare[0][0] == recipe.mask_weight
+    rare = [recipe.weight_of(form, 10) for form in (mask(16, 16), warped(16, 16), recoloured(16, 16))]
+    assert len(set(rare)) == 1 and rare[0][0] == recipe.mask_weight
     assert recipe.weight_of(mask(16, 16), 2)[0] == recipe.mask_weight
 
 
