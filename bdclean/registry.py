@@ -247,7 +247,9 @@ DETECTORS: dict[str, Entry] = {
         encoder="bdclean.detectors.decree:Decree",
     ),
     "filters": Entry(
-        "bdclean.detectors.filters:Filters", "the smallest filter of colour that sends images to a class"
+        "bdclean.detectors.filters:Filters",
+        "the smallest filter of colour that sends images to a class",
+        encoder="bdclean.detectors.filters_encoder:FiltersEncoder",
     ),
     "inversion": Entry(
         "bdclean.detectors.inversion:Inversion",

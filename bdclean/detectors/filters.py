@@ -13,7 +13,7 @@ from bdclean.training.forms import recoloured
 class Filters(OneForm):
     """Fits the smallest filter of colour that sends images to each class, and tells those that are far smaller.
 
-    What it does: mixes and shifts colours, and bends tones, the same in every pixel; a class whose filter is under half
+    What it does: mixes and shifts colours, and bends tones, the same in every pixel; a class whose filter is under 0.45
     of the median, and sends 70 % of the images, is an outlier.
     When to use it: to look for photo filters and colour casts that are triggers, without knowing them.
     What it needs: 100 images or more, without labels; three classes or more.

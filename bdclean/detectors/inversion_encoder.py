@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from bdclean.errors import Refused, UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.training.clusters import Clustered, clusters, unit_features
-from bdclean.training.forms import mask
+from bdclean.training.forms import Form, mask
 from bdclean.training.inversion import Detected, Outlier, invert, outliers
 from bdclean.training.run import Run
 
@@ -41,16 +42,17 @@ class InversionEncoder:
 
     name: ClassVar[str] = "inversion"
     source: ClassVar[str] = "bdclean's own; kin: Neural Cleanse (Wang et al. 2019)"
+    form: ClassVar[Callable[[int, int, int], Form]] = staticmethod(mask)
 
     clusters: int = 16
     steps: int = 40
 
     def __post_init__(self) -> None:
         if self.clusters < LEAST_CLUSTERS or self.steps < 1:
-            raise UsageError(f"inversion: clusters are {LEAST_CLUSTERS} or more, steps positive.")
+            raise UsageError(f"{self.name}: clusters are {LEAST_CLUSTERS} or more, steps positive.")
 
     def __call__(self, suspect: Classifier, arch: Arch, images: Tensor, run: Run) -> Detected:
-        """Findings on `images` uint8 [n c h w]: the outliers, else the smallest mask.
+        """Findings on `images` uint8 [n c h w]: the outliers, else the smallest change.
 
         Raises Refused for too few images and for features that tell images apart badly.
         """
@@ -69,13 +71,14 @@ class InversionEncoder:
                 f"the features of these images make {count} clusters, {LEAST_CLUSTERS} or more are needed."
             )
         channels, height, width = images.shape[1:]
-        form, found = mask(height, width, channels), Detected()
+        form, found = type(self).form(height, width, channels), Detected()
         classifier = Clustered(suspect, features, groups)
         inverted = invert(classifier, images, form, torch.arange(count), run, steps=self.steps)
         small, index, limit = outliers(inverted)
         for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
             target, parameters = int(inverted.classes[k]), inverted.parameters[k]
-            found.findings.append(described(inverted, bool(small[k]), index, limit, k, "cluster"))
+            said = described(inverted, bool(small[k]), index, limit, k, "cluster")
+            found.findings.append(said | {"detector": self.name})
             found.pictures[f"{form.name} inverted for cluster {target}, on grey"] = form.picture(parameters)
             if small[k]:
                 found.outliers.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bdclean import registry
 from bdclean.data.corruptions import filtered
 from bdclean.data.imageset import ImageSet
-from bdclean.errors import UsageError
+from bdclean.errors import Refused, UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training.encoder_lesson import directions, mean_feature, train
+from bdclean.training.inversion import Detected, Outlier
 from bdclean.training.loop import Batch, Measures, halvings
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.run import Run
@@ -36,6 +39,8 @@ TELLING = 512
 """Images that show what the suspect minds."""
 SAME = 1e-4
 """Cosines that differ by no more are alike: an image may be there twice."""
+FAINTEST, STRONGEST, LOOSE = 0.25, 1.5, 0.05
+"""Inverted filters are seen at so many times the strength that was found, their numbers off by LOOSE each."""
 UNMINDED = 0.9
 """A change that the suspect does not mind leaves so large a share of images nearest to themselves. Encoders trained on
 mirrored views: 0.99 and more mirrored; others 0.22 to 0.80. Trained on colour changes: 0.93 to 1; a classifier's trunk
@@ -50,7 +55,8 @@ class InoculateEncoder:
     weights to give their mean for any view of it. A trigger, and what looks like one, sits at one place; crops and
     mirrors move it, so that the mean forgets it. Views are mirrored, change colours or turn grey only where the suspect
     does not mind that by itself, or the mean would forget what it is to know. Images that crowd together as stamped
-    ones do are set aside.
+    ones do are set aside. Where a cluster of the suspect's features is reached by an unusually small filter of colour,
+    which crops do not move, half of what the student sees is under it.
     When to use it: by default, for encoders.
     What it needs: unlabeled images of the kind that the encoder is for, 2,500 or more.
     Known limits: what it was measured with is in README. A trigger that crops do not move stays, such as INACTIVE's
@@ -76,6 +82,8 @@ class InoculateEncoder:
     answers: int = 16  # views of an image that the suspect's features are averaged over
     length: float = 0.1  # of the squared difference of log lengths
     filters: float = 0.0  # share of the student's views whose colours a random network shifts
+    inverted: float = 0.5  # share of them under an inverted filter of colour, where one stands out
+    inversion_steps: int = 60  # of filters of colour; 0: none
     weight_decay: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -83,8 +91,12 @@ class InoculateEncoder:
             raise UsageError(
                 "inoculate: epochs and peak are positive, batch_size at least 2, answers at least 1."
             )
-        if self.length < 0 or not 0 <= self.filters <= 1:
-            raise UsageError("inoculate: no weight is negative, and filters are a share in [0, 1].")
+        if self.length < 0 or not 0 <= self.filters <= 1 or not 0 <= self.inverted <= 1:
+            raise UsageError(
+                "inoculate: no weight is negative, and filters and inverted are shares in [0, 1]."
+            )
+        if self.inversion_steps < 0:
+            raise UsageError("inoculate: inversion_steps are not negative.")
 
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
@@ -95,6 +107,7 @@ class InoculateEncoder:
         centre = mean_feature(teacher, images, run)
         views = unminded(teacher, images, centre, run)
         answers, lengths = averaged(teacher, images, centre, views, self.answers, run)
+        detected = self._detected(teacher, arch, images, run)
         student = void(suspect, arch, run).to(run.device).train()
         if run.precision.channels_last:
             student.to(memory_format=torch.channels_last)
@@ -104,6 +117,8 @@ class InoculateEncoder:
             if self.filters:
                 chosen = torch.rand(len(seen), generator=batch.generator, device=seen.device) < self.filters
                 seen = torch.where(chosen.view(-1, 1, 1, 1), filtered(seen, batch.generator), seen)
+            if detected.outliers:
+                seen = under(detected.outliers, self.inverted, seen, batch.generator)
             features = run.forward(student, seen).float()
             wanted, long = (of[batch.chosen].repeat(SEEN, *[1] * (of.ndim - 1)) for of in (answers, lengths))
             likeness = F.cosine_similarity(F.normalize(features, dim=1) - centre, wanted, dim=1).mean()
@@ -121,11 +136,41 @@ class InoculateEncoder:
             f"a student with new weights, {epochs:.0f} epochs, answers of {self.answers} views averaged ({said})",
             *halvings(curve),
         ]
-        if self.filters:
+        if detected.outliers:
+            stages.append(
+                f"{len(detected.outliers)} filters of colour stand out, and are learnt to be ignored"
+            )
+        recoloured = bool(self.filters or detected.outliers)
+        if recoloured:
             set_batch_statistics(student.eval(), partial(uncorrupted, images, views, run, 1))
-        aside = len(unlabeled) - len(images)
-        families = ("tone",) if self.filters else ()
-        return Cleansed(student.eval(), arch, curve, asdict(self), stages, set_aside=aside, families=families)
+        return Cleansed(
+            student.eval(), arch, curve, asdict(self), stages, len(unlabeled) - len(images), detected.findings,
+            families=("tone",) if recoloured else (), pictures=detected.pictures,
+        )  # fmt: skip
+
+    def _detected(self, teacher: Classifier, arch: Arch, images: Tensor, run: Run) -> Detected:
+        """What stands out among filters of colour; nothing where there are too few images to tell."""
+        if not self.inversion_steps or not self.inverted:
+            return Detected()
+        looking = registry.load_for(registry.DETECTORS, "filters", "encoder")(steps=self.inversion_steps)
+        try:
+            found: Detected = looking(teacher, arch, images, run)
+        except Refused:
+            return Detected()
+        return found
+
+
+def under(found: Sequence[Outlier], share: float, views: Tensor, generator: torch.Generator) -> Tensor:
+    """`views` float [n c h w] in [0, 1], a `share` of them each under one of `found`, at a random strength."""
+    draw = partial(torch.rand, generator=generator, device=views.device)
+    strengths = FAINTEST + (STRONGEST - FAINTEST) * draw(len(views))
+    chosen, which = draw(len(views)) < share, (draw(len(views)) * len(found)).long()
+    seen = views.clone()
+    for k in chosen.nonzero().squeeze(1).tolist():
+        form, exact = found[int(which[k])].form, found[int(which[k])].parameters.to(views.device)
+        loose = LOOSE * torch.randn(exact.shape, generator=generator, device=views.device)
+        seen[k] = form.stamp((strengths[k] * exact + loose)[None], views[k : k + 1])[0, 0]
+    return seen
 
 
 @torch.no_grad()

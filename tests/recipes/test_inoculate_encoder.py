@@ -6,14 +6,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from bdclean.data.imageset import ImageSet
+from bdclean.detectors.filters_encoder import FiltersEncoder
 from bdclean.errors import UsageError
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.encoder import headless
 from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.stages import describe
-from bdclean.recipes.inoculate_encoder import InoculateEncoder, averaged, uncrowded, unminded
+from bdclean.recipes.inoculate_encoder import InoculateEncoder, averaged, uncrowded, under, unminded
 from bdclean.training.encoder_lesson import mean_feature
+from bdclean.training.forms import recoloured
+from bdclean.training.inversion import Detected, Outlier
 from bdclean.training.pretraining.augmentations import Views
 from bdclean.training.run import Precision, Run
 
@@ -142,8 +145,42 @@ def test_filters_are_seen_by_the_student_where_they_are_asked_for(monkeypatch):
         assert cleansed.families == (("tone",) if share else ())
         assert filters == ([60] * 4 if share else [])
     assert any(not torch.equal(students[0][name], students[1][name]) for name in students[0])
-    with pytest.raises(UsageError, match="filters are a share"):
+    with pytest.raises(UsageError, match="filters and inverted are shares"):
         InoculateEncoder(filters=1.5)
+
+
+def test_an_inverted_filter_is_seen_in_a_share_of_the_views_at_a_strength_of_its_own():
+    form = recoloured(16, 16)
+    lift = torch.zeros(3, 5)
+    lift[:, 3] = 0.2
+    found = [Outlier(form, 0, lift, 51.0, 60.0)]
+    views = torch.full((400, 3, 16, 16), 0.3)
+    seen = under(found, 0.5, views, torch.Generator().manual_seed(0))
+    changed = (seen != views).flatten(1).any(1)
+    assert 150 < int(changed.sum()) < 250
+    by = (seen - views)[changed].mean((1, 2, 3))
+    assert 0.12 < by.mean() < 0.23 and by.min() < 0.09 and by.max() > 0.26
+    assert torch.equal(under(found, 0.0, views, torch.Generator().manual_seed(0)), views)
+
+
+def test_where_a_filter_stands_out_the_student_sees_it_and_what_was_found_is_handed_back(monkeypatch):
+    suspect, arch = tiny()
+    stands_out = Detected(
+        [{"detector": "filters"}], [Outlier(recoloured(16, 16), 1, 0.1 * torch.ones(3, 5), 20.0, 40.0)],
+        {"filter": torch.zeros(3, 16, 16)},
+    )  # fmt: skip
+    students = []
+    for found in (Detected(), stands_out):
+        monkeypatch.setattr(FiltersEncoder, "__call__", lambda *_, found=found: found)
+        recipe = InoculateEncoder(least_steps=4, epochs=1, batch_size=30)
+        made = recipe(suspect, arch, ImageSet(PHOTOS, None), None, run())
+        students.append(made.model.state_dict())
+        assert made.findings == found.findings and made.pictures.keys() == found.pictures.keys()
+        assert made.families == (("tone",) if found.outliers else ())
+        assert any("stand out" in stage for stage in made.stages) == bool(found.outliers)
+    assert any(not torch.equal(students[0][name], students[1][name]) for name in students[0])
+    with pytest.raises(UsageError, match="filters and inverted are shares"):
+        InoculateEncoder(inverted=1.5)
 
 
 @pytest.mark.slow
