@@ -24,7 +24,8 @@ from bdclean.networks.recognition.dialects import views
 from bdclean.networks.recognition.matching import Match, differences, listed, needed
 from bdclean.networks.stages import describe
 
-# Shapes seldom show the input's size: the first of these that the code accepts is taken; --preprocess size=h/w wins.
+# Shapes seldom show the input's size: the first of these that the code accepts is taken, until images tell of another
+# one; --preprocess size=h/w wins.
 # They are those of CIFAR and GTSRB (32, 48), ImageNet (224, 384), Tiny ImageNet, MNIST in colours, STL-10, Imagenette
 # (128, 256) and Inception; of grey images MNIST's comes first.
 SMALL_FIRST = (32, 224, 64, 28, 96, 48, 128, 256, 299, 384)
