@@ -450,6 +450,21 @@ def test_names_that_do_not_match_give_no_way_to_their_count(tmp_path: Path, held
     assert any(warning.startswith(said) for warning in claimed.warnings)
 
 
+@pytest.mark.parametrize("between", [" ", "\t"])
+def test_a_list_of_files_and_labels_is_no_list_of_class_names(tmp_path: Path, between: str) -> None:
+    """The form of ImageNet's val.txt."""
+    for k in range(3):
+        write(tmp_path / "images" / f"a picture {k}.png", seed=k)
+    listed = tmp_path / "val.txt"
+    listed.write_text("".join(f"a picture {k}.png{between}{2 - k}\n" for k in range(3)))
+    found = load_images(tmp_path / "images", SIZE, classes=listed, head_classes=3)
+    assert found.labels is not None and found.labels.tolist() == [2, 1, 0]
+    listed.write_text("a.png 1\nred light\nstop\n")  # one odd name makes no list
+    root = folders(tmp_path / "two", ["stop", "go", "slow"], each=1)
+    with pytest.raises(Refused, match="'go' is not one of the 3 names"):
+        load_images(root, SIZE, classes=listed, head_classes=3)
+
+
 def test_other_files_are_counted(tmp_path: Path) -> None:
     write(tmp_path / "a.png")
     (tmp_path / "labels.csv").write_text("x")
