@@ -71,7 +71,7 @@ Classes = Annotated[
         "--classes",
         parser=given_path,
         metavar="FILE",
-        help="Class names in the head's order, or a CSV of file,label.",
+        help="Class names in the head's order, or a CSV or list of file,label.",
     ),
 ]
 Arch = Annotated[

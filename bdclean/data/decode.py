@@ -7,7 +7,8 @@ import math
 import os
 import stat
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ SUFFIXES = frozenset(
 MAX_PIXELS = 64 * 2**20  # 192 MiB as RGB: above any camera's usual output, below Pillow's own warning at 89 M
 MAX_BYTES = 256 * 2**20
 LARGE = 16 * 2**20  # pictures of more pixels are decoded one at a time: many at once would fill the memory
-ORIENTATION = 0x0112
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
 _one_at_a_time = threading.Lock()
 FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
 
@@ -100,23 +101,41 @@ def decode(
     does: these are the pixels that training saw. Grey is Pillow's mode L of the RGB pixels, which is torchvision's
     Grayscale of a picture. `resize` says how another size becomes `size` (height, width).
     """
+    with _opened(picture) as image:
+        if isinstance(picture, np.ndarray):
+            return _fitted(image, size, resize, channels)
+        return _pixels(image, size, resize, channels)
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """Height and width of the picture as it is shown; raises Unreadable."""
+    with _opened(picture) as image:
+        turned = not isinstance(picture, np.ndarray) and image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+@contextmanager
+def _opened(picture: Picture) -> Iterator[Image.Image]:
+    """The picture as Pillow opens it; what is raised meanwhile becomes Unreadable."""
     try:
         if isinstance(picture, Unreadable):
             raise picture
         if isinstance(picture, np.ndarray):
-            return _fitted(Image.fromarray(picture), size, resize, channels)
+            yield Image.fromarray(picture)
+            return
         if isinstance(picture, Slice):
             picture = _read(picture)
         if isinstance(picture, bytes):
             _check_bytes(len(picture))
             with Image.open(io.BytesIO(picture), formats=FORMATS) as opened:
-                return _pixels(opened, size, resize, channels)
+                yield opened
+            return
         status = os.stat(picture)
         if not stat.S_ISREG(status.st_mode):  # a pipe or device behind a link would block or never end
             raise Unreadable("not a regular file")
         _check_bytes(status.st_size)
         with Image.open(picture, formats=FORMATS) as opened:
-            return _pixels(opened, size, resize, channels)
+            yield opened
     except Unreadable:
         raise
     except FileNotFoundError:

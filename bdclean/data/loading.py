@@ -6,13 +6,14 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bdclean.data.decode import STRETCH, Picture, Resize, Slice, Unreadable, decode
+from bdclean.data.decode import STRETCH, Picture, Resize, Slice, Unreadable, decode, size_of
 from bdclean.data.imageset import ImageSet
 from bdclean.data.labels.labelling import label_listing
 from bdclean.data.processors import usable
@@ -105,6 +106,20 @@ def load_images(
         on_disk=pixels.on_disk,
     )
     shared.put(asked, under, found)
+    return found
+
+
+def picture_sizes(path: Path, shared: Shared | None = None) -> list[tuple[int, int]]:
+    """Height and width of some pictures as they are, drawn at random, of those that can be read; none is decoded.
+
+    Raises Refused for what holds no images.
+    """
+    listing = (shared or Shared(0)).listing(path)
+    some = np.sort(np.random.default_rng(0).permutation(len(listing.names))[:TOGETHER])
+    found = []
+    for _, picture in listing.fetch(some):
+        with suppress(Unreadable):
+            found.append(size_of(picture))
     return found
 
 

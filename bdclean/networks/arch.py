@@ -58,6 +58,11 @@ class Arch:
     def kind(self) -> str:
         return "classifier" if self.head else "encoder"
 
+    @property
+    def of_user(self) -> bool:
+        """Whether it is the user's own code, which says nothing of the size of its images."""
+        return self.name.startswith("user:")
+
 
 @dataclass(frozen=True)
 class Proposal:

@@ -49,6 +49,10 @@ class Event:
         return self.shape[1] if len(self.shape) == 3 and self.shape[0] == IMAGES else self.pixels
 
 
+class NoTensor(ValueError):
+    """The network runs, and gives something else than a tensor; the message says what, and what to do."""
+
+
 def describe(
     name: str,
     build: Callable[[], nn.Module],
@@ -111,7 +115,10 @@ def describe_encoder(
 def watch(
     build: Callable[[], nn.Module], size: tuple[int, int, int], network: nn.Module | None = None
 ) -> tuple[dict[str, Event], list[str], tuple[int, ...]]:
-    """Every executed module's event, the weight modules in order of execution, and the shape of the output."""
+    """Every executed module's event, the weight modules in order of execution, and the shape of the output.
+
+    Raises NoTensor where the output is none.
+    """
     try:
         if network is None:
             with torch.device("meta"):
@@ -169,8 +176,11 @@ def _watch(
         for handle in handles:
             handle.remove()
         network.train(was_training)
-    logits = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
-    return events, _weighted(network, events), logits
+    if not isinstance(output, torch.Tensor):
+        kind = type(output).__name__
+        what = "nothing" if output is None else f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+        raise NoTensor(f"returns {what}: wrap it so that forward gives the logits alone")
+    return events, _weighted(network, events), tuple(output.shape)
 
 
 def pixels_of(module: nn.Module, given: object, output: torch.Tensor, previous: tuple[object, int]) -> int:

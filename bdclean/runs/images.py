@@ -13,16 +13,17 @@ from bdclean.data.imageset import ImageSet
 from bdclean.data.labels.agreement import agreement
 from bdclean.data.labels.classfile import FileLabels, read_class_file
 from bdclean.data.labels.labelling import claimed_names, label_listing
-from bdclean.data.loading import load_images
+from bdclean.data.loading import load_images, picture_sizes
 from bdclean.data.shared import Shared
 from bdclean.data.sources.opening import open_images as open_listing
 from bdclean.errors import Refused, UsageError
 from bdclean.measuring.trial import Predict, make_predictor
 from bdclean.measuring.verdict import commonest
-from bdclean.networks.ambiguity.size import own_size
+from bdclean.networks.ambiguity.size import of_most, own_size
 from bdclean.networks.arch import Arch
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.checkpoint.claims import claimed_resize
+from bdclean.networks.recognition.variants import SIZED
 from bdclean.progress import Tell, quiet
 from bdclean.record.run import DataEntry
 from bdclean.runs.options import CSV, Inputs
@@ -93,7 +94,8 @@ def at_own_size(
     """`checkpoint` with the image size that it was trained at, by some of the images of `path`; see `own_size`."""
     claimed = claimed_size(checkpoint)
     oblong = claimed is not None and claimed[0] != claimed[1]
-    if inputs.arch is not None or given_size(inputs) is not None or oblong:
+    named = inputs.arch is not None and SIZED.search(inputs.arch) is not None
+    if named or given_size(inputs) is not None or oblong:
         return checkpoint
     few = replace(inputs, limit=min(64, inputs.limit or 64), labeled=None, classes=None)
 
@@ -101,7 +103,20 @@ def at_own_size(
         images = read_images(path, replace(checkpoint, arch=arch), few, quiet, shared=shared)
         return as_trained(images.images, arch)
 
-    return own_size(checkpoint, load, inputs.preprocess, claimed[0] if claimed is not None else None)
+    if claimed is not None or not checkpoint.arch.of_user:
+        return own_size(checkpoint, load, inputs.preprocess, claimed[0] if claimed is not None else None)
+    pictures = picture_sizes(path, shared)
+    found, most = own_size(checkpoint, load, inputs.preprocess, None, pictures), of_most(pictures)
+    read = found.arch.input[1:]
+    if not pictures or most == read:
+        return found
+    # said even where statistics fit: those of a small network did at half its size, too
+    are = f"{most[0]}x{most[1]}" if most is not None else "of several sizes"
+    note = (
+        f"no size of the images is given: {checkpoint.arch.name} is read at {read[0]}x{read[1]}, and they are {are} "
+        "(--preprocess NAME,size=H/W says it)."
+    )
+    return replace(found, warnings=(*found.warnings, note))
 
 
 def keep_plausible_labels(

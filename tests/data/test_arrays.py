@@ -222,6 +222,11 @@ def test_class_names_of_parquet_files_are_put_into_the_heads_order(tmp_path: Pat
     assert known.labels_source == "names" and known.labels.tolist() == [3, 2, 0] * 10
     guessed = load_images(path, SIZE, head_classes=3)
     assert guessed.labels_source == "count" and guessed.classes == ("ant", "bee", "cat")
+    with pytest.raises(Refused, match="class 'bee' is not one of the 3 names in --classes"):
+        load_images(path, SIZE, head_classes=3, classes=("cat", "be", "ant"))
+    claimed = load_images(path, SIZE, head_classes=3, claimed=("cat", "be", "ant"))
+    assert claimed.classes == ("ant", "bee", "cat") and claimed.labels_source == "count"
+    assert "class 'bee' is not one of the 3 class names of the checkpoint" in claimed.warnings[0]
     other = load_images(path, SIZE, head_classes=5)
     assert other.labels is None and "3 class names and the network has 5" in other.warnings[0]
 

@@ -410,10 +410,8 @@ def test_class_names_that_do_not_fit_are_said(tmp_path: Path) -> None:
     # those of a checkpoint are only a claim
     assert load_images(root, SIZE, claimed=("ant", "bee", "cat"), head_classes=4).labels is None
     names.write_text("ant\ncow\ncat\n")
-    assert (
-        "'bee' is not one of the 3 class names"
-        in load_images(root, SIZE, classes=names, head_classes=3).warnings[0]
-    )
+    with pytest.raises(Refused, match=r"folder 'bee' is not one of the 3 names in .*classes.txt: name each"):
+        load_images(root, SIZE, classes=names, head_classes=3)
     for text in ("ant\n", ""):
         names.write_text(text)
         with pytest.raises(Refused, match="at least 2 are needed"):
@@ -426,6 +424,45 @@ def test_class_names_that_do_not_fit_are_said(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(Refused, match="is not a list of class names"):
         load_images(root, SIZE, classes=tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("held", ["folders", "csv"])
+def test_names_that_do_not_match_give_no_way_to_their_count(tmp_path: Path, held: str) -> None:
+    """One folder of another name, and the user's order was left for that of the folders without a word."""
+    root = folders(tmp_path / "images", ["ant", "bee", "cat"], each=1)
+    given = ("cat", "bee", "aunt")
+    if held == "folders":
+        names = tmp_path / "typo.txt"
+        names.write_text("\n".join(given))
+        with pytest.raises(Refused, match=r"folder 'ant' is not one of the 3 names in .*typo.txt"):
+            load_images(root, SIZE, classes=names, head_classes=3)
+        # images that the names need not be about
+        other = load_images(root, SIZE, classes=names, head_classes=3, csv_must=False)
+        assert other.labels is None and "'ant' is not one of" in other.warnings[0]
+        csv = None
+    else:
+        csv = tmp_path / "labels.csv"
+        csv.write_text("".join(f"{path},{path.split('/')[0]}\n" for path in load_images(root, SIZE).paths))
+    claimed = load_images(root, SIZE, classes=csv, claimed=given, head_classes=3)
+    assert claimed.labels is not None and claimed.classes == ("ant", "bee", "cat")
+    what = "folder" if held == "folders" else "label"
+    said = f"{what} 'ant' is not one of the 3 class names of the checkpoint: classes are numbered in the order of"
+    assert any(warning.startswith(said) for warning in claimed.warnings)
+
+
+@pytest.mark.parametrize("between", [" ", "\t"])
+def test_a_list_of_files_and_labels_is_no_list_of_class_names(tmp_path: Path, between: str) -> None:
+    """The form of ImageNet's val.txt."""
+    for k in range(3):
+        write(tmp_path / "images" / f"a picture {k}.png", seed=k)
+    listed = tmp_path / "val.txt"
+    listed.write_text("".join(f"a picture {k}.png{between}{2 - k}\n" for k in range(3)))
+    found = load_images(tmp_path / "images", SIZE, classes=listed, head_classes=3)
+    assert found.labels is not None and found.labels.tolist() == [2, 1, 0]
+    listed.write_text("a.png 1\nred light\nstop\n")  # one odd name makes no list
+    root = folders(tmp_path / "two", ["stop", "go", "slow"], each=1)
+    with pytest.raises(Refused, match="'go' is not one of the 3 names"):
+        load_images(root, SIZE, classes=listed, head_classes=3)
 
 
 def test_other_files_are_counted(tmp_path: Path) -> None:

@@ -72,6 +72,14 @@ class Maps(nn.Module):
     def forward(self, x):
         return self.conv(x)
 
+class Tuple(Small):
+    def forward(self, x):
+        return super().forward(x), x
+
+class Mapping(Small):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
 number = 3
 text = lambda: "no module"
 """
@@ -124,7 +132,7 @@ def test_user_code_from_a_package(code, monkeypatch):
         (
             "own.py:Smal",
             UsageError,
-            "has no Smal; it has Flat, Grey, Maps, Small, Stacked, TurnsGrey, broken",
+            "has no Smal; it has Flat, Grey, Mapping, Maps, Small, Stacked, Tuple, TurnsGrey",
         ),
         ("missing.py:Small", UsageError, "missing.py does not exist"),
         ("no.such.package:Small", UsageError, "No module named 'no'"),
@@ -132,6 +140,8 @@ def test_user_code_from_a_package(code, monkeypatch):
         ("own.py:text", UsageError, "does not give a network but an object of type str: name a class"),
         ("own.py:broken", Refused, "cannot be built: ValueError: no weights here"),
         ("own.py:Maps", Refused, "does not have these"),
+        ("own.py:Tuple", Refused, "own.py:Tuple returns a tuple: wrap it so that forward gives the logits"),
+        ("own.py:Mapping", Refused, "own.py:Mapping returns a dict: wrap it so that forward gives the"),
         (":x", UsageError, "is not FILE.py:NAME"),
     ],
 )

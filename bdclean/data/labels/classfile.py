@@ -17,6 +17,8 @@ from bdclean.errors import Refused
 from bdclean.files import strictjson
 
 MAX_BYTES = 512 * 2**20
+LISTED = 0.9
+"""From this share of lines of an image's name and a label on, a text is a list of labels, and no class names."""
 FILE_COLUMNS = (
     "file",
     "filename",
@@ -84,7 +86,7 @@ def read_class_file(path: Path) -> tuple[str, ...] | FileLabels:
 
     Names: one a line, a JSON list, or a JSON object from index to name, from name to index (torchvision's
     `class_to_idx`), or from index to [WordNet number, name] (Keras's `imagenet_class_index.json`). Labels: a CSV or
-    JSON lines with a file and a label each.
+    JSON lines with a file and a label each, or lines of an image's name, a space or tab, and its label.
     """
     try:
         status = path.stat()
@@ -105,7 +107,8 @@ def read_class_file(path: Path) -> tuple[str, ...] | FileLabels:
     elif suffix in (".jsonl", ".ndjson"):
         found = _json_lines(path, text)
     else:
-        found = tuple(line.strip() for line in text.splitlines() if line.strip())
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        found = _list(path, lines) or tuple(lines)
     if isinstance(found, tuple) and len(found) < 2:
         raise Refused(f"{path} names {len(found)} classes, at least 2 are needed.")
     return found
@@ -185,6 +188,16 @@ def _table(path: Path, text: str) -> tuple[str, ...] | FileLabels:
         path,
         {row[file].strip(): label_text(row[label]) for row in rows if len(row) > max(file, label)},
     )
+
+
+def _list(path: Path, lines: list[str]) -> FileLabels | None:
+    """Labels by file name, where nearly all lines are such pairs, as in the val.txt of ImageNet; else None."""
+    # behind a tab a label may have spaces, behind a space the file's name may
+    rows = [line.split("\t", 1) if "\t" in line else line.rsplit(None, 1) for line in lines]
+    pairs = [row for row in rows if len(row) == 2 and _is_image([row], 0)]
+    if not pairs or len(pairs) < LISTED * len(lines):
+        return None
+    return FileLabels(path, {file.strip(): label_text(label) for file, label in pairs})
 
 
 def _is_image(rows: list[list[str]], column: int) -> bool:

@@ -18,12 +18,16 @@ IMAGENET = 1000
 
 @dataclass(frozen=True)
 class Labelling:
-    """Folder name -> class index, the classes' names, how that was found; no index: unlabeled, and why."""
+    """Folder name -> class index, the classes' names, how that was found; no index: unlabeled, and why.
+
+    `why` beside an index is what is to be noted of it. `odd`: the user's own names lack one.
+    """
 
     index: dict[str, int] | None
     classes: tuple[str, ...] | None = None
     source: str | None = None
     why: str = ""
+    odd: bool = False
 
 
 def label_folders(
@@ -31,6 +35,7 @@ def label_folders(
     *,
     empty: Sequence[str] = (),
     names: tuple[str, ...] | None,
+    names_of: str | None = None,
     head_classes: int | None,
     forced: bool = False,
     names_only: bool = False,
@@ -40,7 +45,8 @@ def label_folders(
 
     They are labels if all match `names` (or are ImageNet's, as `n01440764`, for a head of 1,000), or all are integers
     (sorted as numbers), or their count equals the head's ('count', to be confirmed with `labels_plausible`); `forced`
-    takes that order without confirmation. `empty` folders hold no image but keep their place in the order.
+    takes that order without confirmation. The user's own names, which `names_of` says the file of, do not give way to
+    the count: what is not among them is an error. `empty` folders hold no image but keep their place in the order.
     `names_only`: numbers and counts mean nothing. `what` they are called. Never raises: `why` says what is wrong.
     An encoder has no head: 0 classes, and any count of folders is to be confirmed.
     """
@@ -58,18 +64,19 @@ def label_folders(
     by_number = _by_number(found, head_classes)
     if by_number is not None:
         return by_number
+    odd = "" if names is None else not_among(found, names, what, names_of)
+    if names_of is not None:
+        return Labelling(None, why=odd, odd=True)
     everything = sorted({*found, *empty})
     for order in (found, everything):
         if head_classes is None or len(order) == head_classes:
             source = "forced" if forced else "count"
             if head_classes is None and not forced and not any_count:
                 break
-            return Labelling({name: i for i, name in enumerate(order)}, tuple(order), source)
-    if names is not None:
-        unknown = [name for name in found if _plain(name) not in {_plain(known) for known in names}]
-        return Labelling(
-            None, why=f"{what} {(unknown or found)[0]!r} is not one of the {len(names)} class names"
-        )
+            noted = f"{odd}: classes are numbered in the order of the {what}s' names" if odd else ""
+            return Labelling({name: i for i, name in enumerate(order)}, tuple(order), source, noted)
+    if odd:
+        return Labelling(None, why=odd)
     head = "" if head_classes is None else f" and the network has {head_classes} classes"
     return Labelling(
         None, why=f"there are {len(found)} {what}s{head}, and their names say nothing about classes"
@@ -92,6 +99,16 @@ def labels_plausible(predictions: Tensor, labels: Tensor, classes: int) -> bool:
     right = float((predictions == labels).double().mean())
     # Wilson's score form, with a half image taken off for continuity.
     return right - 0.5 / n > chance + 3.1 * sqrt(chance * (1 - chance) / n)
+
+
+def not_among(found: Sequence[str], names: tuple[str, ...], what: str, names_of: str | None) -> str:
+    """Which of `found` is not one of `names`: those of the file `names_of`, or of the checkpoint."""
+    known = {form for name in names for form in (_plain(name), *_synonyms(name))}
+    odd = next((name for name in found if not known.intersection((_plain(name), *_first(name)))), None)
+    where = f"names in {names_of}" if names_of is not None else "class names of the checkpoint"
+    if odd is None:
+        return f"the {len(found)} {what}s are not matched one to one with the {len(names)} {where}"
+    return f"{what} {odd!r} is not one of the {len(names)} {where}"
 
 
 @cache

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bdclean.data.labels.classfile import FileLabels, label_text, read_class_file
-from bdclean.data.labels.folders import Labelling, label_folders, match_names
+from bdclean.data.labels.folders import Labelling, label_folders, match_names, not_among
 from bdclean.data.sources.listing import SPLITS, Listing, held
 from bdclean.errors import Refused
 from bdclean.files import strictjson
@@ -46,7 +46,8 @@ def label_listing(
     """Labels of all images, or none and a note why; raises Refused where `forced` or `classes` cannot be met.
 
     `classes`: what the user says (a file of names or of labels, or names); `claimed`: the names in the checkpoint.
-    Unless `csv_must`, a file of labels that names none of these images is for others.
+    Unless `csv_must`, a file of labels that names none of these images is for others, and images of classes that the
+    user's names do not have are unlabeled.
     """
     notes = []
     if listing.others:
@@ -58,15 +59,16 @@ def label_listing(
         lying = [path for name in CLASS_FILES if (path := Path(listing.where) / name).is_file()]
         notes += [f"{plain(path)} was not read: --classes {plain(path)} uses it." for path in lying[:1]]
     names = None if claimed is not None and len(claimed) != (head_classes or len(claimed)) else claimed
+    names_of: str | None = None
     said: tuple[str, ...] | FileLabels | None = None
     if classes is not None:
         said = read_class_file(Path(classes)) if isinstance(classes, (str, Path)) else tuple(classes)
     if isinstance(said, tuple):
-        names = said
+        names, names_of = said, str(classes) if isinstance(classes, (str, Path)) else "--classes"
         if head_classes and len(names) != head_classes:
             raise Refused(
-                f"{classes if isinstance(classes, (str, Path)) else '--classes'} has {len(names)} class names and the "
-                f"network has {head_classes} classes: give a name for each, in the head's order."
+                f"{names_of} has {len(names)} class names and the network has {head_classes} classes: give a name for "
+                "each, in the head's order."
             )
     values = said.match(listing.names) if isinstance(said, FileLabels) else []
     if isinstance(said, FileLabels) and not csv_must and not any(value is not None for value in values):
@@ -83,19 +85,23 @@ def label_listing(
         if not kept.all():
             notes.append(f"{int((~kept).sum()):,} images that {said.path} does not name were left out.")
         keys: Sequence[str | None] = values
-        labelling = _by_value(values, None, names, head_classes, forced=True)
+        labelling = _by_value(values, None, names, None, head_classes, forced=True)
         forced = True  # whoever gives labels wants them used
     elif listing.labels is not None:
         keys = [label if label is None else label_text(label) for label in listing.labels]
-        labelling = _by_value(keys, listing.classes, names, head_classes, forced)
+        labelling = _by_value(keys, listing.classes, names, names_of, head_classes, forced)
     else:
-        keys, labelling = _by_folder(listing, names, head_classes, forced, notes)
+        keys, labelling = _by_folder(listing, names, names_of, head_classes, forced, notes)
     if labelling.index is None:
         if forced:
             raise Refused(f"{plain(listing.where)} cannot serve as labeled images: {plain(labelling.why)}.")
+        if labelling.odd and csv_must:
+            raise Refused(f"{plain(labelling.why)}: name each as the file does, or leave --classes out.")
         if labelling.why:
             notes.append(f"images in {plain(listing.where)} are taken as unlabeled: {plain(labelling.why)}.")
         return Labels(None, kept, None, None, notes)
+    if labelling.why:
+        notes.append(f"{plain(labelling.why)}.")
     index = labelling.index
     numbers = np.fromiter(
         (index.get(key, -1) if key is not None else -1 for key in keys), np.int64, len(keys)
@@ -112,6 +118,7 @@ def _by_value(
     values: Sequence[str | None],
     own: tuple[str, ...] | None,
     names: tuple[str, ...] | None,
+    names_of: str | None,
     head_classes: int | None,
     forced: bool,
 ) -> Labelling:
@@ -122,22 +129,33 @@ def _by_value(
         return Labelling(None, why=f"{missing:,} of {len(values):,} have no label")
     present = sorted(value for value in found if value is not None)
     if own is None:
-        return label_folders(present, names=names, head_classes=head_classes, forced=forced, what="label")
+        return label_folders(
+            present, names=names, names_of=names_of, head_classes=head_classes, forced=forced, what="label"
+        )
     if not all(value.isdigit() and int(value) < len(own) for value in present):
         return Labelling(None, why=f"a label is not among the file's {len(own)} class names")
     named = match_names(own, names) if names is not None else None
     if named is not None:
         return Labelling({value: named[own[int(value)]] for value in present}, names, "names")
+    odd = "" if names is None else not_among(own, names, "class", names_of)
+    if names_of is not None:
+        return Labelling(None, why=odd, odd=True)
     if head_classes and len(own) != head_classes:
         return Labelling(
             None, why=f"the file has {len(own)} class names and the network has {head_classes} classes"
         )
     # the order may be another one: to be confirmed, as that of folders
-    return Labelling({value: int(value) for value in present}, own, "forced" if forced else "count")
+    noted = f"{odd}: classes are numbered as in the images' own file" if odd else ""
+    return Labelling({value: int(value) for value in present}, own, "forced" if forced else "count", noted)
 
 
 def _by_folder(
-    listing: Listing, names: tuple[str, ...] | None, head_classes: int | None, forced: bool, notes: list[str]
+    listing: Listing,
+    names: tuple[str, ...] | None,
+    names_of: str | None,
+    head_classes: int | None,
+    forced: bool,
+    notes: list[str],
 ) -> tuple[Sequence[str | None], Labelling]:
     """Each image's folder, and the folders' labelling. Folders such as `train` and `test` are looked through."""
     depth = 0
@@ -161,7 +179,7 @@ def _by_folder(
     keys = [name.split("/", depth + 1)[depth] if name.count("/") > depth else None for name in listing.names]
     labelling = label_folders(
         sorted({key for key in keys if key is not None}),
-        empty=listing.empty if depth == 0 else (), names=names, head_classes=head_classes,
+        empty=listing.empty if depth == 0 else (), names=names, names_of=names_of, head_classes=head_classes,
         forced=forced, names_only=listing.stems_only,
     )  # fmt: skip
     if listing.stems_only and labelling.index is None and not forced:

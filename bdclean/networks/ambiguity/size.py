@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,9 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
 from bdclean.networks.checkpoint.claims import claim
 from bdclean.networks.normalisation import NAMED, parse_preprocess
+from bdclean.networks.recognition.user_code import SMALL_FIRST
 from bdclean.networks.recognition.variants import at_size
+from bdclean.networks.stages import IMAGES, watch
 
 # Image sides, beside the usual one, that people train convolutional networks at: CIFAR and GTSRB, GTSRB at its other
 # usual size, Tiny ImageNet, STL-10, Imagenette (128 to 256), ImageNet; of grey images MNIST's, too.
@@ -28,23 +31,33 @@ LARGER = 2
 # Images that tell the size of a network without batch norm of so many classes or more, the largest size beside the
 # usual one that is tried, and the share of what they can tell that is enough.
 FEW, FEW_SIDES, TELLS, LEAST_CLASSES = 32, 128, 0.5, 4
+# The largest side that the user's code is tried at for its pictures alone.
+LARGEST = 224
 
 
 def own_size(
-    checkpoint: Checkpoint, load: Callable[[Arch], Tensor], given: str = "auto", claimed: int | None = None
+    checkpoint: Checkpoint,
+    load: Callable[[Arch], Tensor],
+    given: str = "auto",
+    claimed: int | None = None,
+    pictures: Sequence[tuple[int, int]] = (),
 ) -> Checkpoint:
     """`checkpoint` with the image size that it was trained at, where its batch norm or its answers say so clearly.
 
     Convolutional networks take images of any size. `load(arch)` reads images at `arch.input`, the same ones each time.
     `given`: the normalisation that the user says, or `auto`. `claimed`: the side that the file says, which holds unless
-    the statistics of batch norm contradict it and fit another.
+    the statistics of batch norm contradict it and fit another. `pictures`: height and width of some images as they
+    are; the user's code is read at the size of most, where that is square and nothing else tells.
     """
+    own, users = checkpoint.arch.input[1], checkpoint.arch.of_user
+    if users and claimed is None:
+        checkpoint = at_pictures(checkpoint, pictures)
     usual = checkpoint.arch if claimed is None else at_size(checkpoint.arch, claimed)
-    own = checkpoint.arch.input[1]
-    with torch.device("meta"):
+    # The user's code may look at values, which the meta device has none of.
+    with torch.device("cpu" if users else "meta"), torch.random.fork_rng(devices=[]):
         outline = usual.build().eval()
     channels = usual.input[0]
-    if not takes_sizes(outline, channels, 2 * usual.input[1]):
+    if not users and not takes_sizes(outline, channels, 2 * usual.input[1]):
         return checkpoint
     norms = (m for m in outline.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     remembers = any(norm.running_mean is not None for norm in norms)
@@ -52,14 +65,18 @@ def own_size(
     if not remembers and checkpoint.arch.classes < LEAST_CLASSES:
         # Images of one class alone would look like the wrong size; an encoder has no answers that tell.
         return checkpoint
-    if claimed is not None and (encoder or not remembers):
+    if (claimed is not None and (encoder or not remembers)) or (users and not remembers):
         return checkpoint
     misfit = misfit_of_statistics if remembers else misfit_of_answers
     found: dict[int, float] = {}
     largest = LARGER * own if remembers else FEW_SIDES
-    tried = GREY_SIDES if channels == 1 else SIDES
+    if users:  # a small stem makes large images costly: they are tried where the pictures are as large
+        largest = max(largest, *(min(LARGEST, *size) for size in pictures), 0)
+    tried = SMALL_FIRST if users else GREY_SIDES if channels == 1 else SIDES
     for side in dict.fromkeys((usual.input[1], own, *(s for s in tried if s <= largest))):
         arch = usual if side == usual.input[1] else at_size(usual, side)
+        if users and not runs(arch):
+            continue
         images = load(arch)
         # Too small for its pools, or no multiple of its blocks.
         with contextlib.suppress(RuntimeError, ValueError, AssertionError):
@@ -84,6 +101,32 @@ def own_size(
         warned = replace(checkpoint, warnings=(*checkpoint.warnings, guessed(usual.input[1], best)))
     candidates = tuple(at_size(a, best) for a in checkpoint.candidates)
     return replace(warned, arch=at_size(usual, best), candidates=candidates)
+
+
+def of_most(pictures: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """The height and width that more than half of the pictures have."""
+    size, count = Counter(pictures).most_common(1)[0] if pictures else ((0, 0), 0)
+    return size if 2 * count > len(pictures) else None
+
+
+def at_pictures(checkpoint: Checkpoint, pictures: Sequence[tuple[int, int]]) -> Checkpoint:
+    """The user's network for pictures of the size that most have, if that is square, none of a photo, and accepted."""
+    height, width = of_most(pictures) or (0, 0)
+    if height != width or height in (0, checkpoint.arch.input[1]) or height > max(SMALL_FIRST):
+        return checkpoint
+    arch = at_size(checkpoint.arch, height)
+    candidates = tuple(at_size(a, height) for a in checkpoint.candidates)
+    return replace(checkpoint, arch=arch, candidates=candidates) if runs(arch) else checkpoint
+
+
+def runs(arch: Arch) -> bool:
+    """Whether the user's code gives one row for each image of this size."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            given = watch(arch.build, arch.input)[2]
+    except Exception:  # a stranger's code may raise anything
+        return False
+    return len(given) == 2 and given[0] == IMAGES
 
 
 def guessed(usual: int, best: int) -> str:

@@ -144,7 +144,7 @@ class Checkpoint:
         wanted = arch or self.arch
         with (
             torch.random.fork_rng(devices=[]),
-            nullcontext() if wanted.name.startswith("user:") else Undrawn(),
+            nullcontext() if wanted.of_user else Undrawn(),
         ):
             network = wanted.build()
         own = network.state_dict()

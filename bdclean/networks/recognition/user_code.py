@@ -22,9 +22,10 @@ from bdclean.networks.arch import Arch, Shape
 from bdclean.networks.recognition.channels import check_readable
 from bdclean.networks.recognition.dialects import views
 from bdclean.networks.recognition.matching import Match, differences, listed, needed
-from bdclean.networks.stages import describe
+from bdclean.networks.stages import NoTensor, describe
 
-# Shapes seldom show the input's size: the first of these that the code accepts is taken; --preprocess size=h/w wins.
+# Shapes seldom show the input's size: the first of these that the code accepts is taken, until images tell of another
+# one; --preprocess size=h/w wins.
 # They are those of CIFAR and GTSRB (32, 48), ImageNet (224, 384), Tiny ImageNet, MNIST in colours, STL-10, Imagenette
 # (128, 256) and Inception; of grey images MNIST's comes first.
 SMALL_FIRST = (32, 224, 64, 28, 96, 48, 128, 256, 299, 384)
@@ -158,7 +159,7 @@ def arch_of(spec: str, build: Callable[[], nn.Module], network: nn.Module) -> Ar
     """The Arch of the user's network, at the first usual input size that it accepts.
 
     What takes RGB images gets them, also where its own code makes them grey for a first layer of one channel; else the
-    images are grey. Raises Refused where neither runs.
+    images are grey. Raises Refused where neither runs, or what comes out is no tensor.
     """
     first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     # A stem that shrinks its input at once is made for large images, though it may accept small ones.
@@ -169,6 +170,8 @@ def arch_of(spec: str, build: Callable[[], nn.Module], network: nn.Module) -> Ar
             try:
                 with torch.random.fork_rng(devices=[]):
                     return describe(f"user:{spec.rpartition(':')[2]}", build, (channels, side, side))
+            except NoTensor as error:  # it ran: no other size or channels will help
+                raise Refused(f"{spec} {shown(str(error))}.") from None
             except Exception as error:  # a stranger's code may raise anything
                 why.setdefault(channels, f"an image of {side}x{side}: {type(error).__name__}: {error}")
     own = first.in_channels if first is not None else 3
