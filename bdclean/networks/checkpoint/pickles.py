@@ -23,11 +23,13 @@ from bdclean.files.tensorfile import NAMES, Entry
 from bdclean.files.text import shown
 from bdclean.networks.checkpoint.protocols import NoProtocol2, opened
 from bdclean.networks.checkpoint.strangers import Stubs, UnpicklingError, foreign
+from bdclean.networks.recognition.dialects import BESIDE, LONGEST
 
-# Where training scripts keep the weights inside a saved table; averages only where nothing else is there.
+# Where training scripts keep the weights inside a saved table (netC: WaNet's and Input-Aware's); averages only where
+# nothing else is there.
 WEIGHT_KEYS = (
-    "state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights", "params",
-    "state_dict_ema", "model_ema", "ema_state_dict", "ema",
+    "state_dict", "model_state_dict", "net_state_dict", "model_state", "model", "net", "netC", "network", "module",
+    "weights", "params", "model_raw", "state_dict_ema", "model_ema", "ema_state_dict", "ema",
 )  # fmt: skip
 OTHER_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.uint16: "U16", torch.uint32: "U32",
@@ -135,7 +137,11 @@ def _weights(loaded: Mapping[Any, Any]) -> str:
         inner = next(
             (k for k in WEIGHT_KEYS if isinstance(table.get(k), Mapping) and _any_tensor(table[k])), None
         )
-        if inner is None or any(isinstance(v, Tensor) and v.ndim > 1 for v in table.values()):
+        # A matrix beside it may be a part of the network, unless its name is known.
+        if inner is None or any(
+            isinstance(v, Tensor) and v.ndim > 1 and not BESIDE.match(str(k)[:LONGEST])
+            for k, v in table.items()
+        ):
             break
         prefix, table = f"{prefix}{inner}.", table[inner]
     return prefix

@@ -13,12 +13,12 @@ ANYWHERE = re.compile(
 # (state_dict_ema), FixMatch in PyTorch (ema_state_dict).
 AVERAGES = r"(?:ema|model_ema|ema_model|swa_model|state_dict_ema|ema_state_dict)"
 # Under which training code holds its network: PyTorch's ImageNet example (state_dict) and tutorial (model_state_dict),
-# pycls (model_state), BackdoorBench, DeiT and Lightning (model), kuangliu (net), bdclean's own Classifier (network),
-# mmpretrain and solo-learn (backbone), VISSL (base_model), transformers (timm_model), ema-pytorch (online_model), DINO
-# (student).
+# pycls (model_state), BackdoorBench, DeiT and Lightning (model), kuangliu (net), WaNet and Input-Aware (netC; netG is
+# what makes their triggers), bdclean's own Classifier (network), mmpretrain and solo-learn (backbone), VISSL
+# (base_model), transformers (timm_model), ema-pytorch (online_model), DINO (student).
 HOLDERS = re.compile(
-    rf"^(?:(?:{AVERAGES}|state_dict|model_state_dict|model_state|model|net|network|backbone|base_model|timm_model"
-    r"|online_model|student)\.)+"
+    rf"^(?:(?:{AVERAGES}|state_dict|model_state_dict|net_state_dict|model_state|model|model_raw|net|netC|network"
+    r"|backbone|base_model|timm_model|online_model|student)\.)+"
 )
 # Words that are also parts of networks proper, tried last: SupContrast (encoder), open_clip (visual.trunk),
 # byol-pytorch (online_encoder), DINO (teacher), SimCLRv2 in PyTorch (resnet), lightly (backbone.vit).
@@ -29,12 +29,13 @@ LONGEST, MOST_WRAPPERS = 200, 8
 # What lies beside a network and is never part of what it computes: optimizer, counters and scaler (PyTorch's ImageNet
 # example, MoCo v3, kuangliu's acc, akamaster's best_prec1), losses and metrics (Lightning with torchmetrics), heads of
 # self-supervision (solo-learn, SwAV, CTRL, MoCo, SimSiam), n_averaged (PyTorch), decay (latent diffusion's LitEma),
-# data_preprocessor (mmpretrain), callbacks and loops (Lightning), normalizer (MadryLab's robustness).
+# data_preprocessor (mmpretrain), callbacks and loops (Lightning), normalizer (MadryLab's robustness), WaNet's grids.
 BESIDE = re.compile(
     r"^(?:[\w]*optim(?:izer)?[\w]*|[\w]*scheduler[\w]*|scaler|epochs?|[\w]*_step|steps?|iter(?:ation)?s?|n_averaged"
     r"|criterion[\w]*|loss|losses|loss_fn|[\w]*_loss|[\w]*metrics?|(?:train|val|test)_acc\w*|acc|accuracy|best_\w+"
     r"|[\w]*projector|[\w]*projection_head|proj_head|predictor|prototypes|queue|queue_ptr|decay|num_updates"
-    r"|data_preprocessor|rng_state|[\w]*_rng_state|callbacks|hyper_parameters|loops|normalizer)(?:\.|$)"
+    r"|data_preprocessor|rng_state|[\w]*_rng_state|callbacks|hyper_parameters|loops|normalizer|identity_grid"
+    r"|noise_grid)(?:\.|$)"
 )
 
 

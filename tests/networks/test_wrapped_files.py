@@ -1,0 +1,90 @@
+"""Networks in files as attacks' authors and training scripts write them: under other keys, prefixes and layers."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bdclean.errors import Refused
+from bdclean.networks.checkpoint.checkpoint import Checkpoint
+from bdclean.networks.families.residual import ResidualNetwork
+
+
+def weights(seed=0):
+    torch.manual_seed(seed)
+    return ResidualNetwork((1, 1, 1), (4, 8, 16), 4, 10).state_dict()
+
+
+def under(prefix, state):
+    return {prefix + name: tensor.clone() for name, tensor in state.items()}
+
+
+def read_and_written(path, folder):
+    """The checkpoint, and what is written of it unchanged."""
+    checkpoint = Checkpoint.read(path, allow_pickle=True)
+    network = checkpoint.build()
+    assert all(torch.equal(t, weights()[n]) for n, t in network.state_dict().items())
+    checkpoint.write(network, folder / "out.safetensors", {})
+    return checkpoint, load_file(folder / "out.safetensors")
+
+
+# As WaNet's and Input-Aware's train.py save their networks, schedulers and grids.
+WANET = {
+    "netG": {"conv.weight": torch.randn(3, 3, 3, 3)},
+    "schedulerC": {"last_epoch": 3},
+    "identity_grid": torch.randn(1, 8, 8, 2),
+    "noise_grid": torch.randn(1, 8, 8, 2),
+    "best_clean_acc": 94.0,
+}
+
+
+@pytest.mark.parametrize("key", ["netC", "net_state_dict", "model_raw"])
+def test_tables_of_attacks_are_read_and_the_rest_is_carried_over(key, tmp_path):
+    torch.save({key: weights()} | WANET, tmp_path / "m.pth.tar")
+    checkpoint, written = read_and_written(tmp_path / "m.pth.tar", tmp_path)
+    assert set(checkpoint.unread) == {"netG.conv.weight", "identity_grid", "noise_grid"}
+    assert written.keys() == weights().keys() | set(checkpoint.unread)
+    assert torch.equal(written["noise_grid"], WANET["noise_grid"])
+    assert torch.equal(written["netG.conv.weight"], WANET["netG"]["conv.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["netC.", "classifier.", "clf.", "module.victim.", "1."])
+def test_a_network_under_any_prefix_that_most_tensors_have(prefix, tmp_path):
+    rest = {"netG.conv.weight": torch.randn(3, 3, 3, 3).half(), "optimizer.state.0.step": torch.tensor(3.0)}
+    state = under(prefix, weights()) | rest
+    save_file(state, tmp_path / "m.safetensors")
+    checkpoint, written = read_and_written(tmp_path / "m.safetensors", tmp_path)
+    assert set(checkpoint.unread) == rest.keys() and written.keys() == state.keys()
+    assert all(torch.equal(written[n], t) for n, t in state.items())
+    said = f"the network is what lies under {prefix}; taken for no part of it: netG.conv.weight."
+    assert (said in checkpoint.warnings) == (prefix != "netC.")
+
+
+def test_one_prefix_for_all_says_nothing(tmp_path):
+    save_file(under("victim.", weights()), tmp_path / "m.safetensors")
+    checkpoint, _ = read_and_written(tmp_path / "m.safetensors", tmp_path)
+    assert checkpoint.unread == () and checkpoint.warnings == ()
+
+
+@pytest.mark.parametrize("last", [{"head2.weight": (5, 10), "head2.bias": (5,)}, {"clf.weight": (5, 16)}])
+def test_a_network_whose_head_may_lie_outside_the_prefix_is_refused(last, tmp_path):
+    """Of a network with a layer behind its 1st head, and of a trunk whose head has another name."""
+    headless = "clf.weight" in last
+    state = {n: t for n, t in weights().items() if not (headless and n.startswith("fc"))}
+    save_file(
+        under("victim.", state) | {n: torch.ones(s) for n, s in last.items()}, tmp_path / "m.safetensors"
+    )
+    with pytest.raises(Refused, match="no known architecture has these"):
+        Checkpoint.read(tmp_path / "m.safetensors")
+
+
+def test_the_users_code_is_found_under_any_prefix(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))\n"
+    )
+    state = {"0.weight": torch.ones(4, 3, 3, 3), "0.bias": torch.ones(4)}
+    state |= {"3.weight": torch.ones(5, 4), "3.bias": torch.ones(5)}
+    save_file(under("victim.", state), tmp_path / "m.safetensors")
+    checkpoint = Checkpoint.read(tmp_path / "m.safetensors", f"{tmp_path / 'own.py'}:net")
+    assert checkpoint.names == {f"victim.{n}": n for n in state}
