@@ -5,8 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bdclean.errors import Refused
+from bdclean.networks.ambiguity.choosing import choose
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
+from bdclean.networks.checkpoint.claims import claim, layer_claim
 from bdclean.networks.families.residual import ResidualNetwork
+from bdclean.networks.recognition.dialects import views
 
 
 def weights(seed=0):
@@ -88,3 +91,59 @@ def test_the_users_code_is_found_under_any_prefix(tmp_path):
     save_file(under("victim.", state), tmp_path / "m.safetensors")
     checkpoint = Checkpoint.read(tmp_path / "m.safetensors", f"{tmp_path / 'own.py'}:net")
     assert checkpoint.names == {f"victim.{n}": n for n in state}
+
+
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+# How a layer that normalises and the network behind it are called: what nn.Sequential, RobustBench and MadryLab write.
+LAYERS = {
+    "sequential": ("0.mean", "0.std", "1."),
+    "sequential in a wrapper": ("module.0._mean", "module.0._std", "module.1."),
+    "sequential in lightning": ("model.0.mu", "model.0.sigma", "model.1."),
+    "robustbench": ("normalize.mean", "normalize.std", "model."),
+    "madrylab": ("module.normalizer.new_mean", "module.normalizer.new_std", "module.model."),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_that_normalises_is_carried_over_and_a_claim(kind, tmp_path):
+    mean, std, prefix = LAYERS[kind]
+    layer = {n: torch.tensor(v).reshape(1, 3, 1, 1) for n, v in zip((mean, std), CIFAR10, strict=True)}
+    state = under(prefix, weights()) | layer
+    save_file(state, tmp_path / "m.safetensors")
+    checkpoint, written = read_and_written(tmp_path / "m.safetensors", tmp_path)
+    assert set(checkpoint.unread) == layer.keys() and checkpoint.warnings == ()
+    assert written.keys() == state.keys() and all(torch.equal(written[n], t) for n, t in state.items())
+    said, source = claim(
+        checkpoint.metadata, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, None, checkpoint.layer
+    )
+    assert (said.mean, said.std, said.raw255) == (*CIFAR10, False) and source == "the file's mean and std"
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    assert said in [choice.preprocess for choice in choose(checkpoint, images)]
+
+
+@pytest.mark.parametrize(
+    "mean, std, found",
+    [
+        (torch.tensor(0.5), torch.tensor(0.25), ((0.5,) * 3, (0.25,) * 3, False)),
+        (
+            torch.tensor([120.0, 110, 100]),
+            torch.tensor([60.0, 61, 62]),
+            ((120, 110, 100), (60, 61, 62), True),
+        ),
+        (torch.zeros(3), torch.tensor([0.0, 1, 1]), None),
+        (torch.zeros(3), torch.tensor([1.0, float("nan"), 1]), None),
+        (torch.zeros(4), torch.ones(4), None),
+        (torch.zeros(3, dtype=torch.int64), torch.ones(3), None),
+        (torch.zeros(3), None, None),
+    ],
+)
+def test_what_mean_and_std_claim(mean, std, found):
+    tensors = {"0.mean": mean} | ({"0.std": std} if std is not None else {})
+    said = layer_claim(tensors, list(tensors))
+    assert (said and (said.mean, said.std, said.raw255)) == found
+
+
+@pytest.mark.parametrize("name", ["0.weight", "2.weight", "0.mean.x"])
+def test_a_first_layer_that_does_more_is_not_set_aside(name):
+    names = ["0.mean", "0.std", "1.conv1.weight", "1.fc.weight", name]
+    assert all("conv1.weight" not in view.values() for view, _ in views(names))

@@ -38,6 +38,9 @@ BESIDE = re.compile(
     r"|noise_grid)(?:\.|$)"
 )
 
+# nn.Sequential(Normalize(mean, std), network): what part 0 holds, under the names that such layers have.
+NORMALISE = re.compile(r"0\.(?:_|new_)?(?:means?|stds?|sds|mu|sigma)")
+
 
 def views(
     names: Iterable[str], expected: Iterable[str] = ()
@@ -47,10 +50,18 @@ def views(
     With more and more wrappers taken off: first all tensors together (`backbone.conv1.weight` beside `fc.weight`),
     then without what is known to lie beside a network (`optimizer.`, `projector.`), then each wrapper's own, weights
     before their averages and most first, with whatever lies outside it (a text tower) unread. No view comes twice.
-    `expected`: names that need no stripping.
+    `expected`: names that need no stripping. Behind a first layer that only normalises lies the network.
     """
-    names = list(names)
-    if names and set(names) <= set(expected):
+    names, expected = list(names), set(expected)
+    behind, aside = behind_normalisation(names)
+    for view, unread in stripped(list(behind), expected):
+        yield {behind[n]: short for n, short in view.items()}, tuple(behind[n] for n in unread) + aside
+    yield from stripped(names, expected)
+
+
+def stripped(names: list[str], expected: set[str]) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
+    """`views` of names with no such layer before them."""
+    if names and set(names) <= expected:
         yield {name: name for name in names}, ()
     seen: set[frozenset[tuple[str, str]]] = set()
     for strip in (plain, bare, unwrapped, inmost):
@@ -59,6 +70,24 @@ def views(
             if view and key not in seen and len(set(view.values())) == len(view):
                 seen.add(key)
                 yield view, unread
+
+
+def behind_normalisation(names: list[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Name without prefix -> name of what is part 1 of two, of which part 0 only normalises, and all other names."""
+    behind: dict[str, str] = {}
+    aside: list[str] = []
+    layer = False
+    for name in names:
+        short = unwrapped(name[:LONGEST])
+        if short.startswith("1.") and name.endswith(short):
+            behind[short[2:]] = name
+            continue
+        aside.append(name)
+        if NORMALISE.fullmatch(short):
+            layer = True
+        elif not BESIDE.match(short):
+            return {}, ()
+    return (behind, tuple(aside)) if layer and len(behind) + len(aside) == len(names) else ({}, ())
 
 
 def groups(names: list[str], strip: Callable[[str], str]) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
