@@ -147,3 +147,19 @@ def test_what_mean_and_std_claim(mean, std, found):
 def test_a_first_layer_that_does_more_is_not_set_aside(name):
     names = ["0.mean", "0.std", "1.conv1.weight", "1.fc.weight", name]
     assert all("conv1.weight" not in view.values() for view, _ in views(names))
+
+
+@pytest.mark.parametrize("table", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}])
+@pytest.mark.parametrize("rest", [(), ({"state": {0: {"step": torch.tensor(3.0)}}}, 7)])
+def test_a_list_whose_first_item_is_the_table(table, rest, tmp_path):
+    torch.save([table(weights()), *rest], tmp_path / "m.pth")
+    checkpoint, written = read_and_written(tmp_path / "m.pth", tmp_path)
+    assert checkpoint.unread == (("1.state.0.step",) if rest else ())
+    assert written.keys() == weights().keys() | set(checkpoint.unread)
+
+
+@pytest.mark.parametrize("content", [[], [{}], [{"epoch": 3}], [3, {"a": 4}], [torch.ones(2)]])
+def test_a_list_without_a_table_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "m.pth")
+    with pytest.raises(Refused, match="no table of tensors"):
+        Checkpoint.read(tmp_path / "m.pth", allow_pickle=True)

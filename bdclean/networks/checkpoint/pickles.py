@@ -51,6 +51,9 @@ def read_pickle(
     size = path.stat().st_size
     _check_archive(path, size)
     loaded = _load(path)
+    if isinstance(loaded, (list, tuple)) and loaded and isinstance(loaded[0], Mapping):
+        # [state_dict] or (state_dict, optimizer's, ...)
+        loaded = {str(k): value for k, value in enumerate(loaded)}
     if isinstance(loaded, Tensor) or not isinstance(loaded, Mapping) or not loaded:
         raise Refused(f"{where} holds no table of tensors: save the network's state_dict().")
     prefix = _weights(loaded)
@@ -133,6 +136,8 @@ def _load(path: Path) -> object:
 def _weights(loaded: Mapping[Any, Any]) -> str:
     """The beginning of the names that the weights' own table has in the whole."""
     prefix, table = "", loaded
+    if isinstance(table.get("0"), Mapping) and _any_tensor(table["0"]):
+        prefix, table = "0.", table["0"]
     for _ in range(2):
         inner = next(
             (k for k in WEIGHT_KEYS if isinstance(table.get(k), Mapping) and _any_tensor(table[k])), None
