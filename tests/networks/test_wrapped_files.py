@@ -163,3 +163,23 @@ def test_a_list_without_a_table_is_refused(content, tmp_path):
     torch.save(content, tmp_path / "m.pth")
     with pytest.raises(Refused, match="no table of tensors"):
         Checkpoint.read(tmp_path / "m.pth", allow_pickle=True)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    ("name", "timm"),
+    [
+        ("stages.0.blocks.0.conv_dw.weight", True),
+        ("conv_stem.weight", True),
+        ("patch_embed.proj.weight", True),
+        ("head.fc.weight", True),
+        ("features.0.weight", False),
+        ("layer1.0.conv1.weight", False),
+        ("wide_stem.weight", False),
+    ],
+)
+def test_a_refusal_of_timms_names_says_how_to_name_the_network(prefix, name, timm, tmp_path):
+    save_file({prefix + name: torch.ones(2, 2)}, tmp_path / "m.safetensors")
+    with pytest.raises(Refused) as caught:
+        Checkpoint.read(tmp_path / "m.safetensors")
+    assert ("--arch FILE.py:NAME, or --arch timm:NAME if timm made it." in str(caught.value)) == timm
