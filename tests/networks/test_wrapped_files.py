@@ -1,8 +1,11 @@
 """Networks in files as attacks' authors and training scripts write them: under other keys, prefixes and layers."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torchvision.models import resnet18
 
 from bdclean.errors import Refused
 from bdclean.networks.ambiguity.choosing import choose
@@ -183,3 +186,14 @@ def test_a_refusal_of_timms_names_says_how_to_name_the_network(prefix, name, tim
     with pytest.raises(Refused) as caught:
         Checkpoint.read(tmp_path / "m.safetensors")
     assert ("--arch FILE.py:NAME, or --arch timm:NAME if timm made it." in str(caught.value)) == timm
+
+
+def test_a_network_with_more_in_it_is_said_to_have_all_of_the_nearest(tmp_path):
+    """SENet's blocks are ResNet's with two layers more."""
+    state = resnet18(num_classes=5).state_dict()
+    more = {f"layer{k}.0.fc{n}.weight": torch.ones(4, 4, 1, 1) for k in (1, 2) for n in (1, 2)}
+    save_file(state | more, tmp_path / "m.safetensors")
+    some = "layer1.0.fc1.weight, layer1.0.fc2.weight, layer2.0.fc1.weight, ..."
+    said = f"these 126 tensors; the file has all 102 of resnet18, and 4 more ({some}): give the network's own code"
+    with pytest.raises(Refused, match=re.escape(said)):
+        Checkpoint.read(tmp_path / "m.safetensors")

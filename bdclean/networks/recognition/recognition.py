@@ -32,7 +32,7 @@ from bdclean.networks.families import (
 )
 from bdclean.networks.recognition.channels import as_rgb, at_usual_size, check_readable, with_channels
 from bdclean.networks.recognition.dialects import LONGEST, unwrapped, views
-from bdclean.networks.recognition.matching import Match, differences, listed
+from bdclean.networks.recognition.matching import NO_PART, Match, differences, listed
 from bdclean.networks.recognition.replaced_heads import replaced_heads
 from bdclean.networks.recognition.user_code import fit_user_code
 from bdclean.networks.recognition.variants import at_size, variants
@@ -273,6 +273,10 @@ def refusal(names: Collection[str], nearest: Near | None) -> str:
     if nearest is None:
         return f"no known architecture has {tensors}, nor anything like them: {advice}."
     near = f"nearest is {nearest.name} ({listed(nearest.differing)})"
-    if nearest.held:
+    more = [phrase.removesuffix(NO_PART) for phrase in nearest.differing if phrase.endswith(NO_PART)]
+    if nearest.held == nearest.of and len(more) == len(nearest.differing):
+        some = ", ".join(more[:3]) + (", ..." if len(more) > 3 else "")
+        near = f"the file has all {nearest.of} of {nearest.name}, and {len(more)} more ({some})"
+    elif nearest.held:
         near += f", of whose {nearest.of} tensors it has {nearest.held}"
     return f"no known architecture has {tensors}; {near}: {advice}."
