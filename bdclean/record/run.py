@@ -187,7 +187,7 @@ class CheckpointEntry:
     parameters: int | None = None
     unread: list[str] = field(default_factory=list)
     preprocess: str | None = None
-    preprocess_source: str | None = None  # given, metadata, config.json, first normalisation layer, ...
+    preprocess_source: str | None = None  # given, metadata, config.json, the file's mean and std, ...
     preprocess_margin: float | None = None
     alternatives: list[dict[str, Any]] = field(default_factory=list)  # other readings: name, reason
     architecture_margin: float | None = None  # how many times worse the next reading's statistics are

@@ -17,7 +17,7 @@ from bdclean.networks.ambiguity.choosing import AUTHORS, Choice, choose, contrad
 from bdclean.networks.ambiguity.variant import read_off
 from bdclean.networks.arch import Arch
 from bdclean.networks.checkpoint.checkpoint import Checkpoint
-from bdclean.networks.checkpoint.claims import claim, claimed_resize
+from bdclean.networks.checkpoint.claims import OWN_LAYER, claim, claimed_resize
 from bdclean.networks.checkpoint.new_head import check_recognised, with_new_head, without_head
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.normalisation import parse_preprocess
@@ -28,7 +28,7 @@ from bdclean.runs.options import Inputs
 from bdclean.training import parallel
 from bdclean.training.pretraining.augmentations import Views
 
-CLAIMED = ("metadata", "config.json", AUTHORS)
+CLAIMED = ("metadata", "config.json", OWN_LAYER, AUTHORS)
 """What an encoder's normalisation may be told by. Where its statistics do not speak against that, it is believed: they
 are of views whose colours were changed, and do not part near ones as a classifier's do."""
 TELLING, TELLING_PIXELS = 128, 1 << 20
@@ -112,7 +112,7 @@ def given_size(inputs: Inputs) -> tuple[int, int] | None:
 
 def claimed_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
     """The height and width that the file claims, if its network can be run on them."""
-    said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
+    said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor, checkpoint.layer)
     size = said[0].size if said is not None else None
     return size if size is not None and accepts(checkpoint.arch, size) else None
 

@@ -26,8 +26,9 @@ each other."""
 
 @dataclass(frozen=True)
 class Choice:
-    """One plausible normalisation. `source` says who names it: given, metadata, config.json, first normalisation layer,
-    labels (accuracy), spread of answers, the authors' layout (what they use, of an encoder), no evidence.
+    """One plausible normalisation. `source` says who names it: given, metadata, config.json, the file's mean and std,
+    first normalisation layer, labels (accuracy), spread of answers, the authors' layout (what they use, of an encoder),
+    no evidence.
 
     `margin`: distance of the nearest other candidate over the largest distance that still counts as plausible, so
     above 1 the choice is clear. NaN where no distances were compared.
@@ -49,7 +50,7 @@ def choose(
     channels = checkpoint.arch.input[0]
     if given != "auto":
         return [Choice(parse_preprocess(given).of_channels(channels), math.nan, "given")]
-    said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
+    said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor, checkpoint.layer)
     if said is not None:
         said = said[0].of_channels(channels), said[1]
     network = checkpoint.build()

@@ -159,7 +159,7 @@ def misfit_of_answers(checkpoint: Checkpoint, images: Tensor, given: str) -> flo
     """
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:FEW]
     few, network = images[drawn], checkpoint.build()
-    said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor)
+    said = claim(checkpoint.metadata, checkpoint.config, checkpoint.preprocessor, checkpoint.layer)
     ways = [said[0]] if said is not None else [NAMED[name] for name in ("none", "half", "imagenet")]
     if given != "auto":
         ways = [parse_preprocess(given)]

@@ -21,10 +21,11 @@ from bdclean.files.text import shown
 from bdclean.files.writing import reason
 from bdclean.networks.arch import COUNTER, Arch
 from bdclean.networks.building import Undrawn, load
-from bdclean.networks.checkpoint.claims import claimed_resize
+from bdclean.networks.checkpoint.claims import claimed_resize, layer_claim
 from bdclean.networks.checkpoint.copies import copies
 from bdclean.networks.checkpoint.second_files import second_files
 from bdclean.networks.checkpoint.sources import open_source
+from bdclean.networks.normalisation import Preprocess
 from bdclean.networks.recognition.identify import identify
 from bdclean.networks.recognition.matching import Match, Part, twins
 
@@ -49,7 +50,8 @@ class Checkpoint:
     `tied`: names of tensors that are copies of read ones, and stay so; `unread`: tensors that the network does not
     have, carried over as they are; `candidates`: networks whose tensors have the same names and shapes, `arch` first;
     `second`: what else the input holds that is the network again with weights of its own -> a sentence; `carried`: of
-    these what is in the file itself, so that an output has it, too.
+    these what is in the file itself, so that an output has it, too; `layer`: what a layer before the network does to
+    pixels, which the file keeps among the unread.
     """
 
     source: Path
@@ -70,6 +72,7 @@ class Checkpoint:
     paths: tuple[Path, ...] = ()
     second: dict[str, str] = field(default_factory=dict)
     carried: dict[str, str] = field(default_factory=dict)
+    layer: Preprocess | None = None
 
     @staticmethod
     def read(
@@ -118,6 +121,7 @@ class Checkpoint:
             paths=source.paths,
             second=carried | beside_it,
             carried=carried,
+            layer=layer_claim(tensors, match.unread),
         )
 
     def again(self, path: Path | str) -> Checkpoint:

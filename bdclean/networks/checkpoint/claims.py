@@ -5,7 +5,11 @@ A wrong one can hide a backdoor at unchanged accuracy, so others than that are c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from torch import Tensor
 
 from bdclean.data.decode import FILTERS, STRETCH, Resize
 from bdclean.errors import UsageError
@@ -14,17 +18,30 @@ from bdclean.networks.normalisation import Preprocess, Values, named, parse_prep
 SMALLEST_CROP = 0.1
 CONVNEXT_CROP, CONVNEXT_STRETCHED = 224 / 256, 384
 """Transformers' ConvNextImageProcessor: the crop where its config says none, and from which size on it stretches."""
+OWN_LAYER = "the file's mean and std"
+"""What tells a normalisation where a layer before the network has kept it: part 0 of two, RobustBench's `normalize`,
+MadryLab's `normalizer`."""
+LAYER = re.compile(r"(?:.+\.)?(?:0|normali[sz]er?)\.(?:_|new_)?(?:(means?|mu)|stds?|sds|sigma)")
+LONGEST_NAME = 200
 
 
-def claim(metadata: Mapping[str, str], config: object, preprocessor: object) -> tuple[Preprocess, str] | None:
-    """What the file or the JSON beside it says, and which of them says it; None where neither does."""
+def claim(
+    metadata: Mapping[str, str], config: object, preprocessor: object, layer: Preprocess | None = None
+) -> tuple[Preprocess, str] | None:
+    """What the file or the JSON beside it says, and which of them says it; None where neither does.
+
+    `layer`: what a layer before the network does, of which only the size may be said elsewhere.
+    """
     said = metadata.get("bdclean.preprocess")
     if said is not None:
         try:
             return parse_preprocess(said), "metadata"
         except UsageError:
             return None
-    for table in _tables(config, preprocessor):
+    tables = _tables(config, preprocessor)
+    if layer is not None:
+        return replace(layer, size=next(filter(None, map(_claimed_size, tables)), None)), OWN_LAYER
+    for table in tables:
         mean = table.get("mean", table.get("image_mean"))
         std = table.get("std", table.get("image_std"))
         mean, std = _numbers(mean), _numbers(std)
@@ -35,6 +52,26 @@ def claim(metadata: Mapping[str, str], config: object, preprocessor: object) -> 
         raw = table.get("do_rescale") is False or table.get("rescale_factor") in (1, 1.0)
         return named(Preprocess("", mean, std, False, raw, _claimed_size(table))), "config.json"
     return None
+
+
+def layer_claim(tensors: Mapping[str, Tensor], unread: Iterable[str]) -> Preprocess | None:
+    """What a layer before the network does to pixels, by its mean and std among the `unread`; None without both.
+
+    Of pixels in [0, 255] where a mean is above 1.
+    """
+    found: dict[bool, set[Values | None]] = {True: set(), False: set()}
+    for name in unread:
+        match = LAYER.fullmatch(name) if len(name) <= LONGEST_NAME else None
+        if match and tensors[name].is_floating_point() and tensors[name].numel() in (1, 3):
+            # Six digits, as people write them: 0.4914 comes out of float32 as 0.49140000343.
+            values = [float(f"{value:.6g}") for value in tensors[name].double().reshape(-1).tolist()]
+            found[match[1] is not None].add(_numbers(values))
+    if len(found[True]) != 1 or len(found[False]) != 1:
+        return None
+    mean, std = found[True].pop(), found[False].pop()
+    if mean is None or std is None or min(std) <= 0:
+        return None
+    return named(Preprocess("", mean, std, False, max(mean) > 1))
 
 
 def claimed_resize(config: object, preprocessor: object) -> Resize:

@@ -23,11 +23,13 @@ from bdclean.files.tensorfile import NAMES, Entry
 from bdclean.files.text import shown
 from bdclean.networks.checkpoint.protocols import NoProtocol2, opened
 from bdclean.networks.checkpoint.strangers import Stubs, UnpicklingError, foreign
+from bdclean.networks.recognition.dialects import BESIDE, LONGEST
 
-# Where training scripts keep the weights inside a saved table; averages only where nothing else is there.
+# Where training scripts keep the weights inside a saved table (netC: WaNet's and Input-Aware's); averages only where
+# nothing else is there.
 WEIGHT_KEYS = (
-    "state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "weights", "params",
-    "state_dict_ema", "model_ema", "ema_state_dict", "ema",
+    "state_dict", "model_state_dict", "net_state_dict", "model_state", "model", "net", "netC", "network", "module",
+    "weights", "params", "model_raw", "state_dict_ema", "model_ema", "ema_state_dict", "ema",
 )  # fmt: skip
 OTHER_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.uint16: "U16", torch.uint32: "U32",
@@ -49,6 +51,9 @@ def read_pickle(
     size = path.stat().st_size
     _check_archive(path, size)
     loaded = _load(path)
+    if isinstance(loaded, (list, tuple)) and loaded and isinstance(loaded[0], Mapping):
+        # [state_dict] or (state_dict, optimizer's, ...)
+        loaded = {str(k): value for k, value in enumerate(loaded)}
     if isinstance(loaded, Tensor) or not isinstance(loaded, Mapping) or not loaded:
         raise Refused(f"{where} holds no table of tensors: save the network's state_dict().")
     prefix = _weights(loaded)
@@ -131,11 +136,17 @@ def _load(path: Path) -> object:
 def _weights(loaded: Mapping[Any, Any]) -> str:
     """The beginning of the names that the weights' own table has in the whole."""
     prefix, table = "", loaded
+    if isinstance(table.get("0"), Mapping) and _any_tensor(table["0"]):
+        prefix, table = "0.", table["0"]
     for _ in range(2):
         inner = next(
             (k for k in WEIGHT_KEYS if isinstance(table.get(k), Mapping) and _any_tensor(table[k])), None
         )
-        if inner is None or any(isinstance(v, Tensor) and v.ndim > 1 for v in table.values()):
+        # A matrix beside it may be a part of the network, unless its name is known.
+        if inner is None or any(
+            isinstance(v, Tensor) and v.ndim > 1 and not BESIDE.match(str(k)[:LONGEST])
+            for k, v in table.items()
+        ):
             break
         prefix, table = f"{prefix}{inner}.", table[inner]
     return prefix

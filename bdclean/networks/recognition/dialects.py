@@ -13,12 +13,12 @@ ANYWHERE = re.compile(
 # (state_dict_ema), FixMatch in PyTorch (ema_state_dict).
 AVERAGES = r"(?:ema|model_ema|ema_model|swa_model|state_dict_ema|ema_state_dict)"
 # Under which training code holds its network: PyTorch's ImageNet example (state_dict) and tutorial (model_state_dict),
-# pycls (model_state), BackdoorBench, DeiT and Lightning (model), kuangliu (net), bdclean's own Classifier (network),
-# mmpretrain and solo-learn (backbone), VISSL (base_model), transformers (timm_model), ema-pytorch (online_model), DINO
-# (student).
+# pycls (model_state), BackdoorBench, DeiT and Lightning (model), kuangliu (net), WaNet and Input-Aware (netC; netG is
+# what makes their triggers), bdclean's own Classifier (network), mmpretrain and solo-learn (backbone), VISSL
+# (base_model), transformers (timm_model), ema-pytorch (online_model), DINO (student).
 HOLDERS = re.compile(
-    rf"^(?:(?:{AVERAGES}|state_dict|model_state_dict|model_state|model|net|network|backbone|base_model|timm_model"
-    r"|online_model|student)\.)+"
+    rf"^(?:(?:{AVERAGES}|state_dict|model_state_dict|net_state_dict|model_state|model|model_raw|net|netC|network"
+    r"|backbone|base_model|timm_model|online_model|student)\.)+"
 )
 # Words that are also parts of networks proper, tried last: SupContrast (encoder), open_clip (visual.trunk),
 # byol-pytorch (online_encoder), DINO (teacher), SimCLRv2 in PyTorch (resnet), lightly (backbone.vit).
@@ -29,13 +29,17 @@ LONGEST, MOST_WRAPPERS = 200, 8
 # What lies beside a network and is never part of what it computes: optimizer, counters and scaler (PyTorch's ImageNet
 # example, MoCo v3, kuangliu's acc, akamaster's best_prec1), losses and metrics (Lightning with torchmetrics), heads of
 # self-supervision (solo-learn, SwAV, CTRL, MoCo, SimSiam), n_averaged (PyTorch), decay (latent diffusion's LitEma),
-# data_preprocessor (mmpretrain), callbacks and loops (Lightning), normalizer (MadryLab's robustness).
+# data_preprocessor (mmpretrain), callbacks and loops (Lightning), normalizer (MadryLab's robustness), WaNet's grids.
 BESIDE = re.compile(
     r"^(?:[\w]*optim(?:izer)?[\w]*|[\w]*scheduler[\w]*|scaler|epochs?|[\w]*_step|steps?|iter(?:ation)?s?|n_averaged"
     r"|criterion[\w]*|loss|losses|loss_fn|[\w]*_loss|[\w]*metrics?|(?:train|val|test)_acc\w*|acc|accuracy|best_\w+"
     r"|[\w]*projector|[\w]*projection_head|proj_head|predictor|prototypes|queue|queue_ptr|decay|num_updates"
-    r"|data_preprocessor|rng_state|[\w]*_rng_state|callbacks|hyper_parameters|loops|normalizer)(?:\.|$)"
+    r"|data_preprocessor|rng_state|[\w]*_rng_state|callbacks|hyper_parameters|loops|normalizer|identity_grid"
+    r"|noise_grid)(?:\.|$)"
 )
+
+# nn.Sequential(Normalize(mean, std), network): what part 0 holds, under the names that such layers have.
+NORMALISE = re.compile(r"0\.(?:_|new_)?(?:means?|stds?|sds|mu|sigma)")
 
 
 def views(
@@ -46,10 +50,18 @@ def views(
     With more and more wrappers taken off: first all tensors together (`backbone.conv1.weight` beside `fc.weight`),
     then without what is known to lie beside a network (`optimizer.`, `projector.`), then each wrapper's own, weights
     before their averages and most first, with whatever lies outside it (a text tower) unread. No view comes twice.
-    `expected`: names that need no stripping.
+    `expected`: names that need no stripping. Behind a first layer that only normalises lies the network.
     """
-    names = list(names)
-    if names and set(names) <= set(expected):
+    names, expected = list(names), set(expected)
+    behind, aside = behind_normalisation(names)
+    for view, unread in stripped(list(behind), expected):
+        yield {behind[n]: short for n, short in view.items()}, tuple(behind[n] for n in unread) + aside
+    yield from stripped(names, expected)
+
+
+def stripped(names: list[str], expected: set[str]) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:
+    """`views` of names with no such layer before them."""
+    if names and set(names) <= expected:
         yield {name: name for name in names}, ()
     seen: set[frozenset[tuple[str, str]]] = set()
     for strip in (plain, bare, unwrapped, inmost):
@@ -58,6 +70,24 @@ def views(
             if view and key not in seen and len(set(view.values())) == len(view):
                 seen.add(key)
                 yield view, unread
+
+
+def behind_normalisation(names: list[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Name without prefix -> name of what is part 1 of two, of which part 0 only normalises, and all other names."""
+    behind: dict[str, str] = {}
+    aside: list[str] = []
+    layer = False
+    for name in names:
+        short = unwrapped(name[:LONGEST])
+        if short.startswith("1.") and name.endswith(short):
+            behind[short[2:]] = name
+            continue
+        aside.append(name)
+        if NORMALISE.fullmatch(short):
+            layer = True
+        elif not BESIDE.match(short):
+            return {}, ()
+    return (behind, tuple(aside)) if layer and len(behind) + len(aside) == len(names) else ({}, ())
 
 
 def groups(names: list[str], strip: Callable[[str], str]) -> Iterator[tuple[dict[str, str], tuple[str, ...]]]:

@@ -25,6 +25,7 @@ from bdclean.networks.recognition import encoders, recognition, timm_models
 from bdclean.networks.recognition.channels import as_rgb, check_readable, with_channels
 from bdclean.networks.recognition.dialects import views
 from bdclean.networks.recognition.matching import Match, Part, differences, listed
+from bdclean.networks.recognition.prefixed import behind_prefix
 from bdclean.networks.recognition.transformers_names import TABLES, Translation, translate
 from bdclean.networks.recognition.variants import with_epsilon
 from bdclean.networks.stages import describe, describe_encoder, watch
@@ -50,8 +51,29 @@ def identify(
     """The networks that fit, the likeliest first, and what to warn of. `arch`: the user's word, above any claim.
 
     `kind`: classifier, encoder, or auto, where only what is no classifier is tried as an encoder; the online probe of a
-    file of self-supervision makes no classifier.
+    file of self-supervision makes no classifier. What is nothing known is tried under the prefix that most names have.
     """
+    coded = arch is not None and ":" in arch and not arch.startswith("timm:")
+    try:
+        return as_named(shapes, arch, config, kind)
+    except (Refused, UsageError) as error:
+        if (coded and isinstance(error, UsageError)) or (
+            not coded and (kind == "encoder" or encoders.is_half(shapes))
+        ):
+            raise
+        # A prefix of nobody's makes no encoder of a trunk: its head may lie outside.
+        within = kind if coded else "classifier"
+        with suppress(Refused, UsageError):
+            found, notes = behind_prefix(shapes, lambda own: as_named(own, arch, config, within))
+            if found:
+                return found, notes
+        raise
+
+
+def as_named(
+    shapes: Mapping[str, Shape], arch: str | None, config: Mapping[str, Any] | None, kind: str
+) -> tuple[list[Match], list[str]]:
+    """`identify` under the names that the file has, without known wrappers."""
     if kind == "classifier":
         return classifiers(shapes, arch, config)
     if kind == "encoder":

@@ -12,6 +12,8 @@ from bdclean.networks.arch import COUNTER, Arch, Shape
 if TYPE_CHECKING:
     from torch import nn
 
+NO_PART = " is not part of it"
+
 
 @dataclass(frozen=True)
 class Part:
@@ -39,7 +41,7 @@ def differences(own: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list
     found = []
     for name in sorted(own.keys() | expected.keys()):
         if name not in expected:
-            found.append(f"{shown(name)} is not part of it")
+            found.append(f"{shown(name)}{NO_PART}")
         elif name not in own:
             if not name.endswith(COUNTER):
                 found.append(f"{name} is missing")

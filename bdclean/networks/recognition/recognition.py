@@ -31,8 +31,8 @@ from bdclean.networks.families import (
     vit,
 )
 from bdclean.networks.recognition.channels import as_rgb, at_usual_size, check_readable, with_channels
-from bdclean.networks.recognition.dialects import views
-from bdclean.networks.recognition.matching import Match, differences, listed
+from bdclean.networks.recognition.dialects import LONGEST, unwrapped, views
+from bdclean.networks.recognition.matching import NO_PART, Match, differences, listed
 from bdclean.networks.recognition.replaced_heads import replaced_heads
 from bdclean.networks.recognition.user_code import fit_user_code
 from bdclean.networks.recognition.variants import at_size, variants
@@ -55,6 +55,8 @@ FAMILIES: tuple[Family, ...] = (
 )
 # Networks that are mostly found as encoders, and have a head once one was trained on them. None is known by name.
 OF_ENCODERS: tuple[Family, ...] = (token_transformer, clip_resnet)
+# What names of timm's networks begin with and those of torchvision's and the CIFAR networks' do not.
+TIMM = re.compile(r"(?:conv_stem|stem|patch_embed|stages\.\d+|head\.fc|conv1\.0)\.")
 
 
 def recognise(shapes: Mapping[str, Shape]) -> list[Match]:
@@ -263,12 +265,18 @@ def refusal(names: Collection[str], nearest: Near | None) -> str:
     count = len(names)
     tensors = f"these {count} tensors" if count != 1 else "this 1 tensor"
     advice = "give the network's own code with --arch FILE.py:NAME"
+    if any(TIMM.match(unwrapped(name[:LONGEST])) for name in names):
+        advice += ", or --arch timm:NAME if timm made it"
     kind = kind_of_tensors(names)
     if kind is not None:
         tensors, advice = f"{tensors} ({kind[0]})", kind[1]
     if nearest is None:
         return f"no known architecture has {tensors}, nor anything like them: {advice}."
     near = f"nearest is {nearest.name} ({listed(nearest.differing)})"
-    if nearest.held:
+    more = [phrase.removesuffix(NO_PART) for phrase in nearest.differing if phrase.endswith(NO_PART)]
+    if nearest.held == nearest.of and len(more) == len(nearest.differing):
+        some = ", ".join(more[:3]) + (", ..." if len(more) > 3 else "")
+        near = f"the file has all {nearest.of} of {nearest.name}, and {len(more)} more ({some})"
+    elif nearest.held:
         near += f", of whose {nearest.of} tensors it has {nearest.held}"
     return f"no known architecture has {tensors}; {near}: {advice}."
