@@ -86,6 +86,7 @@ def inverted_forms(
     for form in forms:
         inverted = invert(suspect, images, form, classes, run, steps=math.ceil(steps * form.steps))
         small, index, limit = outliers(inverted)
+        found.limits[form.name] = limit
         found.statistic = max(found.statistic or 0.0, smallness(inverted))
         for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
             target, parameters = int(inverted.classes[k]), inverted.parameters[k]

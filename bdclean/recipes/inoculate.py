@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -151,6 +151,7 @@ class Inoculate:
         teacher = frozen(suspect, run)
         detected = self._detected(teacher, arch, unlabeled.images, run)
         inverted, found = _findings(detected), _outliers(detected)
+        limits = {form: limit for each in detected for form, limit in each.limits.items()}
         images = _unstamped(teacher, [*known, *found], unlabeled.images, run)
         pupil = _Pupil(
             copy.deepcopy(teacher), teacher, images, choose_augmentation(teacher, images, run), known
@@ -165,7 +166,7 @@ class Inoculate:
         stages += [*halvings(curve), f"adversaries: {', '.join(lesson.adversaries())}"]
         for look in range(2, LOOKS + 1 if inverted else 2):
             within = run.under(f"look-{look}")
-            found = _outliers(self._detected(frozen(pupil.student, run), arch, images, within))
+            found = _outliers(self._detected(frozen(pupil.student, run), arch, images, within), limits)
             stages.append(f"look {look} of at most {LOOKS}, at the student: {_listed(found)}")
             if not found:
                 break
@@ -278,8 +279,11 @@ def _findings(detected: Sequence[Detected]) -> list[dict[str, Any]]:
     return [finding for each in detected for finding in each.findings]
 
 
-def _outliers(detected: Sequence[Detected]) -> list[Outlier]:
-    return [outlier for each in detected for outlier in each.outliers]
+def _outliers(detected: Sequence[Detected], limits: Mapping[str, float] | None = None) -> list[Outlier]:
+    """What stands out, and is under the suspect's own `limits` as well, by form: where training made all classes harder
+    to reach, one that it made less so is no trigger for that (a filter that no trigger had took 2 points there)."""
+    found = [outlier for each in detected for outlier in each.outliers]
+    return [one for one in found if one.size < (limits or {}).get(one.form.name, math.inf)]
 
 
 def _counted(triggers: int) -> str:

@@ -294,6 +294,8 @@ class Detected:
     """Caption -> float [c h w] in [0, 1]; never an image of the user's."""
     statistic: float | None = None
     """One number for the whole network, larger for what is odder, to be held against those of clean networks."""
+    limits: dict[str, float] = field(default_factory=dict)
+    """Form by name -> the size under which a change was unusually small in this network."""
 
 
 FEW_IMAGES = 24

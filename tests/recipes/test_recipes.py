@@ -511,9 +511,9 @@ def test_inverted_triggers_are_worked_against_and_resumed(suspect, arch, images,
     recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), settings)
     whole = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
     assert [f["verdict"] for f in whole.findings] == ["outlier"] * 3 + [
-        "no-outlier", "outlier", "no-outlier",
+        "no-outlier", "outlier", "outlier", "no-outlier",
     ]  # fmt: skip
-    assert whole.stages[2].endswith("warp, inverted") and len(whole.pictures) == 5
+    assert whole.stages[2].endswith("warp, inverted") and len(whole.pictures) == 6
     # the student is looked at in the same way, and trained again where a class stands out, up to a limit
     looks = [stage.partition(":")[0] for stage in whole.stages if stage.startswith("look")]
     assert looks == ["look 2 of at most 3, at the student", "look 3 of at most 3, at the student"]
@@ -525,6 +525,27 @@ def test_inverted_triggers_are_worked_against_and_resumed(suspect, arch, images,
     without = registry.configure(type(recipe), settings | {"inversion_steps": "0"})
     alone = without(suspect, arch, images, None, Run(CPU, Precision(), 0))
     assert not same(tensors(alone.model), tensors(whole.model)) and not alone.findings
+
+
+def test_what_stands_out_in_the_student_alone_must_be_small_for_the_suspect_as_well(
+    suspect, arch, images, monkeypatch
+):
+    settings = QUICK["inoculate"] | {"leave_out": "patch/wave"}
+    recipe, seen = registry.configure(registry.load(registry.RECIPES, "inoculate"), settings), []
+
+    def of_the_student_alone(limit):
+        def outliers(inverted):
+            seen.append(inverted.form.name)
+            later = seen.count(inverted.form.name) > 1
+            return (torch.arange(4) == 0) & later, torch.zeros(4), limit if not later else 1e6
+
+        return outliers
+
+    for limit, found in ((0.0, False), (1e6, True)):
+        seen.clear()
+        monkeypatch.setattr(inversion, "outliers", of_the_student_alone(limit))
+        stages = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0)).stages
+        assert ("look 2 of at most 3, at the student: nothing stands out" in stages) == (not found)
 
 
 def test_images_of_another_kind_change_no_answer_by_their_statistics(suspect, arch, images):
