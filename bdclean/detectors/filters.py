@@ -25,3 +25,5 @@ class Filters(OneForm):
     source: ClassVar[str] = "bdclean's own; kin: Neural Cleanse (Wang et al. 2019), ABS (Liu et al. 2019)"
 
     form = staticmethod(recoloured)
+
+    steps: int = 100  # as of `inversion`, of which a filter takes 0.6

@@ -26,4 +26,5 @@ class FiltersEncoder(InversionEncoder):
     source: ClassVar[str] = "bdclean's own; kin: Neural Cleanse (Wang et al. 2019), INACTIVE 2405.14672"
     form = staticmethod(recoloured)
 
+    clusters: int = 16
     steps: int = 60

@@ -64,7 +64,7 @@ class OneForm:
     name: ClassVar[str]
     form: ClassVar[Callable[[int, int, int], Form]]
 
-    steps: int = 100  # as of `inversion`, of which these forms take 0.6
+    steps: int
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -24,3 +24,5 @@ class Warps(OneForm):
     source: ClassVar[str] = "bdclean's own; kin: Neural Cleanse (Wang et al. 2019), WaNet 2102.10369"
 
     form = staticmethod(warped)
+
+    steps: int = 100  # as of `inversion`, of which a warp takes 0.6

@@ -29,7 +29,11 @@ def test_the_quick_ones_are_run_unasked_and_the_others_are_listed():
         for name in ("filters", "inversion", "neural-cleanse", "patches", "warps")
     ]
     chosen, left = choose_detectors((), "encoder")
-    assert not chosen and [each.what for each in left] == ["detector decree", "detector inversion"]
+    assert not chosen and [each.what for each in left] == [
+        "detector decree",
+        "detector filters",
+        "detector inversion",
+    ]
 
 
 def test_those_that_are_asked_for_are_run_instead_once_each():
