@@ -59,10 +59,10 @@ class InoculateEncoder:
     which crops do not move, half of what the student sees is under it.
     When to use it: by default, for encoders.
     What it needs: unlabeled images of the kind that the encoder is for, 2,500 or more.
-    Known limits: what it was measured with is in README. A trigger that crops do not move stays, such as INACTIVE's
-    colour filter: `filters=0.5` left 34 % of it in place of 61, and costs others about a point of accuracy. A large
-    network may need more images than it is given. Stamped images that an attack spreads out among others are learnt
-    from.
+    Known limits: what it was measured with is in README. A trigger that crops do not move, and that no filter of one
+    tone for all pixels comes near, stays. `filters=0.5` shows the student random ones and costs about a point of
+    accuracy. A large network may need more images than it is given. Stamped images that an attack spreads out among
+    others are learnt from.
 
     Kin: distillation into a void student (arXiv 2403.03846, 2406.03508), without their attention and contrastive term:
     the one brings the backdoor along, the other costs accuracy. Features are centred first, since the cosine of any two
