@@ -281,7 +281,7 @@ def _findings(detected: Sequence[Detected]) -> list[dict[str, Any]]:
 
 def _outliers(detected: Sequence[Detected], limits: Mapping[str, float] | None = None) -> list[Outlier]:
     """What stands out, and is under the suspect's own `limits` as well, by form: where training made all classes harder
-    to reach, one that it made less so is no trigger for that (a filter that no trigger had took 2 points there)."""
+    to reach, one that it made less so is no trigger for that (working against such a filter cost 3 points)."""
     found = [outlier for each in detected for outlier in each.outliers]
     return [one for one in found if one.size < (limits or {}).get(one.form.name, math.inf)]
 

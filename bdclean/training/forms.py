@@ -90,7 +90,7 @@ sends most images in eleven, in the others the smallest was at 0.77 to 1.03."""
 
 
 SMALL_FILTER = 0.45
-"""Of filters of colour: three triggers were at 0.22 to 0.37. Of five networks without one, three of road signs, whose
+"""Of filters of colour: three triggers were at 0.22 to 0.37. Of six networks without one, three of road signs, whose
 colours mean most, the smallest were at 0.52 to 0.77."""
 
 
