@@ -17,7 +17,7 @@ from bdclean.errors import Refused
 from bdclean.files import strictjson
 
 MAX_BYTES = 512 * 2**20
-LISTED = 0.9
+LISTED, LOOKED = 0.9, 100
 """From this share of lines of an image's name and a label on, a text is a list of labels, and no class names."""
 FILE_COLUMNS = (
     "file",
@@ -192,12 +192,18 @@ def _table(path: Path, text: str) -> tuple[str, ...] | FileLabels:
 
 def _list(path: Path, lines: list[str]) -> FileLabels | None:
     """Labels by file name, where nearly all lines are such pairs, as in the val.txt of ImageNet; else None."""
-    # behind a tab a label may have spaces, behind a space the file's name may
-    rows = [line.split("\t", 1) if "\t" in line else line.rsplit(None, 1) for line in lines]
-    pairs = [row for row in rows if len(row) == 2 and _is_image([row], 0)]
-    if not pairs or len(pairs) < LISTED * len(lines):
-        return None
+    for some in (lines[:LOOKED], lines):  # a look at a few first: a file of names may be huge
+        pairs = [pair for line in some if (pair := _pair(line)) is not None]
+        if not pairs or len(pairs) < LISTED * len(some):
+            return None
     return FileLabels(path, {file.strip(): label_text(label) for file, label in pairs})
+
+
+def _pair(line: str) -> list[str] | None:
+    """An image's name and its label; None for another line."""
+    # behind a tab a label may have spaces, behind a space the file's name may
+    row = line.split("\t", 1) if "\t" in line else line.rsplit(None, 1)
+    return row if len(row) == 2 and _is_image([row], 0) else None
 
 
 def _is_image(rows: list[list[str]], column: int) -> bool:
