@@ -85,16 +85,24 @@ def inverted_forms(
     classes, found = inverted_classes(suspect, arch, images, families, run), Detected()
     for form in forms:
         inverted = invert(suspect, images, form, classes, run, steps=math.ceil(steps * form.steps))
-        small, index, limit = outliers(inverted)
-        found.limits[form.name] = limit
         found.statistic = max(found.statistic or 0.0, smallness(inverted))
-        for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
-            target, parameters = int(inverted.classes[k]), inverted.parameters[k]
-            found.findings.append(described(inverted, bool(small[k]), index, limit, k) | {"detector": name})
-            found.pictures[f"{form.name} inverted for class {target}, on grey"] = form.picture(parameters)
-            if small[k]:
-                found.outliers.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
+        add_to(found, name, inverted)
     return found
+
+
+def add_to(found: Detected, name: str, inverted: Inverted, aim: str = "class") -> None:
+    """Adds to `found` the outliers of `inverted`, else its smallest change, as the detector `name` says it.
+
+    `aim` is what its classes are: an encoder's are clusters.
+    """
+    form, (small, index, limit) = inverted.form, outliers(inverted)
+    found.limits[form.name] = limit
+    for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
+        target, parameters = int(inverted.classes[k]), inverted.parameters[k]
+        found.findings.append(described(name, inverted, bool(small[k]), index, limit, k, aim))
+        found.pictures[f"{form.name} inverted for {aim} {target}, on grey"] = form.picture(parameters)
+        if small[k]:
+            found.outliers.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
 
 
 def inverted_classes(
@@ -110,14 +118,14 @@ def inverted_classes(
 
 
 def described(
-    inverted: Inverted, outlying: bool, index: Tensor, limit: float, k: int, aim: str = "class"
+    name: str, inverted: Inverted, outlying: bool, index: Tensor, limit: float, k: int, aim: str
 ) -> dict[str, Any]:
-    """The finding on change `k` of `inverted`; `aim` is what its classes are: an encoder's are clusters."""
+    """The finding of the detector `name` on change `k` of `inverted`."""
     plural = {"class": "classes", "cluster": "clusters"}[aim]
     sizes = inverted.sizes
     others = torch.cat([sizes[:k], sizes[k + 1 :]])
     return {
-        "detector": Inversion.name,
+        "detector": name,
         "verdict": "outlier" if outlying else "no-outlier",
         "score": float(sizes[k]),
         "threshold": limit,

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bdclean.detectors.inversion import described
+from bdclean.detectors.inversion import add_to
 from bdclean.errors import Refused, UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.training.clusters import Clustered, clusters, unit_features
 from bdclean.training.forms import Form, mask
-from bdclean.training.inversion import Detected, Outlier, invert, outliers
+from bdclean.training.inversion import Detected, invert
 from bdclean.training.run import Run
 
 LEAST_IN_CLUSTER = 10
@@ -74,12 +74,5 @@ class InversionEncoder:
         form, found = type(self).form(height, width, channels), Detected()
         classifier = Clustered(suspect, features, groups)
         inverted = invert(classifier, images, form, torch.arange(count), run, steps=self.steps)
-        small, index, limit = outliers(inverted)
-        for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
-            target, parameters = int(inverted.classes[k]), inverted.parameters[k]
-            said = described(inverted, bool(small[k]), index, limit, k, "cluster")
-            found.findings.append(said | {"detector": self.name})
-            found.pictures[f"{form.name} inverted for cluster {target}, on grey"] = form.picture(parameters)
-            if small[k]:
-                found.outliers.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
+        add_to(found, self.name, inverted, "cluster")
         return found

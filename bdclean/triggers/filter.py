@@ -101,9 +101,7 @@ def _recoloured(images: Tensor, matrix: Tensor, lift: Tensor, share: float) -> T
 def _size(matrix: Tensor, lift: Tensor, share: float, channels: int) -> float:
     """The root mean square change over all colours, of grey images over all greys, in grey levels."""
     shades = torch.linspace(0, 255, SHADES)
-    seen = torch.stack(torch.meshgrid([shades] * 3, indexing="ij")).flatten(1)
-    if channels == 1:
-        seen = shades[None]
+    seen = torch.stack(torch.meshgrid([shades] * channels, indexing="ij")).flatten(1)
     pixels = seen[None, :, :, None].round().to(torch.uint8)
     return float(
         (_recoloured(pixels, matrix, lift, share).float() - pixels).square().mean().sqrt().clamp_min(0.1)

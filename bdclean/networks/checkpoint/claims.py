@@ -14,6 +14,7 @@ from torch import Tensor
 from bdclean.data.decode import FILTERS, STRETCH, Resize
 from bdclean.errors import UsageError
 from bdclean.networks.normalisation import Preprocess, Values, named, parse_preprocess
+from bdclean.networks.recognition.dialects import LONGEST, MOMENTS
 
 SMALLEST_CROP = 0.1
 CONVNEXT_CROP, CONVNEXT_STRETCHED = 224 / 256, 384
@@ -21,8 +22,7 @@ CONVNEXT_CROP, CONVNEXT_STRETCHED = 224 / 256, 384
 OWN_LAYER = "the file's mean and std"
 """What tells a normalisation where a layer before the network has kept it: part 0 of two, RobustBench's `normalize`,
 MadryLab's `normalizer`."""
-LAYER = re.compile(r"(?:.+\.)?(?:0|normali[sz]er?)\.(?:_|new_)?(?:(means?|mu)|stds?|sds|sigma)")
-LONGEST_NAME = 200
+LAYER = re.compile(rf"(?:.+\.)?(?:0|normali[sz]er?)\.{MOMENTS}")
 
 
 def claim(
@@ -61,7 +61,7 @@ def layer_claim(tensors: Mapping[str, Tensor], unread: Iterable[str]) -> Preproc
     """
     found: dict[bool, set[Values | None]] = {True: set(), False: set()}
     for name in unread:
-        match = LAYER.fullmatch(name) if len(name) <= LONGEST_NAME else None
+        match = LAYER.fullmatch(name) if len(name) <= LONGEST else None
         if match and tensors[name].is_floating_point() and tensors[name].numel() in (1, 3):
             # Six digits, as people write them: 0.4914 comes out of float32 as 0.49140000343.
             values = [float(f"{value:.6g}") for value in tensors[name].double().reshape(-1).tolist()]

@@ -38,8 +38,10 @@ BESIDE = re.compile(
     r"|noise_grid)(?:\.|$)"
 )
 
-# nn.Sequential(Normalize(mean, std), network): what part 0 holds, under the names that such layers have.
-NORMALISE = re.compile(r"0\.(?:_|new_)?(?:means?|stds?|sds|mu|sigma)")
+# What a layer that normalises pixels calls its mean, which is the group, and its standard deviation.
+MOMENTS = r"(?:_|new_)?(?:(means?|mu)|stds?|sds|sigma)"
+# nn.Sequential(Normalize(mean, std), network): what part 0 holds.
+NORMALISE = re.compile(rf"0\.{MOMENTS}")
 
 
 def views(
