@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,12 +16,24 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.registry import FAMILIES
 from bdclean.training import adversaries
+from bdclean.training.drawing import drawn
 from bdclean.training.forms import ADDED, Form, added, mask
-from bdclean.training.inversion import Detected, Inverted, Outlier, invert, outliers, smallness, spread_out
+from bdclean.training.inversion import (
+    Detected,
+    Inverted,
+    Outlier,
+    invert,
+    outliers,
+    smallest,
+    smallness,
+    spread_out,
+)
 from bdclean.training.run import Run
 
 MOST_INVERTED = 100
 """Of more classes those are inverted that random counterfeits draw most images to."""
+MEASURED = 16
+"""On so many images is it measured how large masks are that are drawn for each image."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +41,9 @@ class Inversion:
     """Fits the smallest change that sends images to a class, for every class, and tells those that are far smaller.
 
     What it does: fits masks, added patterns and smooth added patterns; a class whose change is under 0.3 of the median
-    is an outlier.
-    When to use it: to look for patches, and for what is added to the whole picture, without knowing the trigger.
+    is an outlier. Then masks that a small network draws for each image, held against the median of masks for all.
+    When to use it: to look for patches, for triggers that are not the same on every image, as input-aware ones, and
+    for what is added to the whole picture, without knowing the trigger.
     What it needs: 100 images or more, without labels; three classes or more.
     Known limits: no finding decides a verdict by itself, only with its rank among clean networks. Of more than
     100 classes only the 100 are inverted that random counterfeits draw images to. Stripes are found badly: see
@@ -53,8 +66,15 @@ class Inversion:
         """Findings on `images` uint8 [n c h w]: of each form the outliers, else the smallest change."""
         channels, height, width = images.shape[1:]
         forms = [mask(height, width, channels), *(added(height, width, kind, channels) for kind in ADDED)]
-        forms = [form for form in forms if form.family in self.families]
-        return inverted_forms(self.name, forms, self.steps, self.families, suspect, arch, images, run)
+        classes, found = inverted_classes(suspect, arch, images, self.families, run), Detected()
+        for form in forms:
+            if form.family in self.families:
+                inverted = add_inverted(found, self.name, form, self.steps, suspect, images, classes, run)
+                if form.parts is not None:
+                    each = drawn(spread_out(images, MEASURED).to(run.device))
+                    sizes = inverted.sizes
+                    add_inverted(found, self.name, each, self.steps, suspect, images, classes, run, sizes)
+        return found
 
 
 @dataclass(frozen=True)
@@ -73,33 +93,44 @@ class OneForm:
     def __call__(self, suspect: Classifier, arch: Arch, images: Tensor, run: Run) -> Detected:
         """Findings on `images` uint8 [n c h w]: the outliers, else the smallest change."""
         channels, height, width = images.shape[1:]
-        forms = [type(self).form(height, width, channels)]
-        return inverted_forms(self.name, forms, self.steps, FAMILIES, suspect, arch, images, run)
+        form, found = type(self).form(height, width, channels), Detected()
+        classes = inverted_classes(suspect, arch, images, FAMILIES, run)
+        add_inverted(found, self.name, form, self.steps, suspect, images, classes, run)
+        return found
 
 
-def inverted_forms(
-    name: str, forms: Sequence[Form], steps: int, families: Sequence[str], suspect: Classifier, arch: Arch,
-    images: Tensor, run: Run,
-) -> Detected:  # fmt: skip
-    """What the detector `name` finds: of each of `forms` the outliers, else the smallest change."""
-    classes, found = inverted_classes(suspect, arch, images, families, run), Detected()
-    for form in forms:
-        inverted = invert(suspect, images, form, classes, run, steps=math.ceil(steps * form.steps))
-        found.statistic = max(found.statistic or 0.0, smallness(inverted))
-        add_to(found, name, inverted)
-    return found
+def add_inverted(
+    found: Detected, name: str, form: Form, steps: int, suspect: Classifier, images: Tensor, classes: Tensor,
+    run: Run, usual: Tensor | None = None,
+) -> Inverted:  # fmt: skip
+    """Inverts changes of `form`, and adds what the detector `name` finds to `found`; `usual` as in `outliers`."""
+    inverted = invert(suspect, images, form, classes, run, steps=math.ceil(steps * form.steps))
+    found.statistic = max(found.statistic or 0.0, smallness(inverted, usual))
+    add_to(found, name, inverted, usual=usual)
+    return inverted
 
 
-def add_to(found: Detected, name: str, inverted: Inverted, aim: str = "class") -> None:
+def add_to(
+    found: Detected, name: str, inverted: Inverted, aim: str = "class", usual: Tensor | None = None
+) -> None:
     """Adds to `found` the outliers of `inverted`, else its smallest change, as the detector `name` says it.
 
-    `aim` is what its classes are: an encoder's are clusters.
+    `aim` is what its classes are: an encoder's are clusters. `usual` as in `outliers`.
     """
-    form, (small, index, limit) = inverted.form, outliers(inverted)
+    form, (small, index, limit) = inverted.form, outliers(inverted, usual)
     found.limits[form.name] = limit
-    for k in small.nonzero().squeeze(1).tolist() or [int(inverted.sizes.argmin())]:
+    for k in small.nonzero().squeeze(1).tolist() or [smallest(inverted)]:
         target, parameters = int(inverted.classes[k]), inverted.parameters[k]
-        found.findings.append(described(name, inverted, bool(small[k]), index, limit, k, aim))
+        found.findings.append(
+            {
+                "detector": name,
+                "verdict": "outlier" if small[k] else "no-outlier",
+                "score": float(inverted.sizes[k]),
+                "threshold": limit,
+                "odd": "below",
+                "reason": described(inverted, float(index[k]), k, aim, usual),
+            }
+        )
         found.pictures[f"{form.name} inverted for {aim} {target}, on grey"] = form.picture(parameters)
         if small[k]:
             found.outliers.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
@@ -117,20 +148,18 @@ def inverted_classes(
     return drawn.topk(MOST_INVERTED).indices.sort().values
 
 
-def described(
-    name: str, inverted: Inverted, outlying: bool, index: Tensor, limit: float, k: int, aim: str
-) -> dict[str, Any]:
-    """The finding of the detector `name` on change `k` of `inverted`."""
-    plural = {"class": "classes", "cluster": "clusters"}[aim]
+def described(inverted: Inverted, index: float, k: int, aim: str, usual: Tensor | None) -> str:
+    """Change `k` of `inverted` in words."""
     sizes = inverted.sizes
-    others = torch.cat([sizes[:k], sizes[k + 1 :]])
-    return {
-        "detector": name,
-        "verdict": "outlier" if outlying else "no-outlier",
-        "score": float(sizes[k]),
-        "threshold": limit,
-        "odd": "below",
-        "reason": f"{inverted.form.said.format(sizes[k])} sends images to {aim} {int(inverted.classes[k])} "
-        f"(success {inverted.success[k]:.2f}); the next {plural} need {others.min():.1f} to {others.max():.1f} "
-        f"(anomaly index {index[k]:.1f})",
-    }
+    if usual is None:
+        others, said = (
+            torch.cat([sizes[:k], sizes[k + 1 :]]),
+            {"class": "the next classes need", "cluster": "the next clusters need"}[aim],
+        )
+    else:
+        others, said = usual, "the same for all images takes"
+    return (
+        f"{inverted.form.said.format(sizes[k])} sends images to {aim} {int(inverted.classes[k])} "
+        f"(success {inverted.success[k]:.2f}); {said} {others.min():.1f} to {others.max():.1f} "
+        f"(anomaly index {index:.1f})"
+    )

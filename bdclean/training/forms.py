@@ -71,6 +71,8 @@ class Form:
     """The success rate under which a change is never unusually small."""
     small: float
     """The share of the median size under which a change is unusually small."""
+    together: int | None = None
+    """How many classes go on after the first round; where it is not said, inversion.TOGETHER."""
     parts: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     """Of masks: parameters [k ...] to opacities [k 1 h w] and patterns [k c h w], in [0, 1]."""
 
@@ -94,6 +96,11 @@ SMALL_FILTER = 0.45
 colours mean most, the smallest were at 0.52 to 0.77."""
 
 
+def blended(pixels: Tensor, masks: Tensor, patterns: Tensor) -> Tensor:
+    """`pixels` with `patterns` laid over them, as opaque as `masks` say, all in [0, 1]."""
+    return (1 - masks) * pixels + masks * patterns
+
+
 def mask(height: int, width: int, channels: int = 3) -> Form:
     """A soft mask and a pattern as logits [k 1+c h w]; its size is the mask's L1 norm, in pixels."""
 
@@ -103,7 +110,7 @@ def mask(height: int, width: int, channels: int = 3) -> Form:
 
     def stamp(parameters: Tensor, pixels: Tensor) -> Tensor:
         masks, patterns = halves(parameters)
-        return (1 - masks[:, None]) * pixels + (masks * patterns)[:, None]
+        return blended(pixels, masks[:, None], patterns[:, None])
 
     def start(classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Masks of about 0.73 in a window of half the sides and almost nothing beside it, or of about 0.5 everywhere;

@@ -50,6 +50,10 @@ A trigger's class leads from early on; the rest of the steps shows by how much, 
 """
 
 
+COME_TO_NOTHING = 0.2
+"""The success rate under which a start is no use, however small its change: it may have shrunk to none at all."""
+
+
 SHOWN, FEWEST = 2, 8
 """Starts of a class share SHOWN times the images that one would see, and see so many each at least."""
 
@@ -127,7 +131,7 @@ def invert(
 
     `images` are uint8 [n c h w]. A class is shown `batch_size` of them a step, whatever class they are of; more, but
     fewer each, while several of its starts go on. Returned are the classes that were fitted to the end, which are at
-    most TOGETHER.
+    most as many as go on `together`.
     """
     model.eval()
     stage = f"invert-{form.name}"
@@ -150,7 +154,7 @@ def invert(
         going = Inverted.unpack(run.keep(f"{stage}-{number}", fitted), form)
         kept = _best(going, kinds, most=2) if number == 0 else _best(going, torch.zeros_like(kinds), most=1)
         if number == 0:
-            kept = kept[torch.isin(going.classes[kept], _leading(going, kept))]
+            kept = kept[torch.isin(going.classes[kept], _leading(going, kept, form.together or TOGETHER))]
         going, kinds = going.select(kept), kinds[kept]
     return _further(model, images, going, stage, max(1, round(ROUND_OF_LEADING * steps)), batch_size, run)
 
@@ -219,19 +223,25 @@ def _fit_round(
     return Inverted(form, classes, fitted.smallest if last else fitted.changes.detach(), fitted.success)
 
 
-def _best(going: Inverted, kinds: Tensor, most: int) -> Tensor:
-    """Indices of the `most` best rows of each class and kind, in order: small, and with success."""
+def _worth(going: Inverted) -> Tensor:
+    """The less, the better [k]: small, and with success; those that came to nothing stand behind all others."""
     worth = going.sizes / going.success.clamp_min(0.05)
+    return worth + 2 * worth.max() * (going.success < COME_TO_NOTHING)
+
+
+def _best(going: Inverted, kinds: Tensor, most: int) -> Tensor:
+    """Indices of the `most` best rows of each class and kind, in order."""
+    worth = _worth(going)
     groups: dict[tuple[int, int], list[int]] = {}
     for row in worth.argsort(stable=True).tolist():
         groups.setdefault((int(going.classes[row]), int(kinds[row])), []).append(row)
     return torch.tensor(sorted(row for group in groups.values() for row in group[:most]), device=worth.device)
 
 
-def _leading(going: Inverted, kept: Tensor) -> Tensor:
-    """The TOGETHER classes whose best of the rows `kept` is smallest."""
-    best = kept[going.sizes[kept].argsort()]
-    return torch.tensor(list(dict.fromkeys(going.classes[best].tolist()))[:TOGETHER], device=kept.device)
+def _leading(going: Inverted, kept: Tensor, most: int) -> Tensor:
+    """The `most` classes whose best of the rows `kept` is smallest, for its success."""
+    best = kept[_worth(going)[kept].argsort()]
+    return torch.tensor(list(dict.fromkeys(going.classes[best].tolist()))[:most], device=kept.device)
 
 
 def chunks(total: int, size: int) -> Iterator[Tensor]:
@@ -240,30 +250,46 @@ def chunks(total: int, size: int) -> Iterator[Tensor]:
         yield torch.arange(first, min(total, first + size))
 
 
-def outliers(inverted: Inverted) -> tuple[Tensor, Tensor, float]:
+def outliers(inverted: Inverted, usual: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
     """Which changes are unusually small, bool [k]; each one's anomaly index [k]; and the size under which one counts.
 
-    That size is the form's share of the median (0 of fewer than three classes): unlike the index, (median - size) /
-    (1.4826 * median absolute deviation) as in Neural Cleanse, it does not depend on how alike the other classes happen
-    to be. A class that does not reach its success would need more than its size, so it can raise the median, and is
-    never small itself.
+    That size is the form's share of the median of what is `usual` [m], else of the changes themselves (0 of fewer than
+    three classes): unlike the index, (median - size) / (1.4826 * median absolute deviation) as in Neural Cleanse, it
+    does not depend on how alike the other classes happen to be. A class that does not reach its success would need more
+    than its size, so it can raise the median, and is never small itself.
     """
     sizes = inverted.sizes
-    if len(sizes) < 3:
+    usual = sizes if usual is None else usual
+    if len(usual) < 3:
         return torch.zeros_like(sizes, dtype=torch.bool), torch.zeros_like(sizes), 0.0
-    median = sizes.median()
-    spread = 1.4826 * (sizes - median).abs().median()
+    median = usual.median()
+    spread = 1.4826 * (usual - median).abs().median()
     index = (median - sizes) / spread.clamp_min(1e-6 * float(median) + 1e-9)
     limit = float(median) * inverted.form.small
-    return (inverted.success >= inverted.form.least) & (sizes < limit), index, limit
+    return _able(inverted) & (sizes < limit), index, limit
 
 
-def smallness(inverted: Inverted) -> float:
-    """By what factor the least size of a change that succeeds lies below the median, as a natural logarithm, >= 0."""
-    able = inverted.success >= inverted.form.least
-    if len(able) < 3 or not able.any():
+def _able(inverted: Inverted) -> Tensor:
+    """Which changes succeed, bool [k]."""
+    return inverted.success >= inverted.form.least
+
+
+def smallest(inverted: Inverted) -> int:
+    """The row of the smallest change: of those that succeed, if any does."""
+    sizes, able = inverted.sizes, _able(inverted)
+    return int((sizes.masked_fill(~able, torch.inf) if able.any() else sizes).argmin())
+
+
+def smallness(inverted: Inverted, usual: Tensor | None = None) -> float:
+    """By what factor the least size of a change that succeeds lies below the median, as a natural logarithm, >= 0.
+
+    `usual` as in `outliers`.
+    """
+    able, sizes = _able(inverted), inverted.sizes
+    usual = sizes if usual is None else usual
+    if len(usual) < 3 or not able.any():
         return 0.0
-    return max(0.0, float((inverted.sizes.median() / inverted.sizes[able].min().clamp_min(1e-9)).log()))
+    return max(0.0, float((usual.median() / sizes[able].min().clamp_min(1e-9)).log()))
 
 
 @dataclass(frozen=True)

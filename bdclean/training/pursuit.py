@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bdclean.training.drawing import SAMPLE_SPECIFIC
 from bdclean.training.inversion import GROWN, RAISE, Outlier, spread_out
 from bdclean.training.patches import Drawn, Patch, of_others, scored, search
 from bdclean.training.run import Run
@@ -26,15 +27,13 @@ SHOWN = 64
 class Pursuit:
     """Inverted triggers that are refitted on a student at each use, and start anew when they have grown.
 
-    Of each class, the form that stands out most is taken. Beside a mask go patches that were found by trial on the
-    `suspect`, with `images` uint8 [n c h w]. `tensors` is all the state, changed in place, for the resume state.
+    Of each class, the form that stands out most is taken; beside a sample-specific one, the next one for all images.
+    Beside a mask go patches that were found by trial on the `suspect`, with `images` uint8 [n c h w]. `tensors` is all
+    the state, changed in place, for the resume state.
     """
 
     def __init__(self, found: Sequence[Outlier], suspect: nn.Module, images: Tensor, run: Run):
-        clearest: dict[int, Outlier] = {}
-        for outlier in sorted(found, key=lambda outlier: outlier.size / outlier.limit):
-            clearest.setdefault(outlier.target, outlier)
-        self.triggers = list(clearest.values())
+        self.triggers = clearest(found)
         self.tensors: dict[str, Tensor] = {}
         for k, trigger in enumerate(self.triggers):
             self.tensors[f"change.{k}"] = self._first(trigger).to(run.device).clone()
@@ -98,6 +97,18 @@ class Pursuit:
             tried += [drawn.varied(found) if j % 2 else drawn.one(found) for j in range(TRIED - len(tried))]
             return scored(model, pixels[:JUDGED], tried, trigger.target)[0][0].stamp(pixels)
         return form.stamp(change, pixels)[0]
+
+
+def clearest(found: Sequence[Outlier]) -> list[Outlier]:
+    """Of each class what stands out most, the clearest first, up to the first one that is the same for all images."""
+    taken: list[Outlier] = []
+    done: set[int] = set()
+    for outlier in sorted(found, key=lambda outlier: outlier.size / outlier.limit):
+        if outlier.target not in done:
+            taken.append(outlier)
+        if outlier.form.name != SAMPLE_SPECIFIC:
+            done.add(outlier.target)
+    return taken
 
 
 def _patches(trigger: Outlier, suspect: nn.Module, images: Tensor, run: Run) -> list[Patch]:
