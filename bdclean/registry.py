@@ -253,7 +253,7 @@ DETECTORS: dict[str, Entry] = {
     ),
     "inversion": Entry(
         "bdclean.detectors.inversion:Inversion",
-        "the smallest mask, pattern or smooth pattern that sends images to a class (after Neural Cleanse)",
+        "the smallest mask, for all images or for each, or pattern that sends images to a class (after Neural Cleanse)",
         encoder="bdclean.detectors.inversion_encoder:InversionEncoder",
     ),
     "mm-bd": Entry(

@@ -26,11 +26,12 @@ from bdclean import registry
 from bdclean.bench import inversion_encoders
 from bdclean.bench.opened import Opened
 from bdclean.recipes.inoculate import Inoculate
+from bdclean.training.drawing import SAMPLE_SPECIFIC
 from bdclean.training.inversion import Detected
 from bdclean.training.run import Run
 from bdclean.training.students import frozen
 
-FORMS = ("mask", "pattern", "smooth")
+FORMS = ("mask", SAMPLE_SPECIFIC, "pattern", "smooth")
 
 
 @dataclass(frozen=True)

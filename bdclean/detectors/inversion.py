@@ -144,20 +144,17 @@ def inverted_classes(
         return torch.arange(arch.classes)
     pixels = spread_out(images).to(run.device).float() / 255
     forward, generator = partial(run.forward, suspect), run.generator("attraction")
-    drawn = run.keep("attraction", lambda: adversaries.attraction(forward, pixels, families, generator))
-    return drawn.topk(MOST_INVERTED).indices.sort().values
+    attracted = run.keep("attraction", lambda: adversaries.attraction(forward, pixels, families, generator))
+    return attracted.topk(MOST_INVERTED).indices.sort().values
 
 
 def described(inverted: Inverted, index: float, k: int, aim: str, usual: Tensor | None) -> str:
-    """Change `k` of `inverted` in words."""
-    sizes = inverted.sizes
+    """Change `k` of `inverted` in words; `usual` as in `outliers`."""
+    sizes, plural = inverted.sizes, {"class": "classes", "cluster": "clusters"}[aim]
     if usual is None:
-        others, said = (
-            torch.cat([sizes[:k], sizes[k + 1 :]]),
-            {"class": "the next classes need", "cluster": "the next clusters need"}[aim],
-        )
+        others, said = torch.cat([sizes[:k], sizes[k + 1 :]]), f"the next {plural} need"
     else:
-        others, said = usual, "the same for all images takes"
+        others, said = usual, f"one for all images takes, by {plural},"
     return (
         f"{inverted.form.said.format(sizes[k])} sends images to {aim} {int(inverted.classes[k])} "
         f"(success {inverted.success[k]:.2f}); {said} {others.min():.1f} to {others.max():.1f} "
