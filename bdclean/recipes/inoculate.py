@@ -21,7 +21,7 @@ from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training import adversaries
 from bdclean.training.forms import Form
-from bdclean.training.inversion import Detected, Outlier
+from bdclean.training.inversion import AWAY, Detected, Outlier
 from bdclean.training.known import Known, stamped
 from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings, updates
 from bdclean.training.losses import distillation_kl, divergence
@@ -292,7 +292,8 @@ def _counted(triggers: int) -> str:
 
 def _listed(found: Sequence[Outlier]) -> str:
     """Which classes stand out, in words."""
-    each = (f"{outlier.form.said.format(outlier.size)} for class {outlier.target}" for outlier in found)
+    whereto = ("away from its class" if one.target == AWAY else f"for class {one.target}" for one in found)
+    each = (f"{one.form.said.format(one.size)} {where}" for one, where in zip(found, whereto, strict=True))
     return ", ".join(each) or "nothing stands out"
 
 

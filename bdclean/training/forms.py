@@ -91,6 +91,10 @@ SMALL_WARP = 0.7
 sends most images in eleven, in the others the smallest was at 0.77 to 1.03."""
 
 
+SMALL_UNTARGETED = 0.5
+"""Of masks that take images from their class, as a share of the least mask that sends them to one."""
+
+
 SMALL_FILTER = 0.45
 """Of filters of colour: three triggers were at 0.22 to 0.37. Of six networks without one, three of road signs, whose
 colours mean most, the smallest were at 0.52 to 0.77."""
@@ -137,6 +141,17 @@ def mask(height: int, width: int, channels: int = 3) -> Form:
         weight=1e-2 * 1024 / (height * width),  # ten times Neural Cleanse's first weight: there are fewer steps
         goal=0.95, least=0.8, small=SMALL, parts=halves,
     )  # fmt: skip
+
+
+def untargeted(masks: Tensor, height: int, width: int, channels: int = 3) -> Form:
+    """A mask that takes images from their class, whatever to: what an all-to-all trigger does.
+
+    It is unusually small under SMALL_UNTARGETED of the least of `masks` [k], the sizes of each class's: a trigger of
+    one class takes nearly all images from their class, too.
+    """
+    small = SMALL_UNTARGETED * float(masks.min() / masks.median())
+    form = mask(height, width, channels)
+    return dataclasses.replace(form, name="untargeted mask", goal=0.9, small=small, parts=None)
 
 
 def added(height: int, width: int, kind: str, channels: int = 3) -> Form:

@@ -7,10 +7,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bdclean.training.drawing import SAMPLE_SPECIFIC
-from bdclean.training.inversion import GROWN, RAISE, Outlier, spread_out
+from bdclean.training.inversion import AWAY, GROWN, RAISE, Outlier, own_of, pulled, spread_out
 from bdclean.training.patches import Drawn, Patch, of_others, scored, search
 from bdclean.training.run import Run
 
@@ -55,10 +54,9 @@ class Pursuit:
         `gone` [n classes]: by how much the probabilities of n images rise under it. What it does to other classes is
         not counted: of a weak network any change moves some.
         """
-        now, mean = (
-            gone[:, self.whose(turn).target].mean(),
-            self.tensors[f"sent.{turn % len(self.triggers)}"],
-        )
+        target, mean = self.whose(turn).target, self.tensors[f"sent.{turn % len(self.triggers)}"]
+        # of images that may go anywhere, what their own class loses
+        now = -gone.amin(1).mean() if target == AWAY else gone[:, target].mean()
         mean.copy_(torch.where(mean == UNSEEN, now, REMEMBERED * mean + (1 - REMEMBERED) * now))
         return mean
 
@@ -77,17 +75,18 @@ class Pursuit:
         """
         k = turn % len(self.triggers)
         trigger, change, weight = self.whose(turn), self.tensors[f"change.{k}"], self.tensors[f"weight.{k}"]
-        form, targets = trigger.form, torch.full((len(pixels),), trigger.target, device=pixels.device)
+        form, away = trigger.form, trigger.target == AWAY
+        classes = own_of(model, pixels) if away else pixels.new_full((len(pixels),), trigger.target).long()
         if float(form.sizes(change)) > min(trigger.limit, GROWN * trigger.size):
             change.copy_(self._first(trigger))
             weight.fill_(form.weight)
         for _ in range(steps):
             leaf = change.clone().requires_grad_(True)
-            logits = model(form.stamp(leaf, pixels)[0])
-            loss = F.cross_entropy(logits, targets) + (weight * form.sizes(leaf)).sum()
+            losses, there = pulled(model(form.stamp(leaf, pixels)[0]).float(), classes, away)
+            loss = losses.mean() + (weight * form.sizes(leaf)).sum()
             (gradient,) = torch.autograd.grad(loss, [leaf])
             change -= form.push * gradient.sign()
-            rising = float((logits.argmax(1) == targets).float().mean()) > form.goal
+            rising = float(there.float().mean()) > form.goal
             weight.mul_(RAISE if rising else 1 / RAISE).clamp_(1e-6, 1.0)
         if form.parts is not None and turn // len(self.triggers) % 2:
             mask, pattern = form.parts(change)

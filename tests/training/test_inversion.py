@@ -14,9 +14,11 @@ from bdclean.training.forms import (
     mask,
     recoloured,
     striped,
+    untargeted,
     warped,
 )
 from bdclean.training.inversion import (
+    AWAY,
     GROWN,
     LEADING,
     TOGETHER,
@@ -91,6 +93,30 @@ def test_the_planted_patch_is_the_outlier(inverted):
     picture = MASK.picture(inverted.parameters[at])
     assert picture.shape == (3, SIDE, SIDE) and 0 <= picture.min() and picture.max() <= 1
     assert (picture[:, -3:, -3:] - 0.5).abs().mean() > 3 * (picture[:, :-3, :-3] - 0.5).abs().mean()
+
+
+class Turning(Planted):
+    """The bright patch turns every class into the next one."""
+
+    def forward(self, x):
+        plain, seen = (
+            Planted(backdoor=False)(x),
+            (x if x.dtype != torch.uint8 else x.float() / 255)[:, :, -3:, -3:],
+        )
+        patched = (20 * (seen.mean((1, 2, 3)) - 0.7)).sigmoid()[:, None]
+        return plain + 3 * patched * (plain.softmax(1).roll(1, 1) * 30)
+
+
+@pytest.mark.parametrize("planted", [Turning, Planted])
+def test_an_all_to_all_patch_takes_images_from_their_class_by_a_small_mask(planted, inverted):
+    masks = inverted if planted is Planted else invert(
+        planted(), pictures(), MASK, torch.arange(CLASSES), run(), steps=60, batch_size=32
+    )  # fmt: skip
+    form = untargeted(masks.sizes, SIDE, SIDE)
+    away = invert(planted(), pictures(), form, torch.tensor([AWAY]), run(), steps=60, batch_size=32)
+    small, _, limit = outliers(away, masks.sizes)
+    assert limit == pytest.approx(0.5 * masks.sizes.min())
+    assert small.tolist() == [planted is Turning]
 
 
 SMOOTH = nn.functional.interpolate(
