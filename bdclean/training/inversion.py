@@ -10,6 +10,7 @@ steps, and classes that fall far behind stop early where there are many.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,6 +60,10 @@ COME_TO_NOTHING = 0.2
 """The success rate under which a start is no use, however small its change: it may have shrunk to none at all."""
 
 
+COUNTED, MOST = 256, 0.8
+"""On so many images is it counted how many have a class anyway; with a larger share of them nothing is said of it."""
+
+
 SHOWN, FEWEST = 2, 8
 """Starts of a class share SHOWN times the images that one would see, and see so many each at least."""
 
@@ -69,7 +74,10 @@ PIXELS = 1 << 20
 
 @dataclass(frozen=True)
 class Inverted:
-    """Fitted `parameters` [k ...] of a form, for `classes` [k], with the success rate of each [k]."""
+    """Fitted `parameters` [k ...] of a form, for `classes` [k], with the success rate of each [k].
+
+    While it is fitted the rate is of all images, at last of those of other classes.
+    """
 
     form: Form
     classes: Tensor
@@ -161,7 +169,20 @@ def invert(
         if number == 0:
             kept = kept[torch.isin(going.classes[kept], _leading(going, kept, form.together or TOGETHER))]
         going, kinds = going.select(kept), kinds[kept]
-    return _further(model, images, going, stage, max(1, round(ROUND_OF_LEADING * steps)), batch_size, run)
+    found = _further(model, images, going, stage, max(1, round(ROUND_OF_LEADING * steps)), batch_size, run)
+    return dataclasses.replace(
+        found, success=_of_others(found, run.answers(model, spread_out(images, COUNTED)))
+    )
+
+
+def _of_others(found: Inverted, answers: Tensor) -> Tensor:
+    """The success on images of other classes alone, where the network gives `answers` [n] without a change.
+
+    What has most images anyway takes hardly a change to reach: with more than MOST of them it is no success.
+    """
+    own = (answers.to(found.classes.device)[:, None] == found.classes).float().mean(0)
+    others = (found.success - own) / (1 - own).clamp_min(1e-6)
+    return torch.where(own > MOST, 0.0, others.clamp_min(0))
 
 
 def _further(

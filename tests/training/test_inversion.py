@@ -276,11 +276,19 @@ class Wide(nn.Module):
         return x.flatten(1).repeat(1, 3)[:, : self.classes] * 5
 
 
+def test_a_class_that_has_most_images_anyway_is_no_success():
+    """All but few images of one class, which takes no change to reach: a mask of no size is no trigger."""
+    for own, able in ((48, True), (62, False)):
+        some = pictures()[[TARGET] * own + [0] * (64 - own)]
+        found = invert(Planted(False), some, MASK, torch.arange(CLASSES), run(), steps=20, batch_size=32)
+        assert (found.success[TARGET] > 0) == able and not outliers(found)[0][TARGET]
+
+
 def test_fewer_starts_go_on_and_are_shown_more():
     wide = Wide(60)
     invert(wide, pictures(32), MASK, torch.arange(60), run(), steps=3, batch_size=32)
     starts = FEW_WINDOWS**2 + WHOLE
-    rest = [*[TOGETHER * 32] * 2, *[LEADING * 32] * 2]
+    rest = [*[TOGETHER * 32] * 2, *[LEADING * 32] * 2, len(pictures(32))]
     assert wide.seen == [60 * starts * (2 * 32 // starts), TOGETHER * 4 * (2 * 32 // 4), *rest]
 
 
