@@ -47,8 +47,8 @@ class Inversion:
     When to use it: to look for patches, all-to-all ones as well, for triggers that are not the same on every image, as
     input-aware ones, and for what is added to the whole picture, without knowing the trigger.
     What it needs: 100 images or more, without labels; three classes or more.
-    Known limits: no finding decides a verdict by itself, only with its rank among clean networks. Of more than
-    100 classes only the 100 are inverted that random counterfeits draw images to. Stripes are found badly: see
+    Known limits: no finding decides a verdict by itself, only with its rank among clean networks, in which masks for
+    each image and away from classes do not count yet. Of more than 100 classes only the 100 are inverted that random counterfeits draw images to. Stripes are found badly: see
     `stripes`; for warps see `warps`, for tones of colour `filters`.
 
     After Neural Cleanse (Wang et al. 2019, IEEE S&P); departures stand in `training.inversion`.
@@ -79,13 +79,17 @@ class Inversion:
     def _beside(
         self, found: Detected, masks: Tensor, suspect: Classifier, images: Tensor, classes: Tensor, run: Run
     ) -> None:
-        """Adds what is held against the sizes of `masks` [k], which send images to a class each."""
+        """Adds what is held against the sizes of `masks` [k], which send images to a class each.
+
+        The statistic is without them: the clean networks that it is held against were not asked.
+        """
         channels, height, width = images.shape[1:]
         for form, towards in (
             (drawn(spread_out(images, MEASURED).to(run.device)), classes),
             (untargeted(masks, height, width, channels), torch.tensor([AWAY])),
         ):
-            add_inverted(found, self.name, form, self.steps, suspect, images, towards, run, masks)
+            inverted = invert(suspect, images, form, towards, run, steps=math.ceil(self.steps * form.steps))
+            add_to(found, self.name, inverted, usual=masks)
 
 
 @dataclass(frozen=True)
@@ -112,12 +116,12 @@ class OneForm:
 
 def add_inverted(
     found: Detected, name: str, form: Form, steps: int, suspect: Classifier, images: Tensor, classes: Tensor,
-    run: Run, usual: Tensor | None = None,
+    run: Run,
 ) -> Inverted:  # fmt: skip
-    """Inverts changes of `form`, and adds what the detector `name` finds to `found`; `usual` as in `outliers`."""
+    """Inverts changes of `form`, and adds what the detector `name` finds to `found`."""
     inverted = invert(suspect, images, form, classes, run, steps=math.ceil(steps * form.steps))
-    found.statistic = max(found.statistic or 0.0, smallness(inverted, usual))
-    add_to(found, name, inverted, usual=usual)
+    found.statistic = max(found.statistic or 0.0, smallness(inverted))
+    add_to(found, name, inverted)
     return inverted
 
 

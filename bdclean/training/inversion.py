@@ -323,16 +323,12 @@ def smallest(inverted: Inverted) -> int:
     return int((sizes.masked_fill(~able, torch.inf) if able.any() else sizes).argmin())
 
 
-def smallness(inverted: Inverted, usual: Tensor | None = None) -> float:
-    """By what factor the least size of a change that succeeds lies below the median, as a natural logarithm, >= 0.
-
-    `usual` as in `outliers`.
-    """
-    able, sizes = _able(inverted), inverted.sizes
-    usual = sizes if usual is None else usual
-    if len(usual) < 3 or not able.any():
+def smallness(inverted: Inverted) -> float:
+    """By what factor the least size of a change that succeeds lies below the median, as a natural logarithm, >= 0."""
+    able = _able(inverted)
+    if len(able) < 3 or not able.any():
         return 0.0
-    return max(0.0, float((usual.median() / sizes[able].min().clamp_min(1e-9)).log()))
+    return max(0.0, float((inverted.sizes.median() / inverted.sizes[able].min().clamp_min(1e-9)).log()))
 
 
 @dataclass(frozen=True)

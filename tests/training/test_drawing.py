@@ -1,14 +1,12 @@
 """Masks that a small network draws for each image find a trigger that is not the same on every image."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
 
 from bdclean.training.drawing import LEADING, STARTS, drawn
 from bdclean.training.forms import mask
-from bdclean.training.inversion import Inverted, Outlier, invert, outliers, smallest, smallness
+from bdclean.training.inversion import Inverted, Outlier, invert, outliers, smallest
 from bdclean.training.pursuit import clearest
 from bdclean.training.run import Precision, Run
 
@@ -54,12 +52,6 @@ def test_a_trigger_that_moves_from_image_to_image_is_found_by_masks_that_are_dra
     small, _, limit = outliers(found, masks.sizes)
     assert limit == outliers(masks)[2]
     assert found.classes[small].tolist() == ([TARGET] if backdoor else [])
-    least = smallness(found, masks.sizes)
-    assert (
-        least == pytest.approx(math.log(masks.sizes.median() / found.sizes[smallest(found)]))
-        if backdoor
-        else least < 1.2
-    )
 
 
 def test_a_change_that_came_to_nothing_is_not_the_smallest():
