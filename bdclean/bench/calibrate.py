@@ -6,11 +6,11 @@
 DIR is what `small-networks` made: `networks.json`, which says what each network is, the files, and beside each
 `<stem>-images`, the test images of its classes.
 
-They are read with the size and normalisation that they were trained with, a stranger's as `scan` reads it, with at
-most `--limit` images without labels. Each statistic is a file in `DIR/scores`; those that exist are not made again.
-`--ship` writes the clean networks' into the package; the counts are of what the package has: each clean network is held
-against the others (leave-one-out). `--network` adds a stranger's network to the second table, and only there; a TARGET
-of `-` is one without a backdoor.
+They are read with the size and normalisation that they were trained with, a stranger's as `scan` reads it, with at most
+`--limit` images without labels. Each statistic is a file in `DIR/scores`; those that exist are not made again. `--ship`
+writes the clean networks' into the package, where numbers of other detectors stay; the counts are of what the package
+has: each clean network is held against the others (leave-one-out). `--network` adds a stranger's network to the second
+table, and only there; a TARGET of `-` is one without a backdoor.
 """
 
 from __future__ import annotations
@@ -99,12 +99,16 @@ def score(opened: Opened, detector: str) -> Score:
 
 
 def shipped(known: Sequence[Known], scores: dict[str, dict[str, Score]]) -> str:
-    """The text of the package's file: one clean network a line, so that a change shows as one."""
+    """The text of the package's file: one clean network a line, so that a change shows as one.
+
+    What it has of detectors that were not asked now stays.
+    """
+    before = {clean.network: dict(clean.scores) for clean in calibration.table()}
     rows = []
     for each in known:
         of = scores[each.name]
         first = next(iter(of.values()))
-        values = {
+        values = before.get(each.name, {}) | {
             name: None if found.statistic is None else round(found.statistic, 4) for name, found in of.items()
         }
         rows.append(asdict(Clean(each.name, each.family, first.classes, first.side, values)))

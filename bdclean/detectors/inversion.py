@@ -48,8 +48,9 @@ class Inversion:
     input-aware ones, and for what is added to the whole picture, without knowing the trigger.
     What it needs: 100 images or more, without labels; three classes or more.
     Known limits: no finding decides a verdict by itself, only with its rank among clean networks, in which masks for
-    each image and away from classes do not count yet. Of more than 100 classes only the 100 are inverted that random counterfeits draw images to. Stripes are found badly: see
-    `stripes`; for warps see `warps`, for tones of colour `filters`.
+    each image and away from classes do not count yet. Of more than 100 classes only the 100 are inverted that random
+    counterfeits draw images to. Stripes are found badly: see `stripes`; for warps see `warps`, for tones of colour
+    `filters`.
 
     After Neural Cleanse (Wang et al. 2019, IEEE S&P); departures stand in `training.inversion`.
     """
