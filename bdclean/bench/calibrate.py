@@ -101,10 +101,10 @@ def score(opened: Opened, detector: str) -> Score:
 def shipped(known: Sequence[Known], scores: dict[str, dict[str, Score]]) -> str:
     """The text of the package's file: one clean network a line, so that a change shows as one.
 
-    What it has of detectors that were not asked now stays.
+    What it has of detectors that were not asked now stays, and so do networks that were not.
     """
     before = {clean.network: dict(clean.scores) for clean in calibration.table()}
-    rows = []
+    rows = [asdict(clean) for clean in calibration.table() if clean.network not in scores]
     for each in known:
         of = scores[each.name]
         first = next(iter(of.values()))

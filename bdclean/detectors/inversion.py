@@ -20,6 +20,7 @@ from bdclean.training.drawing import drawn
 from bdclean.training.forms import ADDED, Form, added, mask, untargeted
 from bdclean.training.inversion import (
     AWAY,
+    LEAST_CLASSES,
     Detected,
     Inverted,
     Outlier,
@@ -74,23 +75,27 @@ class Inversion:
             if form.family in self.families:
                 inverted = add_inverted(found, self.name, form, self.steps, suspect, images, classes, run)
                 if form.parts is not None:
-                    self._beside(found, inverted.sizes, suspect, images, classes, run)
+                    self._beside(found, inverted, suspect, images, classes, run)
         return found
 
     def _beside(
-        self, found: Detected, masks: Tensor, suspect: Classifier, images: Tensor, classes: Tensor, run: Run
+        self, found: Detected, masks: Inverted, suspect: Classifier, images: Tensor, classes: Tensor, run: Run
     ) -> None:
-        """Adds what is held against the sizes of `masks` [k], which send images to a class each.
+        """Adds what is held against `masks`, which send images to a class each; of three classes or more.
 
         The statistic is without them: the clean networks that it is held against were not asked.
         """
+        sizes = masks.sizes
+        if len(sizes) < LEAST_CLASSES:
+            return
+        least = float(sizes[smallest(masks)] / sizes.median())
         channels, height, width = images.shape[1:]
         for form, towards in (
             (drawn(spread_out(images, MEASURED).to(run.device)), classes),
-            (untargeted(masks, height, width, channels), torch.tensor([AWAY])),
+            (untargeted(least, height, width, channels), torch.tensor([AWAY])),
         ):
             inverted = invert(suspect, images, form, towards, run, steps=math.ceil(self.steps * form.steps))
-            add_to(found, self.name, inverted, usual=masks)
+            add_to(found, self.name, inverted, usual=sizes)
 
 
 @dataclass(frozen=True)
@@ -131,14 +136,16 @@ def add_to(
 ) -> None:
     """Adds to `found` the outliers of `inverted`, else its smallest change, as the detector `name` says it.
 
-    `aim` is what its classes are: an encoder's are clusters. `usual` as in `outliers`.
+    `aim` is what its classes are: an encoder's are clusters. `usual` as in `outliers`: what it is given for is no part
+    of the statistic.
     """
+    told = found.findings if usual is None else found.uncounted
     form, (small, index, limit) = inverted.form, outliers(inverted, usual)
     found.limits[form.name] = limit
     for k in small.nonzero().squeeze(1).tolist() or [smallest(inverted)]:
         target, parameters = int(inverted.classes[k]), inverted.parameters[k]
         whereto = "anywhere" if target == AWAY else f"for {aim} {target}"
-        found.findings.append(
+        told.append(
             {
                 "detector": name,
                 "verdict": "outlier" if small[k] else "no-outlier",

@@ -20,7 +20,7 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training import adversaries
-from bdclean.training.forms import Form
+from bdclean.training.forms import UNTARGETED, Form
 from bdclean.training.inversion import AWAY, Detected, Outlier
 from bdclean.training.known import Known, stamped
 from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings, updates
@@ -54,7 +54,7 @@ USUAL = 0.2
 """Up to about this share of images an adversary sends to one class of a network without a backdoor, too."""
 LEFT = 0.02
 """A mask, patch, warp or filter has its whole weight while it sends more than this share to its class, other inverted
-triggers more than USUAL."""
+triggers more than USUAL, as well as a mask that takes images anywhere, which any change does to some."""
 FEW_CLASSES = 4
 """Of up to so many, stripes send most images to one in networks without a backdoor, too: they weigh no more than other
 corruptions there. One of two classes lost 9 points of its accuracy with `inverted_weight`, 2 so."""
@@ -211,7 +211,7 @@ class Inoculate:
     def weight_of(self, form: Form, classes: int) -> tuple[float, float]:
         """The whole weight of images under an inverted trigger, and the share it sends from which on they have it."""
         if form.family in ("patch", "warp", "tone"):
-            return self.mask_weight, LEFT
+            return self.mask_weight, USUAL if form.name == UNTARGETED else LEFT
         common = form.family == "wave" and classes <= FEW_CLASSES
         return self.corrupted_weight if common else self.inverted_weight, USUAL
 
@@ -276,7 +276,7 @@ def _unstamped(teacher: Classifier, stamps: Sequence[Stamp], images: Tensor, run
 
 
 def _findings(detected: Sequence[Detected]) -> list[dict[str, Any]]:
-    return [finding for each in detected for finding in each.findings]
+    return [finding for each in detected for finding in [*each.findings, *each.uncounted]]
 
 
 def _outliers(detected: Sequence[Detected], limits: Mapping[str, float] | None = None) -> list[Outlier]:
@@ -417,7 +417,8 @@ class _Lesson:
         if self.pursuit is not None:
             under = slice(n, n + hunted)
             weight, most = recipe.weight_of(self.pursuit.whose(turn).form, answers.shape[1])
-            share = (self.pursuit.sent(turn, gone[under]) / most).clamp(0, 1)
+            sent = self.pursuit.sent(turn, gone[under], aims[under].argmax(1))
+            share = (sent / most).clamp(0, 1)
             weights[under] += (weight - recipe.corrupted_weight) * share
         weights[n + hunted :] = self.pupil.insisted * recipe.inverted_weight
         if foes:

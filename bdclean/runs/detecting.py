@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,7 @@ def look(
     tests = len(suspect.choices) * sum(each.p_value is not None for each in ranked.values())
     for name, each in found.items():
         looked.findings += _judged(each, ranked.get(name), LEVEL if asked else LEVEL_UNASKED, tests)
+        looked.findings += [_undecided(finding, UNCOUNTED) for finding in each.uncounted]
         looked.pictures += pictures.masks(each.pictures)
     looked.calibration = list(ranked.values())
     return looked
@@ -124,19 +126,21 @@ def rank(
     return ranked
 
 
+UNCOUNTED = "Not calibrated (no clean network was asked this way): it does not decide the verdict."
+
+
 def _judged(found: Detected, ranked: Calibration | None, level: float, tests: int) -> list[Finding]:
     """Its findings with how odd the network is among clean ones: suspicious where that and its own threshold agree.
 
     `tests`: how many were asked, for which it is corrected.
     """
-    findings = [Finding(**finding) for finding in found.findings]
     if ranked is None or ranked.p_value is None or ranked.corrected is None:
         count = 0 if ranked is None else len(ranked.scores)
         said = (
             f"Not calibrated ({count} clean networks of its kind, {calibration.LEAST_MATCHING} are needed): it does "
             "not decide the verdict."
         )
-        return [replace(finding, reason=f"{finding.reason}. {said}") for finding in findings]
+        return [_undecided(finding, said) for finding in found.findings]
     above = sum(score >= ranked.score for score in ranked.scores)
     unusual = ranked.corrected <= level
     said = (
@@ -152,5 +156,10 @@ def _judged(found: Detected, ranked: Calibration | None, level: float, tests: in
             p_value=ranked.p_value,
             reason=f"{finding.reason}. {said}",
         )
-        for finding in findings
+        for finding in (Finding(**each) for each in found.findings)
     ]
+
+
+def _undecided(finding: dict[str, Any], said: str) -> Finding:
+    """A finding that decides no verdict, as is `said`."""
+    return Finding(**finding | {"reason": f"{finding['reason']}. {said}"})

@@ -24,7 +24,7 @@ classes need so is 60 to 1,000 pixels, far from its least after so few steps."""
 
 
 class Drawing(nn.Module):
-    """Draws a mask and a pattern, logits [n 1+c h w], for pixels [n c h w] in [0, 1], each from about 17 x 17 of them.
+    """Draws a mask and a pattern, logits [n 1+c h w], for pixels [n c h w] in [0, 1], each from 19 x 19 of them.
 
     It is not the network of `triggers.inputaware`, whose backdoors it is measured on.
     """

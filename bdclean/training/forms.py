@@ -143,15 +143,17 @@ def mask(height: int, width: int, channels: int = 3) -> Form:
     )  # fmt: skip
 
 
-def untargeted(masks: Tensor, height: int, width: int, channels: int = 3) -> Form:
+UNTARGETED = "untargeted mask"
+
+
+def untargeted(least: float, height: int, width: int, channels: int = 3) -> Form:
     """A mask that takes images from their class, whatever to: what an all-to-all trigger does.
 
-    It is unusually small under SMALL_UNTARGETED of the least of `masks` [k], the sizes of each class's: a trigger of
-    one class takes nearly all images from their class, too.
+    `least`: the smallest mask that sends images to one class, as a share of the median; this one is unusually small
+    under SMALL_UNTARGETED of that, as a trigger of one class takes nearly all images from their class, too.
     """
-    small = SMALL_UNTARGETED * float(masks.min() / masks.median())
-    form = mask(height, width, channels)
-    return dataclasses.replace(form, name="untargeted mask", goal=0.9, small=small, parts=None)
+    form, small = mask(height, width, channels), SMALL_UNTARGETED * least
+    return dataclasses.replace(form, name=UNTARGETED, goal=0.9, small=small, parts=None)
 
 
 def added(height: int, width: int, kind: str, channels: int = 3) -> Form:

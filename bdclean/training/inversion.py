@@ -28,6 +28,10 @@ AWAY = -1
 """Stands for a class: any other one than an image's own, which is what it is answered without the change."""
 
 
+LEAST_CLASSES = 3
+"""Of fewer there is no median to stand out from."""
+
+
 RAISE = 1.15
 GROWN = 2.0
 """How many times its first size an inverted trigger may grow to while it is refitted."""
@@ -57,11 +61,13 @@ A trigger's class leads from early on; the rest of the steps shows by how much, 
 
 
 COME_TO_NOTHING = 0.2
-"""The success rate under which a start is no use, however small its change: it may have shrunk to none at all."""
+"""The success rate under which a start is no use, however small its change: it may have shrunk to none at all. Of ten
+classes each has a tenth of the images anyway."""
 
 
-COUNTED, MOST = 256, 0.8
-"""On so many images is it counted how many have a class anyway; with a larger share of them nothing is said of it."""
+COUNTED, MOST = 256, 0.5
+"""On so many images is it counted how many have a class anyway; with a larger share of them nothing is said of it: a
+change counts from a success of 0.6 on, of all images, which one of no size would have."""
 
 
 SHOWN, FEWEST = 2, 8
@@ -74,10 +80,7 @@ PIXELS = 1 << 20
 
 @dataclass(frozen=True)
 class Inverted:
-    """Fitted `parameters` [k ...] of a form, for `classes` [k], with the success rate of each [k].
-
-    While it is fitted the rate is of all images, at last of those of other classes.
-    """
+    """Fitted `parameters` [k ...] of a form, for `classes` [k], with the success rate of each [k] on all images."""
 
     form: Form
     classes: Tensor
@@ -170,26 +173,18 @@ def invert(
             kept = kept[torch.isin(going.classes[kept], _leading(going, kept, form.together or TOGETHER))]
         going, kinds = going.select(kept), kinds[kept]
     found = _further(model, images, going, stage, max(1, round(ROUND_OF_LEADING * steps)), batch_size, run)
-    return dataclasses.replace(
-        found, success=_of_others(found, run.answers(model, spread_out(images, COUNTED)))
-    )
-
-
-def _of_others(found: Inverted, answers: Tensor) -> Tensor:
-    """The success on images of other classes alone, where the network gives `answers` [n] without a change.
-
-    What has most images anyway takes hardly a change to reach: with more than MOST of them it is no success.
-    """
-    own = (answers.to(found.classes.device)[:, None] == found.classes).float().mean(0)
-    others = (found.success - own) / (1 - own).clamp_min(1e-6)
-    return torch.where(own > MOST, 0.0, others.clamp_min(0))
+    answers = run.answers(model, spread_out(images, COUNTED)).to(run.device)
+    anyway = (answers[:, None] == found.classes).float().mean(0)
+    # what has most images anyway takes hardly a change to reach
+    return dataclasses.replace(found, success=found.success.masked_fill(anyway > MOST, 0))
 
 
 def _further(
     model: nn.Module, images: Tensor, going: Inverted, stage: str, steps: int, batch_size: int, run: Run
 ) -> Inverted:
     """`going`, whose LEADING smallest changes were fitted for `steps` more steps."""
-    leading = going.sizes.argsort()[:LEADING]
+    idle = going.success < COME_TO_NOTHING
+    leading = going.sizes.masked_fill(idle, torch.inf).argsort()[:LEADING]
 
     def fitted() -> Tensor:
         number = len(ROUNDS)
@@ -303,7 +298,7 @@ def outliers(inverted: Inverted, usual: Tensor | None = None) -> tuple[Tensor, T
     """
     sizes = inverted.sizes
     usual = sizes if usual is None else usual
-    if len(usual) < 3:
+    if len(usual) < LEAST_CLASSES:
         return torch.zeros_like(sizes, dtype=torch.bool), torch.zeros_like(sizes), 0.0
     median = usual.median()
     spread = 1.4826 * (usual - median).abs().median()
@@ -326,7 +321,7 @@ def smallest(inverted: Inverted) -> int:
 def smallness(inverted: Inverted) -> float:
     """By what factor the least size of a change that succeeds lies below the median, as a natural logarithm, >= 0."""
     able = _able(inverted)
-    if len(able) < 3 or not able.any():
+    if len(able) < LEAST_CLASSES or not able.any():
         return 0.0
     return max(0.0, float((inverted.sizes.median() / inverted.sizes[able].min().clamp_min(1e-9)).log()))
 
@@ -343,6 +338,11 @@ class Outlier:
 
     def __call__(self, images: Tensor) -> Tensor:
         """`images` uint8 [n c h w] under it, on the CPU."""
+        return torch.cat(
+            [self._stamped(part) for part in images.split(max(1, PIXELS // images[0, 0].numel()))]
+        )
+
+    def _stamped(self, images: Tensor) -> Tensor:
         pixels = images.to(self.parameters.device).float() / 255
         return (255 * self.form.stamp(self.parameters[None], pixels)[0]).round().to(torch.uint8).cpu()
 
@@ -359,6 +359,8 @@ class Detected:
     """Caption -> float [c h w] in [0, 1]; never an image of the user's."""
     statistic: float | None = None
     """One number for the whole network, larger for what is odder, to be held against those of clean networks."""
+    uncounted: list[dict[str, Any]] = field(default_factory=list)
+    """Findings of what the statistic leaves out: they decide nothing, however odd it is."""
     limits: dict[str, float] = field(default_factory=dict)
     """Form by name -> the size under which a change was unusually small in this network."""
 

@@ -48,15 +48,15 @@ class Pursuit:
         """The trigger whose turn it is."""
         return self.triggers[turn % len(self.triggers)]
 
-    def sent(self, turn: int, gone: Tensor) -> Tensor:
+    def sent(self, turn: int, gone: Tensor, own: Tensor) -> Tensor:
         """The share of images that the trigger whose turn it is sends to its class, a mean that forgets; [].
 
-        `gone` [n classes]: by how much the probabilities of n images rise under it. What it does to other classes is
-        not counted: of a weak network any change moves some.
+        `gone` [n classes]: by how much the probabilities of n images rise under it; `own` [n]: their classes. What it
+        does to other classes than its own is not counted: of a weak network any change moves some. Of AWAY it is the
+        share that it takes from their own.
         """
         target, mean = self.whose(turn).target, self.tensors[f"sent.{turn % len(self.triggers)}"]
-        # of images that may go anywhere, what their own class loses
-        now = -gone.amin(1).mean() if target == AWAY else gone[:, target].mean()
+        now = -gone.gather(1, own[:, None]).mean() if target == AWAY else gone[:, target].mean()
         mean.copy_(torch.where(mean == UNSEEN, now, REMEMBERED * mean + (1 - REMEMBERED) * now))
         return mean
 

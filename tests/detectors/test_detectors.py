@@ -72,14 +72,15 @@ def test_contract(name, kind, images):
     assert torch.equal(images, pixels)
     assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
     assert found.findings == again.findings and found.findings
-    for finding in found.findings:
+    for finding in [*found.findings, *found.uncounted]:
         entry = Finding(**finding)
         assert entry.detector == name and entry.reason
         assert entry.verdict in ("outlier", "no-outlier", "undecided")
         assert not entry.reason.endswith("."), "how odd it is among clean networks follows"
     assert found.statistic is None or math.isfinite(found.statistic)
     if found.outliers:
-        assert len(found.outliers) == sum(finding["verdict"] == "outlier" for finding in found.findings)
+        every = [*found.findings, *found.uncounted]
+        assert len(found.outliers) == sum(finding["verdict"] == "outlier" for finding in every)
     for picture in found.pictures.values():
         assert picture.shape == (3, 32, 32) and 0 <= picture.min() and picture.max() <= 1
     stamped = [o.form.stamp(o.parameters[None], images[:2].float() / 255) for o in found.outliers]
