@@ -84,6 +84,7 @@ class InputAware:
         if not self.path:
             raise UsageError("inputaware needs path=FILE, which its networks are written to.")
         _, classes = poisoning.labeled(training, self.target)
+        poisoning.check_coloured(self.name, training.images)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.generator(stage).initial_seed())
             drawing = MaskAndPattern(*training.images.shape[2:]).to(run.device)

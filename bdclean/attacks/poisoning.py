@@ -22,6 +22,16 @@ def check(rate: float, target: int, victims: str = "all") -> None:
         raise UsageError(f"a target class is a number from 0 on: {target} is not.")
     if victims not in ("all", "next") and not (victims.isascii() and victims.isdigit()):
         raise UsageError(f"victims are all, next, or the number of a class: {victims!r} is not.")
+    if victims.isdigit() and int(victims) == target:
+        raise UsageError(f"victims are images of another class than the target, {target}.")
+
+
+def check_coloured(attack: str, images: Tensor) -> None:
+    """Raises Refused for images [n c h w] of one channel, where the networks of `attack` draw on three."""
+    if images.shape[1] != 3:
+        raise Refused(
+            f"{attack} draws on images of three channels, these have {images.shape[1]}: use badnets, blend or lf."
+        )
 
 
 def chosen(images: int, rate: float, seed: int) -> Tensor:

@@ -76,6 +76,7 @@ class SSBA:
         """Writes the network that hides to `path`, learnt on the images, and returns the curve: `read` is of bits."""
         if not self.path:
             raise UsageError("ssba needs path=FILE, which its network is written to.")
+        poisoning.check_coloured(self.name, training.images)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.generator(stage).initial_seed())
             hiding, reading = Steganographer(self.bound), _reader()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from bdclean import registry
+from bdclean.errors import UsageError
 from bdclean.triggers.badencoder import BadEncoder
 from bdclean.triggers.badnets import BadNets
 from bdclean.triggers.blend import Blend
@@ -128,8 +129,13 @@ def make_triggers(specs: Sequence[str], size: tuple[int, int], kind: str = "clas
     for spec in specs:
         name, settings = registry.parse_spec(spec)
         trigger = registry.configure(registry.load(registry.TRIGGERS, name), settings)
-        trigger(
-            torch.zeros((1, 3, *size), dtype=torch.uint8)
-        )  # a patch that does not fit is refused before any work
+        noise = torch.randint(
+            256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
+        # refused before any work: a patch that does not fit, and what would say `no-evidence` of everything
+        if torch.equal(trigger(noise), noise):
+            raise UsageError(
+                f"{spec} changes no pixel of images of {size[0]} x {size[1]}: it is too faint, or falls between pixels."
+            )
         made.append(trigger)
     return list(dict.fromkeys(made))

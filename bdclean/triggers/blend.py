@@ -51,6 +51,10 @@ class Blend:
         content = read_content(self.source)
         if content.pattern is None:
             raise Refused(f"{self.source} has no picture to blend: use file:{self.source} for a delta.")
+        if content.mask is not None and float(content.mask.min()) < 1:
+            raise Refused(
+                f"{self.source} has a mask or is transparent: use file:{self.source},alpha={self.alpha}."
+            )
         return content
 
     def content(self, height: int, width: int, channels: int = 3) -> Tensor:

@@ -21,6 +21,10 @@ Waves = tuple[tuple[int, int, float, float], ...]
 """Coefficient (down, across) of the block's cosine transform, and the share of the magnitude that U and V get."""
 
 
+AGAIN = 20
+"""So often is a control drawn anew that was drawn before, until it is drawn from further away."""
+
+
 @dataclass(frozen=True)
 class CTRL:
     """Adds two cosines of fixed frequency to the colours U and V of every block of pixels.
@@ -72,8 +76,10 @@ class CTRL:
         """
         drawn: list[Stamp] = []
         seen: set[Waves] = {self.waves}
+        again = 0
         while len(drawn) < count:
-            near, waves = len(drawn) % 2 == 0, []
+            # in a corner of the table there may be no others near
+            near, waves = len(drawn) % 2 == 0 and again < AGAIN, []
             for own in (self.first, self.second):
                 low, high = self.window // 8, self.window
                 if near:
@@ -83,7 +89,9 @@ class CTRL:
                 if channels == 1:  # V is not seen, and must not make the trigger pass for another
                     signs = signs[0], signs[0]
                 waves.append((down, across, 2.0 * signs[0] - 1, 2.0 * signs[1] - 1))
+            again += 1
             if tuple(waves) not in seen:
+                again = 0
                 seen.add(tuple(waves))
                 drawn.append(
                     partial(_add_waves, waves=tuple(waves), magnitude=self.magnitude, window=self.window)

@@ -24,6 +24,7 @@ from bdclean.triggers.stamping import Stamp, check_pixels, draw_seed, in_channel
 WIDTH = 16
 """Channels at the image's own size: 20,000 weights, a third of the arithmetic of a ResNet-18 of the same width."""
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_BYTES = 2**20
 """Of a generator's file, which has about 80,000."""
 
@@ -97,6 +98,8 @@ def read(path: str, generator: Network) -> Network:
         raise Refused(
             f"trigger {path} holds tensors that no generator has: give the file that the attack wrote."
         )
+    if any(tensor.dtype not in FLOATS for tensor in tensors.values()):
+        raise Refused(f"trigger {path} holds other numbers than floats: give the file that the attack wrote.")
     if not all(bool(t.isfinite().all()) for t in tensors.values()) or not 0 < float(tensors["bound"]) <= 255:
         raise Refused(f"trigger {path} holds NaN, infinite values or a bound outside of 0 to 255.")
     generator.load_state_dict(tensors)

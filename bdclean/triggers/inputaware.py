@@ -20,6 +20,10 @@ SHARPNESS = 10.0
 """By which a mask's values are multiplied before they are squeezed into 0 to 1: most end up at one of the two."""
 
 
+ALIKE = 0.02
+"""In [0, 1]: so little on average does content differ that is the same to a network."""
+
+
 class Drawing(nn.Module):
     """A U-Net of two sizes that draws `planes` planes for an image, values of any size.
 
@@ -110,8 +114,11 @@ class InputAware:
         networks = self.networks.to(images.device)
 
         def stamped(pixels: Tensor) -> Tensor:
-            shapes = surrogate(networks.pattern(pixels), torch.Generator().manual_seed(seed)).double()
-            return networks.lay(pixels, networks.mask(pixels), shapes.clamp(0, 1))
+            pattern = networks.pattern(pixels)
+            shapes = surrogate(pattern, torch.Generator().manual_seed(seed)).double().clamp(0, 1)
+            # what is of one colour has no other shapes: it gets the opposite one
+            same = (shapes - pattern).abs().mean((1, 2, 3), keepdim=True) < ALIKE
+            return networks.lay(pixels, networks.mask(pixels), torch.where(same, 1 - shapes, shapes))
 
         return generators.over(images, stamped)
 

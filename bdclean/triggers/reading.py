@@ -74,6 +74,8 @@ def read_content(path: str, key: str = "none") -> Content:
     """What a trigger file holds; raises Refused. `key` makes black or white of a picture transparent."""
     if Path(path).suffix.lower() not in (".npz", ".safetensors"):
         return _careful(path, lambda: _picture(path, key))
+    if key != "none":
+        raise Refused(f"trigger {path}: key is for pictures; of arrays a mask says what is transparent.")
     return _content(path, read_arrays(path, KEYS))
 
 
@@ -111,7 +113,16 @@ def _picture(path: str, key: str) -> Content:
             raise Refused(
                 f"trigger {path} is {image.width} x {image.height}, at most {MAX_SIDE} a side is allowed."
             )
-        pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1).float()
+        if image.mode.startswith("I") or image.mode == "F":
+            if not image.mode.startswith("I;16") and image.format != "PNG":
+                raise Refused(f"trigger {path} has {image.mode} pixels, which have no fixed range.")
+            # Pillow would cut 16 bits off at 255
+            seen = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert(
+                "RGBA"
+            )
+        else:
+            seen = image.convert("RGBA")
+        pixels = torch.from_numpy(np.array(seen)).permute(2, 0, 1).float()
     pattern, mask = pixels[:3], pixels[3:] / 255
     if key != "none":
         # As if the picture had been laid over that colour: its distance from it is the opacity.
@@ -202,6 +213,10 @@ def _content(path: str, arrays: dict[str, np.ndarray]) -> Content:
 def _levels(path: str, name: str, array: np.ndarray) -> Tensor:
     """Grey levels; floats of at most 1 are shares of 255."""
     planes = _planes(path, name, array)
+    if array.dtype.kind in "iu" and float(planes.max()) == 1:
+        raise Refused(
+            f"trigger {path}: {name} holds the integers 0 and 1: save it as floats, or as 0 and 255."
+        )
     if array.dtype.kind == "b" or (array.dtype.kind == "f" and float(planes.max()) <= 1):
         planes = planes * 255
     if float(planes.min()) < 0 or float(planes.max()) > 255:
@@ -220,11 +235,13 @@ def _planes(path: str, name: str, array: np.ndarray) -> Tensor:
         values = values[0]
     if values.ndim == 2:
         values = values[None]
-    elif array.ndim == 3 and array.shape[0] == array.shape[2] == 3 and not np.array_equal(array, array.T):
-        raise Refused(
-            f"trigger {path}: {name} is {list(array.shape)}, whose colours may be on its first axis or on its last: "
-            "save it as [1 3 h w], or as a picture."
-        )
+    elif array.ndim == 3 and array.shape[0] == 3 and array.shape[2] in (1, 3):
+        last = np.moveaxis(array, 2, 0)
+        if last.shape != array.shape or not np.array_equal(last, array):
+            raise Refused(
+                f"trigger {path}: {name} is {list(array.shape)}, whose colours may be on its first axis or on its "
+                "last: save it as [1 c h w], or as a picture."
+            )
     if values.ndim == 3 and values.shape[0] not in (1, 3) and values.shape[2] in (1, 3):
         values = values.permute(2, 0, 1)
     if values.ndim != 3 or values.shape[0] not in (1, 3):

@@ -12,6 +12,9 @@ from torch import Tensor
 from bdclean.errors import UsageError
 from bdclean.triggers.stamping import Stamp, add, spec_of
 
+HIGHEST = 1000
+"""The highest frequency, in periods across the picture."""
+
 
 @dataclass(frozen=True)
 class SIG:
@@ -32,9 +35,9 @@ class SIG:
     phase: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.delta <= 255 or not 0 < self.frequency <= 1000:
+        if not 0 < self.delta <= 255 or not 0 < self.frequency <= HIGHEST:
             raise UsageError(
-                f"sig needs delta over 0 and up to 255 and a frequency over 0 and up to 1000, "
+                f"sig needs delta over 0 and up to 255 and a frequency over 0 and up to {HIGHEST}, "
                 f"got {self.delta} and {self.frequency}."
             )
         if not abs(self.angle) <= 360 or not abs(self.phase) <= 360:
@@ -71,10 +74,9 @@ class SIG:
                 frequency, angle = hypot(across, along), degrees(atan2(along, across))
             else:
                 frequency, angle = self.frequency * 2 ** (2 * draws[0] - 1), 180 * draws[1]
+            frequency = min(max(round(frequency, 3), 0.001), HIGHEST)
             drawn.append(
-                replace(
-                    self, frequency=round(frequency, 3), angle=round(angle, 2), phase=round(360 * draws[2], 2)
-                )
+                replace(self, frequency=frequency, angle=round(angle, 2), phase=round(360 * draws[2], 2))
             )
         return drawn
 

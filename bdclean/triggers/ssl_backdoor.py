@@ -55,6 +55,8 @@ class SSLBackdoor:
         content = read_content(self.patch)
         if content.pattern is None:
             raise Refused(f"{self.patch} has no picture to paste: use file:{self.patch} for a delta.")
+        if content.mask is not None and float(content.mask.min()) < 1:
+            raise Refused(f"{self.patch} has a mask or is transparent: use file:{self.patch}.")
         return content
 
     def content(self, side: int, channels: int = 3) -> Tensor:

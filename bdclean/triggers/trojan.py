@@ -39,9 +39,9 @@ class Trojan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.size < 0 or self.seed < 0 or not 0 < self.alpha <= 1:
+        if self.size < 0 or not 0 <= self.seed < 2**63 or not 0 < self.alpha <= 1:
             raise UsageError(
-                f"trojan needs size and seed of 0 or more and alpha over 0 and up to 1, "
+                f"trojan needs size and seed (under 2^63) of 0 or more and alpha over 0 and up to 1, "
                 f"got {self.size}, {self.seed} and {self.alpha}."
             )
         if self.source != "mark":

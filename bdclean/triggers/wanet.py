@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -22,7 +23,7 @@ class WaNet:
     """Warps each image by one smooth field of shifts.
 
     What it does: moves pixels by a field on `k` x `k` points, drawn from `seed` and enlarged to the image; its mean
-    absolute shift along each axis is about half of `strength` pixels, whatever the image's size.
+    absolute shift along each axis is about 0.4 of `strength` pixels, whatever the image's size.
     When to use: warping backdoors; the authors' are k 4, strength 0.5 on 32 pixels (k 8, strength 1 in others' runs).
     Needs: nothing, or `grid`, an .npz or .safetensors file with the field that an attacker drew: `noise`, [1 h w 2] at
     the image's size, right and down, of mean absolute value 1 or so.
@@ -54,13 +55,18 @@ class WaNet:
             raise Refused(
                 f"trigger {self.grid} has no noise: give the field that the attack drew under that name."
             )
-        field = torch.tensor(arrays["noise"], dtype=torch.float32)
+        # whatever byte order and width it was written in
+        field = torch.from_numpy(np.ascontiguousarray(arrays["noise"]).astype(np.float32))
         if field.ndim == 4 and len(field) == 1:
             field = field[0]
         if field.ndim != 3 or field.shape[-1] != 2:
             raise Refused(f"trigger {self.grid}: noise is {shown(list(field.shape))}, expected [1 h w 2].")
         if not bool(field.isfinite().all()) or not 0 < float(field.abs().max()) <= 64:
             raise Refused(f"trigger {self.grid}: noise must be finite, within -64 to 64, and not zero.")
+        if bool((field == field[0, 0]).all()):
+            raise Refused(
+                f"trigger {self.grid}: noise is the same everywhere, which moves pictures and warps nothing."
+            )
         return field
 
     def field(self, height: int, width: int) -> Tensor:
@@ -95,12 +101,14 @@ class WaNet:
 def warp(images: Tensor, field: Tensor, strength: float) -> Tensor:
     """uint8 `images` [n c h w] seen through `field`, [h w 2] or one for each image [n h w 2]; the rim is held.
 
-    `strength` / height is the shift in coordinates from -1 to 1 at a field of 1, as in the authors' code.
+    `strength` / side is the shift in coordinates from -1 to 1 at a field of 1, as in the authors' code, whose images
+    are square; of others each axis has its own.
     """
     n, _, height, width = images.shape
     down, right = (torch.linspace(-1, 1, length, device=images.device) for length in (height, width))
     still = torch.stack(torch.meshgrid(right, down, indexing="xy"), -1)
-    seen = (still + strength / height * field.to(images.device)).clamp(-1, 1).expand(n, -1, -1, -1)
+    shifts = still.new_tensor([strength / width, strength / height]) * field.to(images.device)
+    seen = (still + shifts).clamp(-1, 1).expand(n, -1, -1, -1)
     return to_pixels(functional.grid_sample(images.float(), seen, mode="bilinear", align_corners=True))
 
 

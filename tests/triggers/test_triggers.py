@@ -557,12 +557,16 @@ def test_controls_of_a_patch_on_a_full_canvas_are_as_rich_as_the_patch(
 def test_a_patch_whose_colour_axis_cannot_be_told_is_refused(tmp_path: Path, shape) -> None:
     colours = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     np.savez(tmp_path / "patch.npz", pattern=colours)
-    with pytest.raises(Refused, match=r"first axis or on its last: save it as \[1 3 h w\]"):
+    with pytest.raises(Refused, match=r"first axis or on its last: save it as \[1 c h w\]"):
         File(str(tmp_path / "patch.npz"))
     np.savez(tmp_path / "patch.npz", pattern=colours[None])
     assert np.array_equal(File(str(tmp_path / "patch.npz")).content.pattern, colours)
-    np.savez(tmp_path / "flat.npz", pattern=np.full(shape, 200, np.uint8), mask=np.ones((1, *shape[1:])))
-    assert File(str(tmp_path / "flat.npz")).content.shape == shape[1:]
+
+
+def test_a_patch_that_is_the_same_either_way_is_read(tmp_path: Path) -> None:
+    for mask in (np.ones((1, 3, 3)), np.ones((3, 3))):
+        np.savez(tmp_path / "flat.npz", pattern=np.full((3, 3, 3), 200, np.uint8), mask=mask)
+        assert File(str(tmp_path / "flat.npz")).content.shape == (3, 3)
 
 
 # --- triggers of attacks on encoders ------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bdclean.attacks.poisoning import check, poison_target_class
+from bdclean.attacks.poisoning import check, check_coloured, poison_target_class
 from bdclean.data.imageset import ImageSet
 from bdclean.errors import Refused, UsageError
 from bdclean.networks.classifier import Classifier
@@ -86,6 +86,7 @@ class BLTO:
             raise UsageError("blto needs path=FILE, which its generator is written to.")
         if training.labels is None:
             raise Refused("poisoning images of the target class needs labels and these images have none.")
+        check_coloured(self.name, training.images)
         references = training.images[training.labels == self.target]
         if not len(references):
             raise Refused(f"there is no image of class {self.target} to poison.")

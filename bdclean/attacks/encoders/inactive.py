@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from bdclean.attacks import poisoning
 from bdclean.attacks.encoders.appearance import colour_distance, signal_to_noise, structural_similarity
 from bdclean.attacks.encoders.clean_encoder import VIEWS, Attacked, check_settings
 from bdclean.data.imageset import ImageSet
@@ -77,6 +78,7 @@ class Inactive:
         """
         if not self.path:
             raise UsageError("inactive needs path=FILE, which its filter is written to.")
+        poisoning.check_coloured(self.name, shadow.images)
         attacked = Attacked.of(clean, shadow, of_target, self.references, self.centred, run)
         learnt = generators.fresh(self.bound, run.generator(stage).initial_seed()).to(run.device)
 
