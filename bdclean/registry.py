@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bdclean.errors import UsageError
@@ -346,6 +346,17 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
     return settings
 
 
+def _rejoined(parts: Sequence[str]) -> list[str]:
+    """`parts` of a SPEC that was split at commas, where a value, such as a path, may hold one."""
+    pairs: list[str] = []
+    for part in parts:
+        if pairs and "=" not in part:
+            pairs[-1] += f",{part}"
+        else:
+            pairs.append(part)
+    return pairs
+
+
 def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
     """Returns name and settings of a SPEC, `NAME[:KEY=VALUE,...]`, split at the first colon.
 
@@ -358,7 +369,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
         raise UsageError(f"{spec!r} is no trigger: write NAME or NAME:KEY=VALUE,...")
     parts = rest.split(",") if rest else []
     if name != "file":
-        return name, parse_settings(parts)
+        return name, parse_settings(_rejoined(parts))
     pairs: list[str] = []
     while len(parts) > 1 and re.fullmatch(r"\s*[a-z][a-z_]*=.*", parts[-1]):
         pairs.insert(0, parts.pop())

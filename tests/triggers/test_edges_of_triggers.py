@@ -132,3 +132,12 @@ def test_attacks_whose_networks_draw_on_colours_refuse_grey_images_before_they_l
         SSBA(path=path).learn(grey, run)
     with pytest.raises(Refused, match="inputaware draws on images of three channels, these have 1"):
         Attack(path=path)(torch.nn.Identity(), grey, run, None)
+
+
+def test_a_path_may_hold_commas(tmp_path):
+    Image.new("RGB", (600, 20), (10, 20, 30)).save(tmp_path / "a,b.png")
+    trigger = Blend(str(tmp_path / "a,b.png"), alpha=0.5)
+    (again,) = make_triggers((trigger.spec(),), (16, 16))
+    assert again == trigger
+    (control,) = trigger.controls(1, torch.Generator().manual_seed(0))
+    assert control.keywords["content"].shape == (17, 512), "surrogates of a large picture are drawn at less"
