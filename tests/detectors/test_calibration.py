@@ -43,7 +43,7 @@ def test_what_is_shipped_is_of_forty_clean_networks_and_more_with_finite_numbers
         assert all(score is None or math.isfinite(score) for score in clean.scores.values())
 
 
-@pytest.mark.parametrize("detector", ["mm-bd", "stripes", "inversion"])
+@pytest.mark.parametrize("detector", ["mm-bd", "stripes", "inversion", "filters", "warps"])
 def test_detectors_are_calibrated_for_ten_classes(detector):
     assert len(calibration.matching(detector, 10, 32)) >= calibration.LEAST_MATCHING
 

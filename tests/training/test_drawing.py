@@ -50,7 +50,7 @@ def test_a_trigger_that_moves_from_image_to_image_is_found_by_masks_that_are_dra
     masks, found = (inverted(form, backdoor) for form in (mask(SIDE, SIDE), drawn(pictures(16))))
     assert not outliers(masks)[0].any() and len(found.classes) == LEADING
     small, _, limit = outliers(found, masks.sizes)
-    assert limit == outliers(masks)[2]
+    assert limit == pytest.approx(0.27 / 0.3 * outliers(masks)[2])
     assert found.classes[small].tolist() == ([TARGET] if backdoor else [])
 
 
