@@ -67,17 +67,18 @@ class Inoculate:
     What it does: a copy of the suspect learns to give, on corrupted images, the suspect's answer on the clean ones. The
     corruptions are random counterfeits of triggers, the most harmful of many such draws, small adversaries found on the
     student, and inverted triggers: where a class of the suspect is reached by an unusually small mask (one for all
-    images, or drawn for each by a small network), warp or filter of colour, or by unusually little that is added to the
-    picture, or where stripes send most images to it, that change itself, refitted on the student at each use, and
-    patches: near a mask, in its colours, and those that a search by trial found to send images to its class. Such a
-    search also tells which classes a patch reaches. Before it ends it looks at the student in the same way; where a
-    class stands out, it goes on from there, twice at most. Given images that carry an inverted trigger are set aside.
+    images, or drawn for each by a small network), warp or filter of colour, where such a mask takes images from their
+    class, whatever to, or by unusually little that is added to the picture, or where stripes send most images to it,
+    that change itself, refitted on the student at each use, and patches: near a mask, in its colours, and those that a
+    search by trial found to send images to its class. Such a search also tells which classes a patch reaches. Before it
+    ends it looks at the student in the same way; where a class stands out, it goes on from there, twice at most. Given
+    images that carry an inverted trigger are set aside.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
     Known limits: what it was measured with is in README. Stripes that are not along an axis are met by random draws
-    alone. Stamped images among the given ones are found only where their trigger was inverted. Of more than 100 classes
-    only the 100 are inverted that random counterfeits draw images to. Clean networks with few images, and more than 43
-    classes are untried.
+    alone. Stamped images among the given ones are found only where their trigger was inverted and is at one place. Of
+    more than 100 classes only the 100 are inverted that random counterfeits draw images to. Clean networks with few
+    images, and more than 43 classes are untried.
 
     Kin: NNoculation (Veldanda et al. 2020), SAU (Wei et al. 2023), Neural Cleanse (Wang et al. 2019), and SFT's
     learning rate in two phases (arXiv 2212.09067). Each batch is seen twice in one pass, clean and corrupted, so that
