@@ -19,7 +19,7 @@ SHARPNESS = 4.0
 """By which what it draws is multiplied before it is squeezed into 0 to 1."""
 SMALL_DRAWN = 0.27
 """The share of the median of masks for all images under which these are unusually small: of an input-aware trigger they
-were at 0.15 to 0.24 over four seeds, of clean networks at 0.297 and more."""
+were at 0.15 to 0.24 over four seeds, of three clean networks at 0.297 and more."""
 STARTS = 3
 LEADING = 4
 """So many classes go on after the first round. How small a mask for all images is tells what is usual, for what other
@@ -50,8 +50,8 @@ def drawn(images: Tensor) -> Form:
     """A mask and a pattern for each image, by the weights of a small network [k m]; its size is the mean L1 norm, in
     pixels, of the masks of `images` uint8 [n c h w], a few, on the device that it is fitted on.
 
-    The network of one class is fitted to all its images at once, so that it draws what they have in common; a trigger
-    that another network draws is found by what it puts where, and one at a fixed place is drawn there.
+    Convolutions do not know where they are but by the border: a trigger at one place is found by masks for all images,
+    and by these where there is something in the images that tells the place.
     """
     channels, height, width = images.shape[1:]
     network = Drawing(channels).to(images.device)
