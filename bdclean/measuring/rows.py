@@ -325,8 +325,11 @@ def _controlled(
 
 
 def _controls(trial: Trial, trigger: Trigger) -> Sequence[Stamp]:
-    generator = torch.Generator().manual_seed(trial.seed + 1)
-    return trigger.controls(CONTROLS, generator, trial.images.shape[1])
+    spec = trigger.spec()
+    if spec not in trial.controls:
+        generator = torch.Generator().manual_seed(trial.seed + 1)
+        trial.controls[spec] = trigger.controls(CONTROLS, generator, trial.images.shape[1])
+    return trial.controls[spec]
 
 
 def _control_rate(trial: Trial, control: Stamp, moved: _Moved, few: Tensor, low: float | None) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -88,6 +88,8 @@ class Trial:
     encoder's first probe."""
     answers: dict[Stamp, dict[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What is predicted under controls, by image: triggers of one mask and strength share theirs."""
+    controls: dict[str, Sequence[Stamp]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The controls of triggers by their SPEC: those of a file are drawn once, and asked once for all its classes."""
 
     @property
     def steady(self) -> bool:
