@@ -3,8 +3,7 @@
     python -m bdclean.bench inversion --seeds 10 --network wrn16-grid.safetensors 0 IMAGES \\
         --network vgg-added.safetensors 0 IMAGES small_vgg.py:cifar10
 
-`--network FILE TARGET IMAGES [ARCH]`, once for each; a TARGET of `-` is a network without a backdoor, `away` one whose
-trigger sends each class to another one. The suspect is
+`--network FILE TARGET IMAGES [ARCH]`, once for each; a TARGET of `-` is a network without a backdoor. The suspect is
 read as `cleanse` reads it, without labels; images and settings are `inoculate`'s.
 
     python -m bdclean.bench inversion --seeds 5 --encoder badencoder.safetensors badencoder IMAGES \\
@@ -28,12 +27,11 @@ from bdclean.bench import inversion_encoders
 from bdclean.bench.opened import Opened
 from bdclean.recipes.inoculate import Inoculate
 from bdclean.training.drawing import SAMPLE_SPECIFIC
-from bdclean.training.forms import UNTARGETED
-from bdclean.training.inversion import AWAY, Detected
+from bdclean.training.inversion import Detected
 from bdclean.training.run import Run
 from bdclean.training.students import frozen
 
-FORMS = ("mask", SAMPLE_SPECIFIC, UNTARGETED, "pattern", "smooth")
+FORMS = ("mask", SAMPLE_SPECIFIC, "pattern", "smooth")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Network:
     def parse(words: Sequence[str]) -> Network:
         if not 3 <= len(words) <= 4:
             raise SystemExit("--network takes FILE TARGET IMAGES [ARCH].")
-        target = {"-": None, "away": AWAY}[words[1]] if words[1] in ("-", "away") else int(words[1])
+        target = None if words[1] == "-" else int(words[1])
         return Network(Path(words[0]), target, Path(words[2]), words[3] if len(words) == 4 else None)
 
 
@@ -74,14 +72,9 @@ def row(network: Network, found: Sequence[Detected]) -> str:
     how = f"{min(clearest):.2f} to {max(clearest):.2f}" if clearest else ""
     named = sorted({o.target for each in others for o in each})
     wrong = f"{sum(bool(each) for each in others)} of {seeds}"
-    cells = [network.file.stem, _named(network.target), missed]
+    cells = [network.file.stem, "-" if network.target is None else str(network.target), missed]
     cells += ["" if network.target is None else str(count) for count in by_form]
-    return "| " + " | ".join([*cells, how, wrong, ", ".join(map(_named, named))]) + " |"
-
-
-def _named(target: int | None) -> str:
-    """A target as it is given."""
-    return {None: "-", AWAY: "away"}.get(target, str(target))
+    return "| " + " | ".join([*cells, how, wrong, ", ".join(map(str, named))]) + " |"
 
 
 def main(arguments: list[str]) -> int:

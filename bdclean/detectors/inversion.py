@@ -17,9 +17,8 @@ from bdclean.networks.classifier import Classifier
 from bdclean.registry import FAMILIES
 from bdclean.training import adversaries
 from bdclean.training.drawing import drawn
-from bdclean.training.forms import ADDED, Form, added, mask, untargeted
+from bdclean.training.forms import ADDED, Form, added, mask
 from bdclean.training.inversion import (
-    AWAY,
     LEAST_CLASSES,
     Detected,
     Inverted,
@@ -43,15 +42,14 @@ class Inversion:
     """Fits the smallest change that sends images to a class, for every class, and tells those that are far smaller.
 
     What it does: fits masks, added patterns and smooth added patterns; a class whose change is under 0.3 of the median
-    is an outlier. Held against these masks: one that a small network draws for each image, and one that takes images
-    from their class, whatever to.
-    When to use it: to look for patches, all-to-all ones as well, for triggers that are not the same on every image, as
-    input-aware ones, and for what is added to the whole picture, without knowing the trigger.
+    is an outlier. Then masks that a small network draws for each image: under 0.27 of the median of masks for all.
+    When to use it: to look for patches, for triggers that are not the same on every image, as input-aware ones, and
+    for what is added to the whole picture, without knowing the trigger.
     What it needs: 100 images or more, without labels; three classes or more.
     Known limits: no finding decides a verdict by itself, only with its rank among clean networks, in which masks for
-    each image and away from classes do not count yet. Of more than 100 classes only the 100 are inverted that random
-    counterfeits draw images to. Stripes are found badly: see `stripes`; for warps see `warps`, for tones of colour
-    `filters`.
+    each image do not count yet. All-to-all triggers, which send images to no one class, are not found. Of more than 100
+    classes only the 100 are inverted that random counterfeits draw images to. Stripes are found badly: see `stripes`;
+    for warps see `warps`, for tones of colour `filters`.
 
     After Neural Cleanse (Wang et al. 2019, IEEE S&P); departures stand in `training.inversion`.
     """
@@ -75,27 +73,21 @@ class Inversion:
             if form.family in self.families:
                 inverted = add_inverted(found, self.name, form, self.steps, suspect, images, classes, run)
                 if form.parts is not None:
-                    self._beside(found, inverted, suspect, images, classes, run)
+                    self._for_each(found, inverted.sizes, suspect, images, classes, run)
         return found
 
-    def _beside(
-        self, found: Detected, masks: Inverted, suspect: Classifier, images: Tensor, classes: Tensor, run: Run
+    def _for_each(
+        self, found: Detected, masks: Tensor, suspect: Classifier, images: Tensor, classes: Tensor, run: Run
     ) -> None:
-        """Adds what is held against `masks`, which send images to a class each; of three classes or more.
+        """Adds masks that are drawn for each image, held against the sizes of `masks` [k] for all images.
 
         The statistic is without them: the clean networks that it is held against were not asked.
         """
-        sizes = masks.sizes
-        if len(sizes) < LEAST_CLASSES:
+        if len(masks) < LEAST_CLASSES:
             return
-        least = float(sizes[smallest(masks)] / sizes.median())
-        channels, height, width = images.shape[1:]
-        for form, towards in (
-            (drawn(spread_out(images, MEASURED).to(run.device)), classes),
-            (untargeted(least, height, width, channels), torch.tensor([AWAY])),
-        ):
-            inverted = invert(suspect, images, form, towards, run, steps=math.ceil(self.steps * form.steps))
-            add_to(found, self.name, inverted, usual=sizes)
+        form = drawn(spread_out(images, MEASURED).to(run.device))
+        inverted = invert(suspect, images, form, classes, run, steps=math.ceil(self.steps * form.steps))
+        add_to(found, self.name, inverted, usual=masks)
 
 
 @dataclass(frozen=True)
@@ -144,7 +136,6 @@ def add_to(
     found.limits[form.name] = limit
     for k in small.nonzero().squeeze(1).tolist() or [smallest(inverted)]:
         target, parameters = int(inverted.classes[k]), inverted.parameters[k]
-        whereto = "anywhere" if target == AWAY else f"for {aim} {target}"
         told.append(
             {
                 "detector": name,
@@ -155,7 +146,7 @@ def add_to(
                 "reason": described(inverted, float(index[k]), k, aim, usual),
             }
         )
-        found.pictures[f"{form.name} inverted {whereto}, on grey"] = form.picture(parameters)
+        found.pictures[f"{form.name} inverted for {aim} {target}, on grey"] = form.picture(parameters)
         if small[k]:
             found.outliers.append(Outlier(form, target, parameters, float(inverted.sizes[k]), limit))
 
@@ -179,9 +170,8 @@ def described(inverted: Inverted, index: float, k: int, aim: str, usual: Tensor 
         others, said = torch.cat([sizes[:k], sizes[k + 1 :]]), f"the next {plural} need"
     else:
         others, said = usual, f"for all images one of the {plural} needs"
-    target = int(inverted.classes[k])
-    does = "takes images from their own class" if target == AWAY else f"sends images to {aim} {target}"
     return (
-        f"{inverted.form.said.format(sizes[k])} {does} (success {inverted.success[k]:.2f}); "
-        f"{said} {others.min():.1f} to {others.max():.1f} (anomaly index {index:.1f})"
+        f"{inverted.form.said.format(sizes[k])} sends images to {aim} {int(inverted.classes[k])} "
+        f"(success {inverted.success[k]:.2f}); {said} {others.min():.1f} to {others.max():.1f} "
+        f"(anomaly index {index:.1f})"
     )

@@ -20,8 +20,8 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training import adversaries
-from bdclean.training.forms import UNTARGETED, Form
-from bdclean.training.inversion import AWAY, Detected, Outlier
+from bdclean.training.forms import Form
+from bdclean.training.inversion import Detected, Outlier
 from bdclean.training.known import Known, stamped
 from bdclean.training.loop import Batch, Measures, State, burst, fit, halvings, updates
 from bdclean.training.losses import distillation_kl, divergence
@@ -54,7 +54,7 @@ USUAL = 0.2
 """Up to about this share of images an adversary sends to one class of a network without a backdoor, too."""
 LEFT = 0.02
 """A mask, patch, warp or filter has its whole weight while it sends more than this share to its class, other inverted
-triggers more than USUAL, as well as a mask that takes images anywhere, which any change does to some."""
+triggers more than USUAL."""
 FEW_CLASSES = 4
 """Of up to so many, stripes send most images to one in networks without a backdoor, too: they weigh no more than other
 corruptions there. One of two classes lost 9 points of its accuracy with `inverted_weight`, 2 so."""
@@ -67,18 +67,18 @@ class Inoculate:
     What it does: a copy of the suspect learns to give, on corrupted images, the suspect's answer on the clean ones. The
     corruptions are random counterfeits of triggers, the most harmful of many such draws, small adversaries found on the
     student, and inverted triggers: where a class of the suspect is reached by an unusually small mask (one for all
-    images, or drawn for each by a small network), warp or filter of colour, where such a mask takes images from their
-    class, whatever to, or by unusually little that is added to the picture, or where stripes send most images to it,
-    that change itself, refitted on the student at each use, and patches: near a mask, in its colours, and those that a
-    search by trial found to send images to its class. Such a search also tells which classes a patch reaches. Before it
-    ends it looks at the student in the same way; where a class stands out, it goes on from there, twice at most. Given
-    images that carry an inverted trigger are set aside.
+    images, or drawn for each by a small network), warp or filter of colour, or by unusually little that is added to the
+    picture, or where stripes send most images to it, that change itself, refitted on the student at each use, and
+    patches: near a mask, in its colours, and those that a search by trial found to send images to its class. Such a
+    search also tells which classes a patch reaches. Before it ends it looks at the student in the same way; where a
+    class stands out, it goes on from there, twice at most. Given images that carry an inverted trigger are set aside.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
     Known limits: what it was measured with is in README. Stripes that are not along an axis are met by random draws
     alone. Stamped images among the given ones are found only where their trigger was inverted and is at one place. Of
     more than 100 classes only the 100 are inverted that random counterfeits draw images to. Clean networks with few
-    images, and more than 43 classes are untried.
+    images, and more than 43 classes are untried. An all-to-all trigger that nobody knows is left: it sends images to no
+    one class.
 
     Kin: NNoculation (Veldanda et al. 2020), SAU (Wei et al. 2023), Neural Cleanse (Wang et al. 2019), and SFT's
     learning rate in two phases (arXiv 2212.09067). Each batch is seen twice in one pass, clean and corrupted, so that
@@ -212,7 +212,7 @@ class Inoculate:
     def weight_of(self, form: Form, classes: int) -> tuple[float, float]:
         """The whole weight of images under an inverted trigger, and the share it sends from which on they have it."""
         if form.family in ("patch", "warp", "tone"):
-            return self.mask_weight, USUAL if form.name == UNTARGETED else LEFT
+            return self.mask_weight, LEFT
         common = form.family == "wave" and classes <= FEW_CLASSES
         return self.corrupted_weight if common else self.inverted_weight, USUAL
 
@@ -293,8 +293,7 @@ def _counted(triggers: int) -> str:
 
 def _listed(found: Sequence[Outlier]) -> str:
     """Which classes stand out, in words."""
-    whereto = ("away from its class" if one.target == AWAY else f"for class {one.target}" for one in found)
-    each = (f"{one.form.said.format(one.size)} {where}" for one, where in zip(found, whereto, strict=True))
+    each = (f"{outlier.form.said.format(outlier.size)} for class {outlier.target}" for outlier in found)
     return ", ".join(each) or "nothing stands out"
 
 
@@ -418,8 +417,7 @@ class _Lesson:
         if self.pursuit is not None:
             under = slice(n, n + hunted)
             weight, most = recipe.weight_of(self.pursuit.whose(turn).form, answers.shape[1])
-            sent = self.pursuit.sent(turn, gone[under], aims[under].argmax(1))
-            share = (sent / most).clamp(0, 1)
+            share = (self.pursuit.sent(turn, gone[under]) / most).clamp(0, 1)
             weights[under] += (weight - recipe.corrupted_weight) * share
         weights[n + hunted :] = self.pupil.insisted * recipe.inverted_weight
         if foes:

@@ -91,10 +91,6 @@ SMALL_WARP = 0.7
 sends most images in eleven, in the others the smallest was at 0.77 to 1.03."""
 
 
-SMALL_UNTARGETED = 0.5
-"""Of masks that take images from their class, as a share of the least mask that sends them to one."""
-
-
 SMALL_FILTER = 0.45
 """Of filters of colour: three triggers were at 0.22 to 0.37. Of six networks without one, three of road signs, whose
 colours mean most, the smallest were at 0.52 to 0.77; of 40 small ones 37 were over the limit, three of the seven of
@@ -143,19 +139,6 @@ def mask(height: int, width: int, channels: int = 3) -> Form:
         weight=1e-2 * 1024 / (height * width),  # ten times Neural Cleanse's first weight: there are fewer steps
         goal=0.95, least=0.8, small=SMALL, parts=halves,
     )  # fmt: skip
-
-
-UNTARGETED = "untargeted mask"
-
-
-def untargeted(least: float, height: int, width: int, channels: int = 3) -> Form:
-    """A mask that takes images from their class, whatever to: what an all-to-all trigger does.
-
-    `least`: the smallest mask that sends images to one class, as a share of the median; this one is unusually small
-    under SMALL_UNTARGETED of that, as a trigger of one class takes nearly all images from their class, too.
-    """
-    form, small = mask(height, width, channels), SMALL_UNTARGETED * least
-    return dataclasses.replace(form, name=UNTARGETED, goal=0.9, small=small, parts=None)
 
 
 def added(height: int, width: int, kind: str, channels: int = 3) -> Form:

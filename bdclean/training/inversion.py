@@ -11,9 +11,8 @@ steps, and classes that fall far behind stop early where there are many.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +22,6 @@ from torch.nn import functional as F
 from bdclean.training.forms import Form
 from bdclean.training.loop import Batch, Measures, State, fit
 from bdclean.training.run import Run
-
-AWAY = -1
-"""Stands for a class: any other one than an image's own, which is what it is answered without the change."""
-
 
 LEAST_CLASSES = 3
 """Of fewer there is no median to stand out from."""
@@ -146,8 +141,8 @@ def invert(
     """Fit a change of `form` for each of `classes` [k] on `model`, which is put into evaluation mode.
 
     `images` are uint8 [n c h w]. A class is shown `batch_size` of them a step, whatever class they are of; more, but
-    fewer each, while several of its starts go on. AWAY is asked for by itself. Returned are the classes that were
-    fitted to the end, which are at most as many as go on `together`.
+    fewer each, while several of its starts go on. Returned are the classes that were fitted to the end, which are at
+    most as many as go on `together`.
     """
     model.eval()
     stage = f"invert-{form.name}"
@@ -209,7 +204,7 @@ def _fit_round(
     ended = begun + (ROUNDS[number] if number < len(ROUNDS) else 0.0)
     fitted = _Fitted(going.parameters, form.weight)
     optimiser = torch.optim.Adam(fitted.parameters(), lr=form.rate, betas=(0.5, 0.9))
-    starts, away = len(classes) // len(classes.unique()), int(classes[0]) == AWAY
+    starts = len(classes) // len(classes.unique())
     shown = max(FEWEST, min(batch_size, SHOWN * batch_size // starts))
 
     def step(batch: Batch) -> tuple[None, Measures]:
@@ -223,14 +218,11 @@ def _fit_round(
                 changes, share = fitted.changes[rows], len(few) / len(pixels)
                 logits = run.forward(model, form.stamp(changes, few).flatten(0, 1)).float()
                 targets = classes[rows].repeat_interleave(len(few))
-                if away:
-                    targets = own_of(partial(run.forward, model), few).repeat(len(rows))
-                each, there = pulled(logits, targets, away)
-                losses = each.view(len(rows), -1).mean(1)
+                losses = F.cross_entropy(logits, targets, reduction="none").view(len(rows), -1).mean(1)
                 total = share * (losses + fitted.weights[rows] * form.sizes(changes)).sum()
                 # only the changes' gradients: the network's own weights get none
                 total.backward(inputs=[fitted.changes])
-                rate[rows] += share * there.float().view(len(rows), -1).mean(1)
+                rate[rows] += share * (logits.argmax(1) == targets).float().view(len(rows), -1).mean(1)
         fitted.note(form.sizes(fitted.changes.detach()), rate, form.goal)
         optimiser.step()
         fitted.success.copy_(rate if batch.step == 0 else fitted.success.lerp(rate, 0.2))
@@ -245,20 +237,6 @@ def _fit_round(
     fit(step, state, run)
     last = number >= len(ROUNDS) - 1
     return Inverted(form, classes, fitted.smallest if last else fitted.changes.detach(), fitted.success)
-
-
-@torch.no_grad()
-def own_of(model: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    """The classes [n] that `model` answers of `pixels` [n c h w]."""
-    return model(pixels).argmax(1)
-
-
-def pulled(logits: Tensor, classes: Tensor, away: bool) -> tuple[Tensor, Tensor]:
-    """How far `logits` [n k] are from `classes` [n], or, `away`, from all others, a loss [n]; and which are there."""
-    if not away:
-        return F.cross_entropy(logits, classes, reduction="none"), logits.argmax(1) == classes
-    own = F.one_hot(classes, logits.shape[1]).bool()
-    return -logits.log_softmax(1).masked_fill(own, -torch.inf).logsumexp(1), logits.argmax(1) != classes
 
 
 def _worth(going: Inverted) -> Tensor:
@@ -328,7 +306,7 @@ def smallness(inverted: Inverted) -> float:
 
 @dataclass(frozen=True)
 class Outlier:
-    """One inverted trigger that is unusually small: `parameters` of `form` that send images to a class, or AWAY."""
+    """One inverted trigger that is unusually small: `parameters` of `form` that send images to class `target`."""
 
     form: Form
     target: int

@@ -7,9 +7,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bdclean.training.drawing import SAMPLE_SPECIFIC
-from bdclean.training.inversion import AWAY, GROWN, RAISE, Outlier, own_of, pulled, spread_out
+from bdclean.training.inversion import GROWN, RAISE, Outlier, spread_out
 from bdclean.training.patches import Drawn, Patch, of_others, scored, search
 from bdclean.training.run import Run
 
@@ -48,15 +49,14 @@ class Pursuit:
         """The trigger whose turn it is."""
         return self.triggers[turn % len(self.triggers)]
 
-    def sent(self, turn: int, gone: Tensor, own: Tensor) -> Tensor:
+    def sent(self, turn: int, gone: Tensor) -> Tensor:
         """The share of images that the trigger whose turn it is sends to its class, a mean that forgets; [].
 
-        `gone` [n classes]: by how much the probabilities of n images rise under it; `own` [n]: their classes. What it
-        does to other classes than its own is not counted: of a weak network any change moves some. Of AWAY it is the
-        share that it takes from their own.
+        `gone` [n classes]: by how much the probabilities of n images rise under it. What it does to other classes is
+        not counted: of a weak network any change moves some.
         """
         target, mean = self.whose(turn).target, self.tensors[f"sent.{turn % len(self.triggers)}"]
-        now = -gone.gather(1, own[:, None]).mean() if target == AWAY else gone[:, target].mean()
+        now = gone[:, target].mean()
         mean.copy_(torch.where(mean == UNSEEN, now, REMEMBERED * mean + (1 - REMEMBERED) * now))
         return mean
 
@@ -75,18 +75,17 @@ class Pursuit:
         """
         k = turn % len(self.triggers)
         trigger, change, weight = self.whose(turn), self.tensors[f"change.{k}"], self.tensors[f"weight.{k}"]
-        form, away = trigger.form, trigger.target == AWAY
-        classes = own_of(model, pixels) if away else pixels.new_full((len(pixels),), trigger.target).long()
+        form, targets = trigger.form, torch.full((len(pixels),), trigger.target, device=pixels.device)
         if float(form.sizes(change)) > min(trigger.limit, GROWN * trigger.size):
             change.copy_(self._first(trigger))
             weight.fill_(form.weight)
         for _ in range(steps):
             leaf = change.clone().requires_grad_(True)
-            losses, there = pulled(model(form.stamp(leaf, pixels)[0]).float(), classes, away)
-            loss = losses.mean() + (weight * form.sizes(leaf)).sum()
+            logits = model(form.stamp(leaf, pixels)[0])
+            loss = F.cross_entropy(logits, targets) + (weight * form.sizes(leaf)).sum()
             (gradient,) = torch.autograd.grad(loss, [leaf])
             change -= form.push * gradient.sign()
-            rising = float(there.float().mean()) > form.goal
+            rising = float((logits.argmax(1) == targets).float().mean()) > form.goal
             weight.mul_(RAISE if rising else 1 / RAISE).clamp_(1e-6, 1.0)
         if form.parts is not None and turn // len(self.triggers) % 2:
             mask, pattern = form.parts(change)

@@ -14,11 +14,9 @@ from bdclean.training.forms import (
     mask,
     recoloured,
     striped,
-    untargeted,
     warped,
 )
 from bdclean.training.inversion import (
-    AWAY,
     GROWN,
     LEADING,
     TOGETHER,
@@ -27,7 +25,6 @@ from bdclean.training.inversion import (
     chunks,
     invert,
     outliers,
-    pulled,
     sent_by,
 )
 from bdclean.training.pursuit import Pursuit
@@ -94,30 +91,6 @@ def test_the_planted_patch_is_the_outlier(inverted):
     picture = MASK.picture(inverted.parameters[at])
     assert picture.shape == (3, SIDE, SIDE) and 0 <= picture.min() and picture.max() <= 1
     assert (picture[:, -3:, -3:] - 0.5).abs().mean() > 3 * (picture[:, :-3, :-3] - 0.5).abs().mean()
-
-
-class Turning(Planted):
-    """The bright patch turns every class into the next one."""
-
-    def forward(self, x):
-        plain, seen = (
-            Planted(backdoor=False)(x),
-            (x if x.dtype != torch.uint8 else x.float() / 255)[:, :, -3:, -3:],
-        )
-        patched = (20 * (seen.mean((1, 2, 3)) - 0.7)).sigmoid()[:, None]
-        return plain + 3 * patched * (plain.softmax(1).roll(1, 1) * 30)
-
-
-@pytest.mark.parametrize("planted", [Turning, Planted])
-def test_an_all_to_all_patch_takes_images_from_their_class_by_a_small_mask(planted, inverted):
-    masks = inverted if planted is Planted else invert(
-        planted(), pictures(), MASK, torch.arange(CLASSES), run(), steps=60, batch_size=32
-    )  # fmt: skip
-    form = untargeted(float(masks.sizes.min() / masks.sizes.median()), SIDE, SIDE)
-    away = invert(planted(), pictures(), form, torch.tensor([AWAY]), run(), steps=60, batch_size=32)
-    small, _, limit = outliers(away, masks.sizes)
-    assert limit == pytest.approx(0.5 * masks.sizes.min())
-    assert small.tolist() == [planted is Turning]
 
 
 SMOOTH = nn.functional.interpolate(
@@ -285,29 +258,6 @@ def test_a_class_that_has_most_images_anyway_is_no_success():
         assert (found.success[TARGET] > 0) == able and not outliers(found)[0][TARGET]
 
 
-def test_away_is_the_probability_of_all_other_classes():
-    logits, own = torch.randn((5, CLASSES), generator=seeded()), torch.tensor([0, 1, 2, 3, 4])
-    losses, there = pulled(logits, own, away=True)
-    others = 1 - logits.softmax(1)[torch.arange(5), own]
-    assert torch.allclose(losses, -others.log(), atol=1e-6) and torch.equal(there, logits.argmax(1) != own)
-    losses, there = pulled(logits, own, away=False)
-    assert torch.allclose(losses, -logits.log_softmax(1)[torch.arange(5), own])
-    assert torch.equal(there, logits.argmax(1) == own)
-
-
-def test_what_a_trigger_sends_is_counted_of_its_class_or_away_from_each_images_own():
-    form, nothing = untargeted(0.5, SIDE, SIDE), torch.zeros(MASK.shape)
-    triggers = [Outlier(MASK, TARGET, nothing, 2.0, 9.0), Outlier(form, AWAY, nothing, 3.0, 9.0)]
-    pursuit = Pursuit(triggers, Planted(), pictures(), run())
-    gone, own = torch.zeros(4, CLASSES), torch.tensor([0, 1, 2, 3])
-    gone[:, TARGET], gone[:, 5], gone[torch.arange(4), own] = 0.25, 0.5, -0.75
-    assert [pursuit.whose(turn).target for turn in (0, 1)] == [TARGET, AWAY]
-    assert [float(pursuit.sent(turn, gone, own)) for turn in (0, 1)] == [0.25, 0.75]
-    pixels = pictures(8).float() / 255
-    assert pursuit.stamp(Planted(), pixels, 1, seeded()).shape == pixels.shape
-    assert not torch.equal(pursuit.tensors["change.1"], nothing[None])
-
-
 def test_an_inverted_trigger_stamps_many_images_as_it_stamps_few(monkeypatch):
     images, change = pictures(20), torch.randn(MASK.shape, generator=seeded())
     outlier = Outlier(MASK, TARGET, change, 2.0, 9.0)
@@ -436,11 +386,10 @@ def test_what_a_trigger_sends_is_of_its_class_alone_and_forgets_old_uses():
     assert all(tensor.isfinite().all() for tensor in pursuit.tensors.values())
     gone = torch.zeros(10, CLASSES)
     gone[:4, 1], gone[:, 2] = 1.0, 0.9
-    own = torch.zeros(10, dtype=torch.int64)
     # nothing is known before: the first use counts whole
-    assert pursuit.sent(0, gone, own).item() == pytest.approx(0.4)
-    assert pursuit.sent(1, gone, own).item() == 0  # class 2 is no trigger's
-    still = [pursuit.sent(turn, torch.zeros(10, CLASSES), own).item() for turn in range(2, 10, 2)]
+    assert pursuit.sent(0, gone).item() == pytest.approx(0.4)
+    assert pursuit.sent(1, gone).item() == 0  # class 2 is no trigger's
+    still = [pursuit.sent(turn, torch.zeros(10, CLASSES)).item() for turn in range(2, 10, 2)]
     assert still == pytest.approx([0.4 * 0.8**k for k in range(1, 5)])
 
 
