@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from bdclean.files.pictures import eight_bits
+
 AVIF = "avif" in features.modules and features.check(
     "avif"
 )  # Pillow before 11.3 does not know the word, and warns
@@ -173,11 +175,10 @@ def _pixels(image: Image.Image, size: tuple[int, int], resize: Resize, channels:
         image.draft(None, (longest, longest))
     with _one_at_a_time if image.width * image.height > LARGE else nullcontext():
         image.load()
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-            image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-        elif image.mode in ("I", "F"):
+        ranged = eight_bits(image)
+        if ranged is None:
             raise Unreadable(f"{image.mode} pixels have no fixed range")
-        return _fitted(_upright(image), size, resize, channels)
+        return _fitted(_upright(ranged), size, resize, channels)
 
 
 def _fitted(image: Image.Image, size: tuple[int, int], resize: Resize, channels: int) -> np.ndarray:

@@ -17,7 +17,7 @@ class Filters(OneForm):
     of the median, and sends 70 % of the images, is an outlier.
     When to use it: to look for photo filters and colour casts that are triggers, without knowing them.
     What it needs: 100 images or more, without labels; three classes or more.
-    Known limits: road signs and the like, whose colours say much, stand out without a trigger (3 of 7 clean networks),
+    Known limits: road signs and the like, whose colours say much, stand out without a trigger (3 of 6 clean networks),
     so that only the rank among clean networks decides. Colours that a network shifts in each image as it sees fit are
     not met.
     """

@@ -70,24 +70,13 @@ class Inversion:
         forms = [mask(height, width, channels), *(added(height, width, kind, channels) for kind in ADDED)]
         classes, found = inverted_classes(suspect, arch, images, self.families, run), Detected()
         for form in forms:
-            if form.family in self.families:
-                inverted = add_inverted(found, self.name, form, self.steps, suspect, images, classes, run)
-                if form.parts is not None:
-                    self._for_each(found, inverted.sizes, suspect, images, classes, run)
+            if form.family not in self.families:
+                continue
+            sizes = add_inverted(found, self.name, form, self.steps, suspect, images, classes, run).sizes
+            if form.parts is not None and len(sizes) >= LEAST_CLASSES:
+                each = drawn(spread_out(images, MEASURED).to(run.device))
+                add_inverted(found, self.name, each, self.steps, suspect, images, classes, run, sizes)
         return found
-
-    def _for_each(
-        self, found: Detected, masks: Tensor, suspect: Classifier, images: Tensor, classes: Tensor, run: Run
-    ) -> None:
-        """Adds masks that are drawn for each image, held against the sizes of `masks` [k] for all images.
-
-        The statistic is without them: the clean networks that it is held against were not asked.
-        """
-        if len(masks) < LEAST_CLASSES:
-            return
-        form = drawn(spread_out(images, MEASURED).to(run.device))
-        inverted = invert(suspect, images, form, classes, run, steps=math.ceil(self.steps * form.steps))
-        add_to(found, self.name, inverted, usual=masks)
 
 
 @dataclass(frozen=True)
@@ -114,12 +103,16 @@ class OneForm:
 
 def add_inverted(
     found: Detected, name: str, form: Form, steps: int, suspect: Classifier, images: Tensor, classes: Tensor,
-    run: Run,
+    run: Run, usual: Tensor | None = None,
 ) -> Inverted:  # fmt: skip
-    """Inverts changes of `form`, and adds what the detector `name` finds to `found`."""
+    """Inverts changes of `form`, and adds what the detector `name` finds to `found`; `usual` as in `outliers`.
+
+    The statistic leaves out what is held against something `usual`: the clean networks were not asked for that.
+    """
     inverted = invert(suspect, images, form, classes, run, steps=math.ceil(steps * form.steps))
-    found.statistic = max(found.statistic or 0.0, smallness(inverted))
-    add_to(found, name, inverted)
+    if usual is None:
+        found.statistic = max(found.statistic or 0.0, smallness(inverted))
+    add_to(found, name, inverted, usual=usual)
     return inverted
 
 

@@ -17,8 +17,8 @@ class Warps(OneForm):
     the median, and sends 85 % of the images, is an outlier.
     When to use it: to look for WaNet and its kin without knowing the field.
     What it needs: 100 images or more, without labels; three classes or more.
-    Known limits: a finding decides a verdict only with its rank among clean networks, of which no warp sends most
-    images of any to a class. Finer fields are not met.
+    Known limits: a finding decides a verdict only with its rank among clean networks, in none of which a warp sends
+    most images to a class. Finer fields are not met.
     """
 
     name: ClassVar[str] = "warps"

@@ -93,7 +93,7 @@ sends most images in eleven, in the others the smallest was at 0.77 to 1.03."""
 
 SMALL_FILTER = 0.45
 """Of filters of colour: three triggers were at 0.22 to 0.37. Of six networks without one, three of road signs, whose
-colours mean most, the smallest were at 0.52 to 0.77; of 40 small ones 37 were over the limit, three of the seven of
+colours mean most, the smallest were at 0.52 to 0.77; of 40 small ones 37 were over the limit, three of the six of
 road signs at 0.35 to 0.39. The limit is not lower, as what is missed stays in the network; what a class that is named
 for nothing costs was not measured there."""
 

@@ -125,13 +125,11 @@ def make_triggers(specs: Sequence[str], size: tuple[int, int], kind: str = "clas
     """
     if not specs:
         return [*bank(size), *(_of_encoders() if kind == "encoder" else [])]
+    noise = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     made = []
     for spec in specs:
         name, settings = registry.parse_spec(spec)
         trigger = registry.configure(registry.load(registry.TRIGGERS, name), settings)
-        noise = torch.randint(
-            256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-        )
         # refused before any work: a patch that does not fit, and what would say `no-evidence` of everything
         if torch.equal(trigger(noise), noise):
             raise UsageError(

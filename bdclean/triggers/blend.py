@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bdclean.errors import Refused, UsageError
+from bdclean.errors import UsageError
 from bdclean.triggers.content import noise, picture
 from bdclean.triggers.file import other_content
-from bdclean.triggers.reading import Content, read_content
+from bdclean.triggers.reading import Content, read_picture
 from bdclean.triggers.stamping import Stamp, check_pixels, draw_seed, in_channels, overlay, spec_of
 
 SOURCES = ("noise", "picture")
@@ -52,14 +52,7 @@ class Blend:
     @cached_property
     def file(self) -> Content:
         """What the picture file holds, at its own size; only where `source` is a path."""
-        content = read_content(self.source)
-        if content.pattern is None:
-            raise Refused(f"{self.source} has no picture to blend: use file:{self.source} for a delta.")
-        if content.mask is not None and float(content.mask.min()) < 1:
-            raise Refused(
-                f"{self.source} has a mask or is transparent: use file:{self.source},alpha={self.alpha}."
-            )
-        return content
+        return read_picture(self.source, "blend", f"file:{self.source},alpha={self.alpha}")
 
     def content(self, height: int, width: int, channels: int = 3) -> Tensor:
         """What is blended in, grey levels [channels h w]."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bdclean.errors import Refused
+from bdclean.files.pictures import eight_bits
 from bdclean.files.text import shown
 from bdclean.triggers.stamping import in_channels
 
@@ -79,6 +80,19 @@ def read_content(path: str, key: str = "none") -> Content:
     return _content(path, read_arrays(path, KEYS))
 
 
+def read_picture(path: str, doing: str, instead: str) -> Content:
+    """The picture at `path`, to blend or paste (`doing`); Refused for a delta, and for one that is masked somewhere.
+
+    `instead`: the SPEC of a trigger that heeds a mask.
+    """
+    content = read_content(path)
+    if content.mask is None:
+        raise Refused(f"{path} has no picture to {doing}: use file:{path} for a delta.")
+    if float(content.mask.min()) < 1:
+        raise Refused(f"{path} has a mask or is transparent: use {instead}.")
+    return content
+
+
 def read_arrays(path: str, keys: Sequence[str]) -> dict[str, np.ndarray]:
     """Those arrays of an .npz or .safetensors file that are called one of `keys`; raises Refused."""
     read = _npz if Path(path).suffix.lower() == ".npz" else _safetensors
@@ -113,16 +127,10 @@ def _picture(path: str, key: str) -> Content:
             raise Refused(
                 f"trigger {path} is {image.width} x {image.height}, at most {MAX_SIDE} a side is allowed."
             )
-        if image.mode.startswith("I") or image.mode == "F":
-            if not image.mode.startswith("I;16") and image.format != "PNG":
-                raise Refused(f"trigger {path} has {image.mode} pixels, which have no fixed range.")
-            # Pillow would cut 16 bits off at 255
-            seen = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert(
-                "RGBA"
-            )
-        else:
-            seen = image.convert("RGBA")
-        pixels = torch.from_numpy(np.array(seen)).permute(2, 0, 1).float()
+        ranged = eight_bits(image)
+        if ranged is None:
+            raise Refused(f"trigger {path} has {image.mode} pixels, which have no fixed range.")
+        pixels = torch.from_numpy(np.array(ranged.convert("RGBA"))).permute(2, 0, 1).float()
     pattern, mask = pixels[:3], pixels[3:] / 255
     if key != "none":
         # As if the picture had been laid over that colour: its distance from it is the opacity.
@@ -236,8 +244,8 @@ def _planes(path: str, name: str, array: np.ndarray) -> Tensor:
     if values.ndim == 2:
         values = values[None]
     elif array.ndim == 3 and array.shape[0] == 3 and array.shape[2] in (1, 3):
-        last = np.moveaxis(array, 2, 0)
-        if last.shape != array.shape or not np.array_equal(last, array):
+        flat = array.shape[2] == 3 and array.min() == array.max()
+        if not flat and not np.array_equal(np.moveaxis(array, 2, 0), array):
             raise Refused(
                 f"trigger {path}: {name} is {list(array.shape)}, whose colours may be on its first axis or on its "
                 "last: save it as [1 c h w], or as a picture."

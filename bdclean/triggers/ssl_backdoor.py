@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bdclean.errors import Refused, UsageError
 from bdclean.triggers.badnets import BadNets
-from bdclean.triggers.reading import Content, read_content
+from bdclean.triggers.reading import Content, read_picture
 from bdclean.triggers.stamping import Stamp, check_pixels, draw_seed, in_channels, spec_of
 
 SAMPLES = 32
@@ -52,12 +52,7 @@ class SSLBackdoor:
     @cached_property
     def file(self) -> Content:
         """What the patch's file holds, at its own size; only where `patch` is a path."""
-        content = read_content(self.patch)
-        if content.pattern is None:
-            raise Refused(f"{self.patch} has no picture to paste: use file:{self.patch} for a delta.")
-        if content.mask is not None and float(content.mask.min()) < 1:
-            raise Refused(f"{self.patch} has a mask or is transparent: use file:{self.patch}.")
-        return content
+        return read_picture(self.patch, "paste", f"file:{self.patch}")
 
     def content(self, side: int, channels: int = 3) -> Tensor:
         """The patch, grey levels [channels side side]."""

@@ -3,16 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from training.test_inversion import CLASSES, SIDE, SIGNS, TARGET, pictures, run
 
 from bdclean.training.drawing import LEADING, STARTS, drawn
 from bdclean.training.forms import mask
 from bdclean.training.inversion import Inverted, Outlier, invert, outliers, smallest
 from bdclean.training.pursuit import clearest
-from bdclean.training.run import Precision, Run
-
-SIDE, CLASSES, TARGET = 10, 6, 4
-SIGNS = torch.randn((CLASSES, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(0)).sign()
-RUN = Run(torch.device("cpu"), Precision(), 0)
 
 
 class Moving(nn.Module):
@@ -35,14 +31,8 @@ class Moving(nn.Module):
         )
 
 
-def pictures(n=64):
-    noise = torch.randn((n, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1))
-    images = 0.5 + 0.25 * SIGNS[torch.arange(n) % CLASSES] + 0.05 * noise
-    return (images * 255).clamp(0, 255).to(torch.uint8)
-
-
 def inverted(form, backdoor):
-    return invert(Moving(backdoor), pictures(), form, torch.arange(CLASSES), RUN, steps=60, batch_size=32)
+    return invert(Moving(backdoor), pictures(), form, torch.arange(CLASSES), run(), steps=60, batch_size=32)
 
 
 @pytest.mark.parametrize("backdoor", [True, False])

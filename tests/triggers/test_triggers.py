@@ -561,6 +561,8 @@ def test_a_patch_whose_colour_axis_cannot_be_told_is_refused(tmp_path: Path, sha
         File(str(tmp_path / "patch.npz"))
     np.savez(tmp_path / "patch.npz", pattern=colours[None])
     assert np.array_equal(File(str(tmp_path / "patch.npz")).content.pattern, colours)
+    np.savez(tmp_path / "flat.npz", pattern=np.full(shape, 200, np.uint8), mask=np.ones((1, *shape[1:])))
+    assert File(str(tmp_path / "flat.npz")).content.shape == shape[1:]
 
 
 def test_a_patch_that_is_the_same_either_way_is_read(tmp_path: Path) -> None:
