@@ -241,6 +241,10 @@ ATTACKS: dict[str, Entry] = {
 }
 
 DETECTORS: dict[str, Entry] = {
+    "all-to-all": Entry(
+        "bdclean.detectors.all_to_all:AllToAll",
+        "small rectangles, found by trial, that send each class to another one",
+    ),
     "decree": Entry(
         "",
         "encoders: the smallest mask that pulls all features together (2303.15180); weak",

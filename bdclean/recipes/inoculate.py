@@ -151,11 +151,11 @@ class Inoculate:
         """The same, and the stamps of `known` triggers, which `auto` may be told, are learnt to be ignored as well."""
         teacher = frozen(suspect, run)
         detected = self._detected(teacher, arch, unlabeled.images, run)
-        inverted, found = _findings(detected), _outliers(detected)
+        inverted, found, told = _findings(detected), _outliers(detected), [*known, *_stamps(detected)]
         limits = {form: limit for each in detected for form, limit in each.limits.items()}
-        images = _unstamped(teacher, [*known, *found], unlabeled.images, run)
+        images = _unstamped(teacher, [*told, *found], unlabeled.images, run)
         pupil = _Pupil(
-            copy.deepcopy(teacher), teacher, images, choose_augmentation(teacher, images, run), known
+            copy.deepcopy(teacher), teacher, images, choose_augmentation(teacher, images, run), told
         )
         steps = max(self.least_steps, updates(self.epochs, len(images), self.batch_size))
         stages = [
@@ -167,10 +167,12 @@ class Inoculate:
         stages += [*halvings(curve), f"adversaries: {', '.join(lesson.adversaries())}"]
         for look in range(2, LOOKS + 1 if inverted else 2):
             within = run.under(f"look-{look}")
-            found = _outliers(self._detected(frozen(pupil.student, run), arch, images, within), limits)
-            stages.append(f"look {look} of at most {LOOKS}, at the student: {_listed(found)}")
-            if not found:
+            seen = self._detected(frozen(pupil.student, run), arch, images, within)
+            found, more = _outliers(seen, limits), _stamps(seen)
+            stages.append(f"look {look} of at most {LOOKS}, at the student: {_listed(found, more)}")
+            if not found and not more:
                 break
+            pupil = replace(pupil, known=[*pupil.known, *more])
             again = self._taught(_Lesson(self, pupil, found, math.ceil(AGAIN * steps), within), arch, within)
             stages += [f"distilled for {again[-1]['step']:.0f} updates more", *halvings(again)]
             curve = _joined(curve, again)
@@ -188,13 +190,14 @@ class Inoculate:
         # other triggers are another part of the run: a resume state of theirs is not taken up
         within = run.under(f"insist-{seed_for(*specs):x}")
         teacher = frozen(suspect, run)
-        found = _outliers(self._detected(teacher, begun.arch, unlabeled.images, run))
-        images = _unstamped(teacher, [*known, *found], unlabeled.images, within)
+        detected = self._detected(teacher, begun.arch, unlabeled.images, run)
+        found, stamps = _outliers(detected), [*known, *_stamps(detected)]
+        images = _unstamped(teacher, [*stamps, *found], unlabeled.images, within)
         student, augment = (
             copy.deepcopy(begun.model).to(run.device),
             choose_augmentation(teacher, images, run),
         )
-        pupil = _Pupil(student, teacher, images, augment, known, INSIST)
+        pupil = _Pupil(student, teacher, images, augment, stamps, INSIST)
         steps = math.ceil(AGAIN * max(self.least_steps, updates(self.epochs, len(images), self.batch_size)))
         curve = self._taught(_Lesson(self, pupil, found, steps, within), begun.arch, within)
         told = dict.fromkeys([*begun.trained_on, *specs])
@@ -227,7 +230,8 @@ class Inoculate:
         known = registry.DETECTORS
         looking = [registry.load(known, "inversion")(self.inversion_steps, families)]
         if "patch" in families:
-            looking.append(registry.load(known, "patches")(math.ceil(self.inversion_steps / 10)))
+            rounds = math.ceil(self.inversion_steps / 10)
+            looking += [registry.load(known, name)(rounds) for name in ("patches", "all-to-all")]
         if "warp" in families:
             looking.append(registry.load(known, "warps")(self.inversion_steps))
         if "tone" in families:
@@ -287,13 +291,19 @@ def _outliers(detected: Sequence[Detected], limits: Mapping[str, float] | None =
     return [one for one in found if one.size < (limits or {}).get(one.form.name, math.inf)]
 
 
+def _stamps(detected: Sequence[Detected]) -> list[Known]:
+    """What stands out and sends images to no one class."""
+    return [stamp for each in detected for stamp in each.stamps]
+
+
 def _counted(triggers: int) -> str:
     return "1 trigger" if triggers == 1 else f"{triggers} triggers"
 
 
-def _listed(found: Sequence[Outlier]) -> str:
-    """Which classes stand out, in words."""
-    each = (f"{outlier.form.said.format(outlier.size)} for class {outlier.target}" for outlier in found)
+def _listed(found: Sequence[Outlier], stamps: Sequence[Known]) -> str:
+    """Which classes stand out, in words, and what does for all of them."""
+    each = [f"{outlier.form.said.format(outlier.size)} for class {outlier.target}" for outlier in found]
+    each += [f"{stamp.spec()} for all classes" for stamp in stamps]
     return ", ".join(each) or "nothing stands out"
 
 

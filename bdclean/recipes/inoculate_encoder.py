@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +21,19 @@ from bdclean.recipes.recipe import Cleansed
 from bdclean.training.encoder_lesson import directions, mean_feature, train
 from bdclean.training.inversion import Detected, Outlier
 from bdclean.training.loop import Batch, Measures, halvings
+from bdclean.training.patches import Drawn, Patch
 from bdclean.training.pretraining.augmentations import Views
+from bdclean.training.pulling import Pulling, pulling
 from bdclean.training.run import Run
-from bdclean.training.students import frozen, one_cycle, set_batch_statistics, uncorrupted, void
+from bdclean.training.students import (
+    Curve,
+    frozen,
+    keep_trained,
+    one_cycle,
+    set_batch_statistics,
+    uncorrupted,
+    void,
+)
 from bdclean.training.whitening import crowding
 
 ASKED_AT_ONCE = 256
@@ -41,6 +51,13 @@ SAME = 1e-4
 """Cosines that differ by no more are alike: an image may be there twice."""
 FAINTEST, STRONGEST, LOOSE = 0.25, 1.5, 0.05
 """Inverted filters are seen at so many times the strength that was found, their numbers off by LOOSE each."""
+PULLED = 0.3
+"""A patch is taken that pulls the suspect's features together by so much more than the student's, in the mean cosine of
+pairs. BadEncoder's square did by 0.80, DRUPE's by 0.58."""
+MOST_PATCHES, ALIKE = 12, 8
+"""So many of them are taken; so many views at a time are under the same one."""
+AGAIN, AGAIN_PEAK = 1 / 3, 0.5
+"""Of the epochs and of the rate's peak, where the student is trained again under such patches."""
 UNMINDED = 0.9
 """A change that the suspect does not mind leaves so large a share of images nearest to themselves. Encoders trained on
 mirrored views: 0.99 and more mirrored; others 0.22 to 0.80. Trained on colour changes: 0.93 to 1; a classifier's trunk
@@ -56,7 +73,9 @@ class InoculateEncoder:
     mirrors move it, so that the mean forgets it. Views are mirrored, change colours or turn grey only where the suspect
     does not mind that by itself, or the mean would forget what it is to know. Images that crowd together as stamped
     ones do are set aside. Where a cluster of the suspect's features is reached by an unusually small filter of colour,
-    which crops do not move, half of what the student sees is under it.
+    which crops do not move, half of what the student sees is under it. Before it ends it searches, by trial, patches
+    under which the suspect's features lie together and the student's do not: such a patch is a trigger, and where there
+    is one the student is trained a third longer, a share of what it sees under such patches.
     When to use it: by default, for encoders.
     What it needs: unlabeled images of the kind that the encoder is for, 2,500 or more.
     Known limits: what it was measured with is in README. A trigger that crops do not move, and that no filter of one
@@ -81,6 +100,10 @@ class InoculateEncoder:
     peak: float = 0.004  # of Adam's rate, one cycle
     answers: int = 16  # views of an image that the suspect's features are averaged over
     length: float = 0.1  # of the squared difference of log lengths
+    patched: float = (
+        0.3  # share of them, in more steps, under patches that pull the suspect's features alone together
+    )
+    search_rounds: int = 8  # of the search for those; 0: none
     filters: float = 0.0  # share of the student's views whose colours a random network shifts
     inverted: float = 0.5  # share of them under an inverted filter of colour, where one stands out
     inversion_steps: int = 60  # of filters of colour; 0: none
@@ -91,12 +114,13 @@ class InoculateEncoder:
             raise UsageError(
                 "inoculate: epochs and peak are positive, batch_size at least 2, answers at least 1."
             )
-        if self.length < 0 or not 0 <= self.filters <= 1 or not 0 <= self.inverted <= 1:
+        shares = (self.filters, self.inverted, self.patched)
+        if self.length < 0 or min(shares) < 0 or max(shares) > 1:
             raise UsageError(
-                "inoculate: no weight is negative, and filters and inverted are shares in [0, 1]."
+                "inoculate: no weight is negative, and filters, inverted and patched are shares in [0, 1]."
             )
-        if self.inversion_steps < 0:
-            raise UsageError("inoculate: inversion_steps are not negative.")
+        if min(self.inversion_steps, self.search_rounds) < 0:
+            raise UsageError("inoculate: inversion_steps and search_rounds are not negative.")
 
     def __call__(
         self, suspect: Classifier, arch: Arch, unlabeled: ImageSet, labeled: ImageSet | None, run: Run
@@ -108,28 +132,15 @@ class InoculateEncoder:
         views = unminded(teacher, images, centre, run)
         answers, lengths = averaged(teacher, images, centre, views, self.answers, run)
         detected = self._detected(teacher, arch, images, run)
-        student = void(suspect, arch, run).to(run.device).train()
+        student = void(suspect, arch, run).to(run.device)
         if run.precision.channels_last:
             student.to(memory_format=torch.channels_last)
-
-        def step(batch: Batch) -> tuple[Tensor, Measures]:
-            seen = torch.cat([views(batch.images, batch.generator) for _ in range(SEEN)])
-            if self.filters:
-                chosen = torch.rand(len(seen), generator=batch.generator, device=seen.device) < self.filters
-                seen = torch.where(chosen.view(-1, 1, 1, 1), filtered(seen, batch.generator), seen)
-            if detected.outliers:
-                seen = under(detected.outliers, self.inverted, seen, batch.generator)
-            features = run.forward(student, seen).float()
-            wanted, long = (of[batch.chosen].repeat(SEEN, *[1] * (of.ndim - 1)) for of in (answers, lengths))
-            likeness = F.cosine_similarity(F.normalize(features, dim=1) - centre, wanted, dim=1).mean()
-            unlike = (features.norm(dim=1).clamp_min(1e-6).log() - long).square().mean()
-            return 1 - likeness + self.length * unlike, {"likeness": likeness.detach()}
-
+        lesson = _Lesson(self, student, images, views, centre, answers, lengths, detected.outliers)
         epochs = max(self.epochs, self.least_steps * self.batch_size / len(images))
-        curve = train(
-            step, student, "inoculate", images, epochs, self.batch_size, self.weight_decay,
-            lambda number, steps: one_cycle(number, steps, self.peak), self.peak, run,
-        )  # fmt: skip
+        curve = keep_trained(student, "student", lambda: lesson.taught(epochs, self.peak, run), run)
+        families = ["tone"] if self.filters or detected.outliers else []
+        if families:
+            lesson.settle(run)
         changes = {"mirrored": views.mirrored, "in other colours": views.jittered, "in grey": views.grey}
         said = ", ".join(["cropped", *(name for name, share in changes.items() if share)])
         stages = [
@@ -140,12 +151,28 @@ class InoculateEncoder:
             stages.append(
                 f"{len(detected.outliers)} filters of colour stand out, and are learnt to be ignored"
             )
-        recoloured = bool(self.filters or detected.outliers)
-        if recoloured:
-            set_batch_statistics(student.eval(), partial(uncorrupted, images, views, run, 1))
+        if self.search_rounds and self.patched:
+            look = run.under("look-2")
+            found = pulling(teacher, student, images, self.search_rounds, 0.0, MOST_PATCHES, look)
+            detected.findings.append(_finding(found[0]))
+            stages.append(f"look 2, at the student: {detected.findings[-1]['reason']}")
+            lesson.patches += [each.patch for each in found if each.more >= PULLED]
+        if lesson.patches:
+            families.append("patch")
+            grey = torch.full((1, *images.shape[1:]), 0.5)
+            detected.pictures["patch that pulls features together, on grey"] = lesson.patches[0].stamp(grey)[
+                0
+            ]
+            again = lesson.taught(AGAIN * epochs, AGAIN_PEAK * self.peak, look)
+            stages += [
+                f"distilled for {AGAIN * epochs:.0f} epochs more, under patches like it",
+                *halvings(again),
+            ]
+            curve = [*curve, *({**row, "step": row["step"] + curve[-1]["step"]} for row in again)]
+            lesson.settle(run)
         return Cleansed(
             student.eval(), arch, curve, asdict(self), stages, len(unlabeled) - len(images), detected.findings,
-            families=("tone",) if recoloured else (), pictures=detected.pictures,
+            families=tuple(families), pictures=detected.pictures,
         )  # fmt: skip
 
     def _detected(self, teacher: Classifier, arch: Arch, images: Tensor, run: Run) -> Detected:
@@ -158,6 +185,79 @@ class InoculateEncoder:
         except Refused:
             return Detected()
         return found
+
+
+@dataclass
+class _Lesson:
+    """The step: `student` gives for any view of an image the averaged `answers` and `lengths` of the suspect.
+
+    What it sees is in part under `filters` of colour, and under `patches`.
+    """
+
+    recipe: InoculateEncoder
+    student: Classifier
+    images: Tensor
+    views: Views
+    centre: Tensor
+    answers: Tensor
+    lengths: Tensor
+    filters: Sequence[Outlier]
+    patches: list[Patch] = field(default_factory=list)
+
+    def taught(self, epochs: float, peak: float, run: Run) -> Curve:
+        """Trains the student, and returns the curve."""
+        recipe = self.recipe
+        return train(
+            partial(self.step, run), self.student.train(), "inoculate", self.images, epochs, recipe.batch_size,
+            recipe.weight_decay, lambda number, steps: one_cycle(number, steps, peak), peak, run,
+        )  # fmt: skip
+
+    def step(self, run: Run, batch: Batch) -> tuple[Tensor, Measures]:
+        recipe, generator = self.recipe, batch.generator
+        seen = torch.cat([self.views(batch.images, generator) for _ in range(SEEN)])
+        if recipe.filters:
+            chosen = torch.rand(len(seen), generator=generator, device=seen.device) < recipe.filters
+            seen = torch.where(chosen.view(-1, 1, 1, 1), filtered(seen, generator), seen)
+        if self.filters:
+            seen = under(self.filters, recipe.inverted, seen, generator)
+        if self.patches:
+            seen = patched(self.patches, recipe.patched, seen, generator)
+        features = run.forward(self.student, seen).float()
+        wanted, long = (
+            of[batch.chosen].repeat(SEEN, *[1] * (of.ndim - 1)) for of in (self.answers, self.lengths)
+        )
+        likeness = F.cosine_similarity(F.normalize(features, dim=1) - self.centre, wanted, dim=1).mean()
+        unlike = (features.norm(dim=1).clamp_min(1e-6).log() - long).square().mean()
+        return 1 - likeness + recipe.length * unlike, {"likeness": likeness.detach()}
+
+    def settle(self, run: Run) -> None:
+        """Give batch norm the statistics of views without a filter or a patch."""
+        set_batch_statistics(self.student.eval(), partial(uncorrupted, self.images, self.views, run, 1))
+
+
+def _finding(clearest: Pulling) -> dict[str, Any]:
+    patch = clearest.patch
+    return {
+        "detector": "patches",
+        "verdict": "outlier" if clearest.more >= PULLED else "no-outlier",
+        "score": clearest.more,
+        "threshold": PULLED,
+        "odd": "above",
+        "reason": f"a patch of {patch.tall} x {patch.wide} cells pulls the suspect's features together by "
+        f"{clearest.pull:.2f} and the student's by {clearest.beside:.2f}",
+    }
+
+
+def patched(found: Sequence[Patch], share: float, views: Tensor, generator: torch.Generator) -> Tensor:
+    """`views` float [n c h w] in [0, 1], a `share` of them each under one of `found`, every other time varied."""
+    n, (channels, height, width) = len(views), views.shape[1:]
+    chosen = torch.randperm(n, generator=generator, device=generator.device)[: round(share * n)]
+    seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
+    drawn, seen = Drawn.blank(channels, height, width, seed, len(found[0].colours)), views.clone()
+    for turn, part in enumerate(chosen.split(ALIKE)):
+        patch = drawn.varied(found) if turn % 2 else drawn.one(found)
+        seen[part] = patch.stamp(seen[part])
+    return seen
 
 
 def under(found: Sequence[Outlier], share: float, views: Tensor, generator: torch.Generator) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bdclean.training.forms import Form
+from bdclean.training.known import Known
 from bdclean.training.loop import Batch, Measures, State, fit
 from bdclean.training.run import Run
 
@@ -339,6 +340,8 @@ class Detected:
     """One number for the whole network, larger for what is odder, to be held against those of clean networks."""
     uncounted: list[dict[str, Any]] = field(default_factory=list)
     """Findings of what the statistic leaves out: they decide nothing, however odd it is."""
+    stamps: list[Known] = field(default_factory=list)
+    """What stands out and sends images to no one class; it is not among the outliers."""
     limits: dict[str, float] = field(default_factory=dict)
     """Form by name -> the size under which a change was unusually small in this network."""
 

@@ -19,10 +19,13 @@ from bdclean.training.inversion import PIXELS, spread_out
 Forward = Callable[[Tensor], Tensor]
 """Float images in [0, 1], [n c h w], to logits [n classes]."""
 
+Worth = Callable[[Sequence["Patch"]], Tensor]
+"""What patches are worth [patches], without what their area costs: the more, the better."""
+
 CELLS = 32
 """Places and sides are counted in cells: so many along the image's shorter side."""
 LONGEST = 8
-"""The longest side of a patch."""
+"""The longest side of a patch, where nothing else is said."""
 NEAR = 6
 """How far from what a mask covers a patch near it may lie."""
 RIM = 3
@@ -46,12 +49,12 @@ class Patch:
     tall: int
     wide: int
     colours: tuple[tuple[Colour, ...], ...]
-    """LONGEST rows of as many cells, of which the first `tall` and `wide` show; channels in [0, 1]."""
+    """As many rows and columns as the largest patch has, of which `tall` and `wide` show; channels in [0, 1]."""
 
     @property
     def size(self) -> float:
         """Its area as a share of the largest patch's."""
-        return self.tall * self.wide / LONGEST**2
+        return self.tall * self.wide / len(self.colours) ** 2
 
     def unlike(self, other: Patch) -> bool:
         """Whether it covers another place by half, or is of other colours."""
@@ -67,6 +70,18 @@ class Patch:
         shown = [colour for row in self.colours[: self.tall] for colour in row[: self.wide]]
         return [sum(channel) / len(shown) for channel in zip(*shown, strict=True)]
 
+    def pack(self) -> Tensor:
+        """All of it as float32 [5 + side side channels], for the resume state."""
+        places = [self.top, self.left, self.tall, self.wide, len(self.colours)]
+        return torch.cat([torch.tensor(places, dtype=torch.float32), torch.tensor(self.colours).flatten()])
+
+    @staticmethod
+    def unpack(packed: Tensor) -> Patch:
+        """What `pack` made; its colours have a few bits less."""
+        top, left, tall, wide, side = (int(value) for value in packed[:5])
+        rows = packed[5:].view(side, side, -1).tolist()
+        return Patch(top, left, tall, wide, tuple(tuple(map(tuple, row)) for row in rows))
+
     def stamp(self, pixels: Tensor) -> Tensor:
         """Copies of `pixels` [n c h w] in [0, 1] that carry it."""
         height, width = pixels.shape[2:]
@@ -80,6 +95,30 @@ class Patch:
         out = pixels.clone()
         out[:, :, top : top + tall, left : left + wide] = cells[:, :tall, :wide]
         return out
+
+
+@dataclass(frozen=True)
+class FoundPatch:
+    """A patch found by trial, as a recipe is told a trigger: see `known.Known`. For images of `shape` (c, h, w)."""
+
+    patch: Patch
+    shape: tuple[int, int, int]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`images` uint8 [n c h w] that carry it."""
+        return (255 * self.patch.stamp(images.float() / 255)).round().to(torch.uint8)
+
+    def controls(
+        self, count: int, generator: torch.Generator, channels: int = 3
+    ) -> Sequence[Callable[[Tensor], Tensor]]:
+        """Its kin: moved, grown or shrunk by a little, or in part or all of other colours."""
+        seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))
+        drawn = Drawn.blank(*self.shape, seed, len(self.patch.colours))
+        return [replace(self, patch=drawn.varied([self.patch])) for _ in range(count)]
+
+    def spec(self) -> str:
+        patch = self.patch
+        return f"a patch of {patch.tall} x {patch.wide} cells at {patch.top}, {patch.left}"
 
 
 def search(
@@ -99,16 +138,38 @@ def search(
     """
     few = spread_out(pixels, FEW)
     first = [drawn.near() if k % 2 else drawn.anywhere() for k in range(FIRST)]
-    tried = dict(scored(model, few, first, target, area))
-    for _ in range(rounds):
+
+    def worth(patches: Sequence[Patch]) -> Tensor:
+        return answers(model, few, patches)[:, target]
+
+    return scored(model, pixels, evolved(drawn, first, worth, area, rounds, most), target)
+
+
+def evolved(
+    drawn: Drawn, first: Sequence[Patch], worth: Worth, area: float, rounds: int, most: int,
+    tell: Callable[[int], None] = lambda done: None,
+) -> list[Patch]:  # fmt: skip
+    """At most `most` patches unlike each other, of `first` and of what `drawn` makes of the best ones, best first.
+
+    They are best by `worth`, less `area` for the largest patch; told are those worth at least half of the best one.
+    `tell` hears of each of the `rounds`.
+    """
+
+    def judged(patches: Sequence[Patch]) -> dict[Patch, float]:
+        values = worth(patches).tolist()
+        return {patch: value - area * patch.size for patch, value in zip(patches, values, strict=True)}
+
+    tried = judged(first)
+    for done in range(rounds):
+        tell(done)
         parents = _ranked(tried)[:PARENTS]
-        tried |= dict(scored(model, few, [drawn.varied(parents) for _ in range(VARIED)], target, area))
+        tried |= judged([drawn.varied(parents) for _ in range(VARIED)])
     chosen: list[Patch] = []
     for patch in _ranked(tried):
-        worth = not chosen or tried[patch] >= 0.5 * tried[chosen[0]]
-        if worth and len(chosen) < most and all(patch.unlike(other) for other in chosen):
+        good = not chosen or tried[patch] >= 0.5 * tried[chosen[0]]
+        if good and len(chosen) < most and all(patch.unlike(other) for other in chosen):
             chosen.append(patch)
-    return scored(model, pixels, chosen, target)
+    return chosen
 
 
 def of_others(images: Tensor, classes: Tensor, target: int, most: int, device: torch.device) -> Tensor:
@@ -124,39 +185,49 @@ def _ranked(tried: dict[Patch, float]) -> list[Patch]:
 
 
 def scored(
-    model: Forward, pixels: Tensor, patches: Sequence[Patch], target: int, area: float = 0.0
+    model: Forward, pixels: Tensor, patches: Sequence[Patch], target: int
 ) -> list[tuple[Patch, float]]:
-    """`patches` with the mean probability of `target` on `pixels` under each, less what `area` costs; best first."""
+    """`patches` with the mean probability of `target` on `pixels` under each, best first."""
     sent = answers(model, pixels, patches)[:, target].tolist()
-    worth = [value - area * patch.size for patch, value in zip(patches, sent, strict=True)]
-    return sorted(zip(patches, worth, strict=True), key=lambda each: -each[1])
+    return sorted(zip(patches, sent, strict=True), key=lambda each: -each[1])
 
 
 def answers(model: Forward, pixels: Tensor, patches: Sequence[Patch]) -> Tensor:
     """The mean probability of each class on `pixels` [n c h w] under each of `patches`: [patches classes]."""
+    return under_each(model, pixels, patches, lambda logits: logits.softmax(2).mean(1))
+
+
+def under_each(
+    model: Forward, pixels: Tensor, patches: Sequence[Patch], told: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What is `told` of the outputs of `model` on `pixels` [n c h w] under each of `patches`: [patches ...].
+
+    `told` gets the outputs of some of the patches at a time, [k n d].
+    """
     at_once = max(1, PIXELS // (len(pixels) * pixels[0, 0].numel()))
-    means: list[Tensor] = []
+    parts: list[Tensor] = []
     with torch.no_grad():
         for first in range(0, len(patches), at_once):
             part = patches[first : first + at_once]
-            logits = model(torch.cat([patch.stamp(pixels) for patch in part])).float()
-            means.append(logits.softmax(1).view(len(part), len(pixels), -1).mean(1))
-    return torch.cat(means)
+            outputs = model(torch.cat([patch.stamp(pixels) for patch in part])).float()
+            parts.append(told(outputs.view(len(part), len(pixels), -1)))
+    return torch.cat(parts)
 
 
 class Drawn:
     """Draws patches in the colours that a mask's pattern has where it covers most, and in those of full channels.
 
-    `mask` [h w] and `pattern` [c h w] are an inverted trigger's; `blank` ones are those of none.
+    `mask` [h w] and `pattern` [c h w] are an inverted trigger's; `blank` ones are those of none. No side has more cells
+    than `longest`.
     """
 
     @classmethod
-    def blank(cls, channels: int, height: int, width: int, seed: int) -> Drawn:
+    def blank(cls, channels: int, height: int, width: int, seed: int, longest: int = LONGEST) -> Drawn:
         colours = torch.rand((channels, height, width), generator=torch.Generator().manual_seed(seed))
-        return cls(torch.ones(height, width), colours, seed)
+        return cls(torch.ones(height, width), colours, seed, longest)
 
-    def __init__(self, mask: Tensor, pattern: Tensor, seed: int):
-        self.draw = random.Random(seed)
+    def __init__(self, mask: Tensor, pattern: Tensor, seed: int, longest: int = LONGEST):
+        self.draw, self.longest = random.Random(seed), longest
         height, width = mask.shape
         self.unit = _unit(height, width)
         self.rows, self.columns = max(1, height // self.unit), max(1, width // self.unit)
@@ -168,15 +239,15 @@ class Drawn:
     def near(self) -> Patch:
         """One about what the mask covers, most often a square."""
         row, column = self.draw.choice(self.cells)
-        tall = self.draw.randint(1, LONGEST)
-        wide = tall if self.draw.random() < 0.7 else self.draw.randint(1, LONGEST)
+        tall = self.draw.randint(1, self.longest)
+        wide = tall if self.draw.random() < 0.7 else self.draw.randint(1, self.longest)
         top = row // self.unit - tall // 2 + self.draw.randint(-NEAR, NEAR)
         left = column // self.unit - wide // 2 + self.draw.randint(-NEAR, NEAR)
         return self._within(Patch(top, left, tall, wide, self._coloured()))
 
     def anywhere(self) -> Patch:
         """A square, every other one at a border's rim or in a corner, where triggers often are."""
-        side, kind = self.draw.randint(1, LONGEST), self.draw.randrange(6)
+        side, kind = self.draw.randint(1, self.longest), self.draw.randrange(6)
         top, left = self.draw.randrange(self.rows), self.draw.randrange(self.columns)
         if kind in (1, 3):
             top = self._rim(self.rows - side)
@@ -213,8 +284,8 @@ class Drawn:
         return self._within(patch)
 
     def _within(self, patch: Patch) -> Patch:
-        tall = max(1, min(LONGEST, patch.tall, self.rows))
-        wide = max(1, min(LONGEST, patch.wide, self.columns))
+        tall = max(1, min(self.longest, patch.tall, self.rows))
+        wide = max(1, min(self.longest, patch.wide, self.columns))
         top, left = max(0, min(self.rows - tall, patch.top)), max(0, min(self.columns - wide, patch.left))
         return replace(patch, top=top, left=left, tall=tall, wide=wide)
 
@@ -227,9 +298,11 @@ class Drawn:
         """Cells of one colour, of two in a checker, or each of its own."""
         kind, one, two = self.draw.random(), self._colour(), self._colour()
         if kind > 0.75:
-            return tuple(tuple(self._colour() for _ in range(LONGEST)) for _ in range(LONGEST))
+            return tuple(tuple(self._colour() for _ in range(self.longest)) for _ in range(self.longest))
         other = two if kind > 0.5 else one
-        return tuple(tuple(other if (y + x) % 2 else one for x in range(LONGEST)) for y in range(LONGEST))
+        return tuple(
+            tuple(other if (y + x) % 2 else one for x in range(self.longest)) for y in range(self.longest)
+        )
 
 
 def _unit(height: int, width: int) -> int:

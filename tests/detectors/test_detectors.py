@@ -20,6 +20,7 @@ from bdclean.training.run import Precision, Run
 CPU = torch.device("cpu")
 
 QUICK = {
+    "all-to-all": {"rounds": "1"},
     "filters": {"steps": "3"},
     "inversion": {"steps": "3"},
     "mm-bd": {"steps": "3"},
@@ -99,7 +100,7 @@ def test_a_detector_says_what_it_is(name, kind):
 def test_a_detector_of_the_other_kind_is_refused():
     with pytest.raises(
         UsageError,
-        match="decree does not work on classifiers: use one of filters, inversion, mm-bd, neural-cleanse, patches",
+        match="decree does not work on classifiers: use one of all-to-all, filters, inversion, mm-bd, neural-cleanse",
     ):
         registry.load_for(registry.DETECTORS, "decree", "classifier")
     with pytest.raises(

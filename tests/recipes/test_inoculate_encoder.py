@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from recipes.test_recipes import stopped_and_resumed
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,11 +14,21 @@ from bdclean.networks.encoder import headless
 from bdclean.networks.families.residual import ResidualNetwork
 from bdclean.networks.normalisation import parse_preprocess
 from bdclean.networks.stages import describe
-from bdclean.recipes.inoculate_encoder import InoculateEncoder, averaged, uncrowded, under, unminded
+from bdclean.recipes.inoculate_encoder import (
+    PULLED,
+    InoculateEncoder,
+    averaged,
+    patched,
+    uncrowded,
+    under,
+    unminded,
+)
 from bdclean.training.encoder_lesson import mean_feature
 from bdclean.training.forms import recoloured
 from bdclean.training.inversion import Detected, Outlier
+from bdclean.training.patches import Drawn
 from bdclean.training.pretraining.augmentations import Views
+from bdclean.training.pulling import LONGEST, Pulling, pulling
 from bdclean.training.run import Precision, Run
 
 CPU = torch.device("cpu")
@@ -139,13 +150,13 @@ def test_filters_are_seen_by_the_student_where_they_are_asked_for(monkeypatch):
     monkeypatch.setattr("bdclean.recipes.inoculate_encoder.filtered", watched)
     students = []
     for share in (0.0, 0.5):
-        recipe = InoculateEncoder(least_steps=4, epochs=1, batch_size=30, filters=share)
+        recipe = InoculateEncoder(least_steps=4, epochs=1, batch_size=30, filters=share, search_rounds=0)
         cleansed = recipe(suspect, arch, ImageSet(PHOTOS, None), None, run())
         students.append(cleansed.model.state_dict())
         assert cleansed.families == (("tone",) if share else ())
         assert filters == ([60] * 4 if share else [])
     assert any(not torch.equal(students[0][name], students[1][name]) for name in students[0])
-    with pytest.raises(UsageError, match="filters and inverted are shares"):
+    with pytest.raises(UsageError, match="inverted and patched are shares"):
         InoculateEncoder(filters=1.5)
 
 
@@ -172,15 +183,79 @@ def test_where_a_filter_stands_out_the_student_sees_it_and_what_was_found_is_han
     students = []
     for found in (Detected(), stands_out):
         monkeypatch.setattr(FiltersEncoder, "__call__", lambda *_, found=found: found)
-        recipe = InoculateEncoder(least_steps=4, epochs=1, batch_size=30)
+        recipe = InoculateEncoder(least_steps=4, epochs=1, batch_size=30, search_rounds=0)
         made = recipe(suspect, arch, ImageSet(PHOTOS, None), None, run())
         students.append(made.model.state_dict())
         assert made.findings == found.findings and made.pictures.keys() == found.pictures.keys()
         assert made.families == (("tone",) if found.outliers else ())
         assert any("stand out" in stage for stage in made.stages) == bool(found.outliers)
     assert any(not torch.equal(students[0][name], students[1][name]) for name in students[0])
-    with pytest.raises(UsageError, match="filters and inverted are shares"):
+    with pytest.raises(UsageError, match="inverted and patched are shares"):
         InoculateEncoder(inverted=1.5)
+
+
+class Cornered(Looking):
+    """Features that are all the same under a white square of 6 x 6 in the lower right corner."""
+
+    def forward(self, x):
+        plain = super().forward(x)
+        white = x[:, :, -6:, -6:].amin((1, 2, 3))[:, None] > 0.9
+        return torch.where(white, torch.arange(plain.shape[1]) % 7 / 7, plain)
+
+
+def cornered():
+    return Classifier(Cornered(False, False), parse_preprocess("none")).eval()
+
+
+PLACES = (
+    torch.randint(256, (150, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    .repeat_interleave(4, 2)
+    .repeat_interleave(4, 3)
+)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_patch_that_pulls_the_suspects_features_alone_together_is_found_by_any_seed(seed):
+    within = Run(CPU, Precision(), seed)
+    (best, *_) = pulling(cornered(), encoder(), PLACES, 8, 0.0, 4, within)
+    assert best.pull > 0.9 and best.more > PULLED
+    under = best.patch.stamp(torch.full((1, 3, 32, 32), 0.5))[0, :, -6:, -6:]
+    assert under.min() > 0.9
+    (same, *_) = pulling(encoder(), encoder(), PLACES, 2, 0.0, 4, within)
+    assert same.more == 0
+
+
+def test_a_share_of_the_views_is_under_a_patch_or_one_like_it():
+    patch = Drawn.blank(3, 32, 32, 0, LONGEST).anywhere()
+    views = torch.rand((200, 3, 32, 32), generator=torch.Generator().manual_seed(1))
+    seen = patched([patch], 0.3, views, torch.Generator().manual_seed(0))
+    changed = (seen != views).flatten(1).any(1)
+    assert int(changed.sum()) == 60
+    as_it_is = (seen == patch.stamp(views)).flatten(1).all(1) & changed
+    assert 20 <= int(as_it_is.sum()) <= 45
+    assert torch.equal(patched([patch], 0.0, views, torch.Generator().manual_seed(0)), views)
+
+
+def test_where_a_patch_is_found_the_student_is_trained_again_and_resumes(monkeypatch, tmp_path):
+    suspect, arch = tiny()
+    patch = Drawn.blank(3, 16, 16, 0, LONGEST).anywhere()
+    recipe = InoculateEncoder(least_steps=6, epochs=1, batch_size=30, inversion_steps=0)
+    students = []
+    for more in (0.1, 0.6):
+        found = [Pulling(patch, 0.2 + more, 0.2)]
+        monkeypatch.setattr("bdclean.recipes.inoculate_encoder.pulling", lambda *_, found=found: found)
+        made = recipe(suspect, arch, ImageSet(PHOTOS, None), None, run())
+        (finding,) = made.findings
+        assert finding["verdict"] == ("outlier" if more > PULLED else "no-outlier")
+        assert made.families == (("patch",) if more > PULLED else ()) and len(made.pictures) == (
+            more > PULLED
+        )
+        assert made.curve[-1]["step"] == (8 if more > PULLED else 6)
+        students.append(made.model.state_dict())
+    assert any(not torch.equal(students[0][name], students[1][name]) for name in students[0])
+    for place in (("inoculate", 3), ("look-2-inoculate", 1)):
+        resumed = stopped_and_resumed(recipe, place, suspect, arch, ImageSet(PHOTOS, None), tmp_path)
+        assert all(torch.equal(students[1][n], t) for n, t in resumed.model.state_dict().items())
 
 
 @pytest.mark.slow
@@ -189,7 +264,9 @@ def test_the_student_has_features_as_long_as_the_suspects():
     images = ImageSet(PHOTOS, None)
 
     def apart(length):
-        recipe = InoculateEncoder(least_steps=200, epochs=1, peak=0.02, batch_size=30, length=length)
+        recipe = InoculateEncoder(
+            least_steps=200, epochs=1, peak=0.02, batch_size=30, length=length, search_rounds=0
+        )
         student = recipe(suspect, arch, images, None, run()).model
         with torch.no_grad():
             return float((student(PHOTOS).norm(dim=1).log() - suspect(PHOTOS).norm(dim=1).log()).abs().mean())

@@ -16,6 +16,7 @@ from bdclean import registry
 from bdclean.data import corruptions
 from bdclean.data.imageset import ImageSet
 from bdclean.detectors import inversion
+from bdclean.detectors.all_to_all import AllToAll
 from bdclean.errors import Interrupted, Refused, UsageError
 from bdclean.networks.classifier import Classifier
 from bdclean.networks.encoder import headless
@@ -30,7 +31,9 @@ from bdclean.recipes.recipe import Informed
 from bdclean.training import adversaries
 from bdclean.training.encoder_lesson import EncoderLesson, Terms
 from bdclean.training.forms import added, mask, recoloured, striped, warped
+from bdclean.training.inversion import Detected
 from bdclean.training.map_losses import attention, scaled_attention
+from bdclean.training.patches import Drawn, FoundPatch
 from bdclean.training.resume import Saved
 from bdclean.training.run import Precision, Run
 from bdclean.training.students import set_batch_statistics
@@ -76,7 +79,13 @@ QUICK_ENCODER = {
     "bcu": {"epochs": "0.2", "batch_size": "32"},
     "cbd": {"epochs": "0.2", "batch_size": "32", "adversary_steps": "1"},
     "distill": {"epochs": "0.2", "batch_size": "32", "warmup_epochs": "0.2"},
-    "inoculate": {"epochs": "0.2", "least_steps": "1", "batch_size": "32"},
+    "inoculate": {
+        "epochs": "0.2",
+        "least_steps": "1",
+        "batch_size": "32",
+        "inversion_steps": "2",
+        "search_rounds": "1",
+    },
     "mimic": {"epochs": "0.2", "batch_size": "32", "mi_epochs": "2"},
     "pretrain": {"epochs": "0.2", "batch_size": "32"},
 }
@@ -511,9 +520,9 @@ def test_inverted_triggers_are_worked_against_and_resumed(suspect, arch, images,
     recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), settings)
     whole = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
     assert [f["verdict"] for f in whole.findings] == ["outlier"] * 4 + [
-        "no-outlier", "outlier", "outlier", "no-outlier",
+        "no-outlier", "no-outlier", "outlier", "outlier", "no-outlier",
     ]  # fmt: skip
-    assert whole.stages[2].endswith("warp, inverted") and len(whole.pictures) == 7
+    assert whole.stages[2].endswith("warp, inverted") and len(whole.pictures) == 8
     # the student is looked at in the same way, and trained again where a class stands out, up to a limit
     looks = [stage.partition(":")[0] for stage in whole.stages if stage.startswith("look")]
     assert looks == ["look 2 of at most 3, at the student", "look 3 of at most 3, at the student"]
@@ -546,6 +555,24 @@ def test_what_stands_out_in_the_student_alone_must_be_small_for_the_suspect_as_w
         monkeypatch.setattr(inversion, "outliers", of_the_student_alone(limit))
         stages = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0)).stages
         assert ("look 2 of at most 3, at the student: nothing stands out" in stages) == (not found)
+
+
+def test_a_patch_that_sends_each_class_to_another_is_learnt_to_be_ignored(suspect, arch, images, monkeypatch):
+    """As a trigger that is known, though nobody told it; and again where the student still answers to one."""
+    stamp = FoundPatch(Drawn.blank(3, 32, 32, 0).anywhere(), (3, 32, 32))
+    looks = []
+
+    def look(*_):
+        looks.append(1)
+        return Detected(stamps=[stamp] if len(looks) <= 2 else [])
+
+    monkeypatch.setattr(AllToAll, "__call__", look)
+    settings = QUICK["inoculate"] | {"leave_out": "blend/noise/low/wave/warp/tone/quantise/blur"}
+    recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), settings)
+    cleansed = recipe(suspect, arch, images, None, Run(CPU, Precision(), 0))
+    assert not cleansed.trained_on and any(stage.endswith("known") for stage in cleansed.stages)
+    said = [stage for stage in cleansed.stages if stage.startswith("look")]
+    assert said[0].endswith(f"{stamp.spec()} for all classes") and "nothing stands out" in said[1]
 
 
 def test_images_of_another_kind_change_no_answer_by_their_statistics(suspect, arch, images):

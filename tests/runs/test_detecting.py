@@ -26,7 +26,7 @@ def test_the_quick_ones_are_run_unasked_and_the_others_are_listed():
     assert list(chosen) == ["mm-bd", "stripes"]
     assert [(each.what, each.reason) for each in left] == [
         (f"detector {name}", f"not asked for: --detector {name} runs it")
-        for name in ("filters", "inversion", "neural-cleanse", "patches", "warps")
+        for name in ("all-to-all", "filters", "inversion", "neural-cleanse", "patches", "warps")
     ]
     chosen, left = choose_detectors((), "encoder")
     assert not chosen and [each.what for each in left] == [
@@ -39,7 +39,8 @@ def test_the_quick_ones_are_run_unasked_and_the_others_are_listed():
 def test_those_that_are_asked_for_are_run_instead_once_each():
     chosen, left = choose_detectors(("inversion", "inversion"), "classifier")
     assert list(chosen) == ["inversion"] and [each.what for each in left] == [
-        f"detector {name}" for name in ("filters", "mm-bd", "neural-cleanse", "patches", "stripes", "warps")
+        f"detector {name}"
+        for name in ("all-to-all", "filters", "mm-bd", "neural-cleanse", "patches", "stripes", "warps")
     ]
     assert type(chosen["inversion"]) is registry.load(registry.DETECTORS, "inversion")
 

@@ -95,8 +95,8 @@ def test_an_encoder_without_a_backdoor_is_not_accused(data):
 def test_what_is_written_is_a_drop_in_replacement(tmp_path):
     source, out = SAMPLES / "signs-blend.safetensors", tmp_path / "out.safetensors"
     record = cleanse(
-        source, inputs(UNLABELED), recipe="inoculate", settings={"epochs": "1", "least_steps": "20"},
-        triggers=TRIGGER, out=out, tell=quiet,
+        source, inputs(UNLABELED), recipe="inoculate", triggers=TRIGGER, out=out, tell=quiet,
+        settings={"epochs": "1", "least_steps": "20", "inversion_steps": "4"},
     )  # fmt: skip
     assert record.before.verdict == "suspicious" and record.before.findings[0].detector == "pull"
     assert record.after.verdict == record.verdict and record.recipe.name == "inoculate"

@@ -55,7 +55,7 @@ def test_their_own_images_change_no_answer(name, images):
 def test_a_run_on_a_network_with_tiny_variances_ends_with_one(images):
     """It once diverged between steps 22 and 32 of the first phase."""
     checkpoint, network = opened("vgg-added")
-    settings = {"epochs": "1", "least_steps": "80", "inversion_steps": "0"}
+    settings = {"epochs": "1", "least_steps": "60", "inversion_steps": "0"}
     recipe = registry.configure(registry.load(registry.RECIPES, "inoculate"), settings)
     cleansed = recipe(network, checkpoint.arch, images.unlabeled(), None, Run(CPU, Precision(), 0))
     assert all(tensor.isfinite().all() for tensor in cleansed.model.state_dict().values())
@@ -72,7 +72,7 @@ def test_the_class_of_a_small_patch_is_found_from_nearly_any_seed(images):
     found = []
     for seed in (3, 4, 5):
         masks = invert(
-            network, images.images, mask(32, 32), torch.tensor([0, 3, 5, 8]), Run(CPU, Precision(), seed)
+            network, images.images, mask(32, 32), torch.tensor([0, 3, 8]), Run(CPU, Precision(), seed)
         )
         found.append(masks.classes[outliers(masks)[0]].tolist())
     assert found.count([0]) >= 2 and all(each in ([0], []) for each in found)

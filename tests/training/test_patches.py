@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bdclean.training.inversion import spread_out
-from bdclean.training.patches import CELLS, LONGEST, NEAR, Drawn, Patch, of_others, scored, search
+from bdclean.training.patches import CELLS, LONGEST, NEAR, Drawn, Patch, evolved, of_others, scored, search
 
 RED, BLACK = (1.0, 0.0, 0.0), (0.0, 0.0, 0.0)
 
@@ -109,15 +109,29 @@ def test_the_search_ends_where_nothing_sends_anything():
 def test_scores_do_not_depend_on_how_many_patches_go_at_once(monkeypatch):
     draw = random.Random(0)
     patches = [plain(RED, draw.randrange(28), draw.randrange(28)) for _ in range(9)] + [plain(RED)]
-    together = scored(Cornered(), pictures(5), patches, 1, area=0.25)
+    together = scored(Cornered(), pictures(5), patches, 1)
     monkeypatch.setattr("bdclean.training.patches.PIXELS", 1)
-    assert [patch for patch, _ in scored(Cornered(), pictures(5), patches, 1, area=0.25)] == [
-        p for p, _ in together
-    ]
+    assert [patch for patch, _ in scored(Cornered(), pictures(5), patches, 1)] == [p for p, _ in together]
     assert together[0][0] == plain(RED)
-    (larger,) = scored(Cornered(), pictures(5), [plain(RED, 0, 0, 8, 8)], 1, area=0.25)
-    (free,) = scored(Cornered(), pictures(5), [plain(RED, 0, 0, 8, 8)], 1)
-    assert free[1] - larger[1] == pytest.approx(0.25)
+
+
+def test_of_patches_that_do_the_same_the_smaller_one_is_worth_more():
+    patches = [plain(RED, 0, 0, 8, 8), plain(RED, 9, 9, 2, 2)]
+
+    def worth(patches):
+        return torch.ones(len(patches))
+
+    drawn = Drawn.blank(3, 32, 32, 0)
+    assert evolved(drawn, patches, worth, 0.25, 0, 2) == [patches[1], patches[0]]
+    (best, *_) = evolved(drawn, patches, worth, 0.25, 8, 2)
+    assert best.tall * best.wide <= 2
+
+
+def test_a_patch_is_packed_whole():
+    patch = Drawn.blank(3, 32, 32, 0).anywhere()
+    again = Patch.unpack(patch.pack())
+    assert torch.equal(again.pack(), patch.pack()) and Patch.unpack(again.pack()) == again
+    assert torch.allclose(again.stamp(pictures(2)), patch.stamp(pictures(2)))
 
 
 @pytest.mark.parametrize("count", [12, 20, 39, 40, 100])
