@@ -271,7 +271,8 @@ DETECTORS: dict[str, Entry] = {
     ),
     "patches": Entry(
         "bdclean.detectors.patches:Patches",
-        "small rectangles, found by trial, that send images to a class",
+        "small rectangles, found by trial, that send images to a class, or an encoder's features together",
+        encoder="bdclean.detectors.patches_encoder:PatchesEncoder",
     ),
     "stripes": Entry(
         "bdclean.detectors.stripes:Stripes", "stripes along an axis that send images to a class", quick=True

@@ -243,7 +243,7 @@ class Drawn:
         wide = tall if self.draw.random() < 0.7 else self.draw.randint(1, self.longest)
         top = row // self.unit - tall // 2 + self.draw.randint(-NEAR, NEAR)
         left = column // self.unit - wide // 2 + self.draw.randint(-NEAR, NEAR)
-        return self._within(Patch(top, left, tall, wide, self._coloured()))
+        return self._within(Patch(top, left, tall, wide, self.coloured()))
 
     def anywhere(self) -> Patch:
         """A square, every other one at a border's rim or in a corner, where triggers often are."""
@@ -253,7 +253,7 @@ class Drawn:
             top = self._rim(self.rows - side)
         if kind in (2, 3):
             left = self._rim(self.columns - side)
-        return self._within(Patch(top, left, side, side, self._coloured()))
+        return self._within(Patch(top, left, side, side, self.coloured()))
 
     def _rim(self, last: int) -> int:
         """A place within RIM of the first or the `last` one."""
@@ -276,7 +276,7 @@ class Drawn:
                 top=patch.top - draw.randrange(2) * taller, left=patch.left - draw.randrange(2) * wider,
             )  # fmt: skip
         elif kind == 2:
-            patch = replace(patch, colours=self._coloured())
+            patch = replace(patch, colours=self.coloured())
         else:
             cells = [list(row) for row in patch.colours]
             cells[draw.randrange(patch.tall)][draw.randrange(patch.wide)] = self._colour()
@@ -294,7 +294,7 @@ class Drawn:
             return self.draw.choice(self.colours)
         return tuple(float(self.draw.randrange(2)) for _ in self.colours[0])
 
-    def _coloured(self) -> tuple[tuple[Colour, ...], ...]:
+    def coloured(self) -> tuple[tuple[Colour, ...], ...]:
         """Cells of one colour, of two in a checker, or each of its own."""
         kind, one, two = self.draw.random(), self._colour(), self._colour()
         if kind > 0.75:

@@ -33,6 +33,7 @@ def test_the_quick_ones_are_run_unasked_and_the_others_are_listed():
         "detector decree",
         "detector filters",
         "detector inversion",
+        "detector patches",
     ]
 
 
