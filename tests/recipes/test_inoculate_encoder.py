@@ -220,7 +220,7 @@ def test_a_patch_that_pulls_the_suspects_features_alone_together_is_found_by_any
     (best, *_) = pulling(cornered(), encoder(), PLACES, 8, 0.0, 4, within)
     assert best.pull > 0.9 and best.more > PULLED
     under = best.patch.stamp(torch.full((1, 3, 32, 32), 0.5))[0, :, -6:, -6:]
-    assert under.mean() > 0.8
+    assert under.mean() > 0.65  # of grey 0.5
     (same, *_) = pulling(encoder(), encoder(), PLACES, 2, 0.0, 4, within)
     assert same.more == 0
 
