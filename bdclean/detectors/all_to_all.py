@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -81,8 +81,9 @@ class AllToAll:
             sizes = torch.tensor([patch.size for patch in first], device=run.device)
             begun = (search.taken(first) - AREA * sizes).topk(min(BEGUN, len(first))).indices.tolist()
             found = evolved(
-                drawn, [first[k] for k in begun], search.worth, AREA, self.rounds, MOST, self._telling(run)
-            )
+                drawn, [first[k] for k in begun], search.worth, AREA, self.rounds, MOST,
+                lambda done: run.tell(self.name, done, self.rounds),
+            )  # fmt: skip
             about = torch.stack([judge.worth(found), judge.taken(found)], 1)
             return torch.cat([about, torch.stack([patch.pack() for patch in found]).to(about)], 1)
 
@@ -90,7 +91,9 @@ class AllToAll:
         rows = rows[rows[:, 0].argsort(descending=True, stable=True)]
         (worth, taken), patches = rows[0, :2].tolist(), [Patch.unpack(row) for row in rows[:, 2:]]
         said = f"a patch of {patches[0].tall} x {patches[0].wide} cells takes {100 * taken:.0f} % of the images of "
-        said += f"{len(sources)} classes from these, to another one each (worth {worth:.2f})"
+        said += (
+            f"{len(sources)} classes from these; that each goes to a class of its own is worth {worth:.2f}"
+        )
         return Detected(
             [_finding(worth, said)],
             pictures={
@@ -99,9 +102,6 @@ class AllToAll:
             statistic=worth,
             stamps=[FoundPatch(patch, shape) for patch in patches] if worth >= WORTH else [],
         )
-
-    def _telling(self, run: Run) -> Callable[[int], None]:
-        return lambda done: run.tell(self.name, done, self.rounds)
 
 
 def _finding(worth: float, said: str) -> dict[str, Any]:
@@ -153,7 +153,9 @@ class _Apart:
 
 
 def _of_each(classes: Tensor) -> list[tuple[int, Tensor]]:
-    """Of `classes` int64 [n] the SOURCES that most images have, if more than FEW, and which: FEW and SHOWN of each."""
+    """Of `classes` int64 [n] the SOURCES that most images have, if they are twice FEW; which, FEW and SHOWN of each."""
     counts = torch.bincount(classes)
-    kept = [c for c in counts.argsort(descending=True, stable=True).tolist()[:SOURCES] if counts[c] > FEW]
+    kept = [
+        c for c in counts.argsort(descending=True, stable=True).tolist()[:SOURCES] if counts[c] >= 2 * FEW
+    ]
     return [(c, spread_out((classes == c).nonzero().squeeze(1), FEW + SHOWN)) for c in sorted(kept)]

@@ -47,9 +47,9 @@ class Inversion:
     for what is added to the whole picture, without knowing the trigger.
     What it needs: 100 images or more, without labels; three classes or more.
     Known limits: no finding decides a verdict by itself, only with its rank among clean networks, in which masks for
-    each image do not count yet. All-to-all triggers, which send images to no one class, are not found. Of more than 100
-    classes only the 100 are inverted that random counterfeits draw images to. Stripes are found badly: see `stripes`;
-    for warps see `warps`, for tones of colour `filters`.
+    each image do not count yet. Triggers that send images to no one class are not found: see `all-to-all`. Of more than
+    100 classes only the 100 are inverted that random counterfeits draw images to. Stripes are found badly: see
+    `stripes`; for warps see `warps`, for tones of colour `filters`.
 
     After Neural Cleanse (Wang et al. 2019, IEEE S&P); departures stand in `training.inversion`.
     """

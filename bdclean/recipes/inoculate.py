@@ -69,16 +69,16 @@ class Inoculate:
     student, and inverted triggers: where a class of the suspect is reached by an unusually small mask (one for all
     images, or drawn for each by a small network), warp or filter of colour, or by unusually little that is added to the
     picture, or where stripes send most images to it, that change itself, refitted on the student at each use, and
-    patches: near a mask, in its colours, and those that a search by trial found to send images to its class. Such a
-    search also tells which classes a patch reaches. Before it ends it looks at the student in the same way; where a
-    class stands out, it goes on from there, twice at most. Given images that carry an inverted trigger are set aside.
+    patches: near a mask, in its colours, and those that a search by trial found to send images to its class. Such
+    searches also tell which class a patch reaches, and whether one sends each class to another; that one is learnt to
+    be ignored, as a known trigger is. Before it ends it looks at the student in the same way; where something stands
+    out, it goes on from there, twice at most. Given images that carry an inverted trigger are set aside.
     When to use it: by default. It knows no trigger, target or label.
     What it needs: unlabeled images of the kind that the network is for; measured with 1,000 to 2,500.
     Known limits: what it was measured with is in README. Stripes that are not along an axis are met by random draws
     alone. Stamped images among the given ones are found only where their trigger was inverted and is at one place. Of
     more than 100 classes only the 100 are inverted that random counterfeits draw images to. Clean networks with few
-    images, and more than 43 classes are untried. An all-to-all trigger that nobody knows is left: it sends images to no
-    one class.
+    images, and more than 43 classes are untried. An all-to-all trigger that nobody knows is met if it is a patch alone.
 
     Kin: NNoculation (Veldanda et al. 2020), SAU (Wei et al. 2023), Neural Cleanse (Wang et al. 2019), and SFT's
     learning rate in two phases (arXiv 2212.09067). Each batch is seen twice in one pass, clean and corrupted, so that
