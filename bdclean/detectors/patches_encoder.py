@@ -23,12 +23,11 @@ AREA = 0.4
 """By how much more the largest patch, of 12 x 12 cells of 32, must pull than one of no size."""
 KIN = 40
 """So many patches at the same place, of other colours, are what hides as much."""
-WORTH = 0.6
+WORTH = 0.55
 """By how much more than half of its kin a trigger's patch pulls at least.
 
-BadEncoder's square was at 0.86 and 0.89 (two seeds; on road signs 0.59 and 0.76), DRUPE's at 0.53 and 0.65; of two
-encoders without a backdoor, and one with a filter, the highest was 0.42, of an encoder of signs 0.54, of four that were
-poisoned through their images 0.59.
+Over three seeds each, BadEncoder's square was at 0.72 to 0.92 in three encoders, DRUPE's at 0.49 to 0.68 in two; three
+encoders without a backdoor were at 0.50 at most, one under a filter of colour and one under CTRL's waves as well.
 """
 
 

@@ -53,7 +53,7 @@ FAINTEST, STRONGEST, LOOSE = 0.25, 1.5, 0.05
 """Inverted filters are seen at so many times the strength that was found, their numbers off by LOOSE each."""
 PULLED = 0.3
 """A patch is taken that pulls the suspect's features together by so much more than the student's, in the mean cosine of
-pairs. BadEncoder's square did by 0.80, DRUPE's by 0.58."""
+pairs. BadEncoder's square did by 0.80, DRUPE's by 0.58; in an encoder without a backdoor the best one by 0.17."""
 MOST_PATCHES, ALIKE = 12, 8
 """So many of them are taken; so many views at a time are under the same one."""
 AGAIN, AGAIN_PEAK = 1 / 3, 0.5
