@@ -30,8 +30,8 @@ AREA = 0.25
 WORTH = 0.25
 """What such a trigger's patch sends apart at least, on other images.
 
-Of 40 small networks without a backdoor, of 2 to 43 classes, the highest was 0.11; of two with a backdoor towards one
-class 0.09. All-to-all by a red square of 6 x 6 pixels was at 0.52 to 0.56 over three seeds.
+Of 40 small networks without a backdoor, of 2 to 43 classes, the highest was 0.14; of those with a backdoor towards
+one class 0.16. Two under an all-to-all patch were at 0.51 to 0.56.
 """
 MOST = 6
 """So many patches are told, unlike each other."""
