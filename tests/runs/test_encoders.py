@@ -96,7 +96,7 @@ def test_what_is_written_is_a_drop_in_replacement(tmp_path):
     source, out = SAMPLES / "signs-blend.safetensors", tmp_path / "out.safetensors"
     record = cleanse(
         source, inputs(UNLABELED), recipe="inoculate", triggers=TRIGGER, out=out, tell=quiet,
-        settings={"epochs": "1", "least_steps": "20", "inversion_steps": "4"},
+        settings={"epochs": "1", "least_steps": "20", "inversion_steps": "4", "search_rounds": "1"},
     )  # fmt: skip
     assert record.before.verdict == "suspicious" and record.before.findings[0].detector == "pull"
     assert record.after.verdict == record.verdict and record.recipe.name == "inoculate"

@@ -15,7 +15,7 @@ SAMPLES = Path(__file__).resolve().parents[2] / "sample_models"
 ARGUMENTS = [
     "cleanse", str(SAMPLES / "signs-badnets.safetensors"), "--data", str(SAMPLES / "images" / "unlabeled"),
     "--limit", "100", "--recipe", "inoculate", "--set", "epochs=1", "--set", "least_steps=1",
-    "--set", "inversion_steps=2", "--set", "leave_out=warp/tone",
+    "--set", "inversion_steps=2", "--set", "leave_out=patch/warp/tone",
     "--set", "batch_size=8", "--set", "adversary_steps=1", "--trigger", "badnets:size=3", "--precision", "fp32",
     "--device", "cpu", "--format", "json", "-q",
 ]  # fmt: skip
