@@ -13,7 +13,7 @@ from bdclean.errors import UsageError
 from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.training.forms import mask
-from bdclean.training.inversion import GROWN, Detected, Outlier, spread_out
+from bdclean.training.inversion import GROWN, Detected, Outlier, found_above, spread_out
 from bdclean.training.patches import Drawn, Forward, Patch, answers, of_others, search
 from bdclean.training.run import Run
 
@@ -71,15 +71,12 @@ class Patches:
         target, worth, rise = int(best[0]), float(best[1]), float(best[2])
         patch = best[3:].view(form.shape)
         size, outlying = float(form.sizes(patch[None])), worth >= WORTH
-        finding = {
-            "detector": self.name,
-            "verdict": "outlier" if outlying else "no-outlier",
-            "score": worth,
-            "threshold": WORTH,
-            "odd": "above",
-            "reason": f"a patch of {size:.0f} pixels raises class {target} by {100 * rise:.0f} % (worth {worth:.2f}; "
-            f"of the next classes at most {max((float(row[1]) for row in others), default=0.0):.2f})",
-        }
+        others_worth = max((float(row[1]) for row in others), default=0.0)
+        finding = found_above(
+            self.name, worth, WORTH,
+            f"a patch of {size:.0f} pixels raises class {target} by {100 * rise:.0f} % (worth {worth:.2f}; "
+            f"of the next classes at most {others_worth:.2f})",
+        )  # fmt: skip
         return Detected(
             [finding],
             [Outlier(form, target, patch, size, GROWN * size)] if outlying else [],

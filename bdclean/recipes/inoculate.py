@@ -33,6 +33,7 @@ from bdclean.training.students import (
     Curve,
     choose_augmentation,
     frozen,
+    joined,
     keep_trained,
     recentre,
     set_batch_statistics,
@@ -175,7 +176,7 @@ class Inoculate:
             pupil = replace(pupil, known=[*pupil.known, *more])
             again = self._taught(_Lesson(self, pupil, found, math.ceil(AGAIN * steps), within), arch, within)
             stages += [f"distilled for {again[-1]['step']:.0f} updates more", *halvings(again)]
-            curve = _joined(curve, again)
+            curve = joined(curve, again)
         return Cleansed(
             pupil.student.eval(), arch, curve, asdict(self), stages, len(unlabeled) - len(images), inverted,
             pictures={caption: made for each in detected for caption, made in each.pictures.items()},
@@ -202,7 +203,7 @@ class Inoculate:
         curve = self._taught(_Lesson(self, pupil, found, steps, within), begun.arch, within)
         told = dict.fromkeys([*begun.trained_on, *specs])
         return replace(
-            begun, model=student.eval(), curve=_joined(begun.curve, curve), trained_on=tuple(told),
+            begun, model=student.eval(), curve=joined(begun.curve, curve), trained_on=tuple(told),
             set_aside=max(begun.set_aside, len(unlabeled) - len(images)),
             stages=[
                 *begun.stages,
@@ -305,11 +306,6 @@ def _listed(found: Sequence[Outlier], stamps: Sequence[Known]) -> str:
     each = [f"{outlier.form.said.format(outlier.size)} for class {outlier.target}" for outlier in found]
     each += [f"{stamp.spec()} for all classes" for stamp in stamps]
     return ", ".join(each) or "nothing stands out"
-
-
-def _joined(curve: Curve, more: Curve) -> Curve:
-    """A curve that goes on with another one's steps."""
-    return [*curve, *({**row, "step": row["step"] + curve[-1]["step"]} for row in more)]
 
 
 @dataclass(frozen=True)

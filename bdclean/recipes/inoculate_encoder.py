@@ -19,15 +19,16 @@ from bdclean.networks.arch import Arch
 from bdclean.networks.classifier import Classifier
 from bdclean.recipes.recipe import Cleansed
 from bdclean.training.encoder_lesson import directions, mean_feature, train
-from bdclean.training.inversion import Detected, Outlier
+from bdclean.training.inversion import Detected, Outlier, found_above
 from bdclean.training.loop import Batch, Measures, halvings
 from bdclean.training.patches import Drawn, Patch
 from bdclean.training.pretraining.augmentations import Views
-from bdclean.training.pulling import Pulling, pulling
+from bdclean.training.pulling import Pulling, Side, pulling
 from bdclean.training.run import Run
 from bdclean.training.students import (
     Curve,
     frozen,
+    joined,
     keep_trained,
     one_cycle,
     set_batch_statistics,
@@ -100,9 +101,7 @@ class InoculateEncoder:
     peak: float = 0.004  # of Adam's rate, one cycle
     answers: int = 16  # views of an image that the suspect's features are averaged over
     length: float = 0.1  # of the squared difference of log lengths
-    patched: float = (
-        0.3  # share of them, in more steps, under patches that pull the suspect's features alone together
-    )
+    patched: float = 0.3  # share of the student's views, in more steps, under patches found on it
     search_rounds: int = 8  # of the search for those; 0: none
     filters: float = 0.0  # share of the student's views whose colours a random network shifts
     inverted: float = 0.5  # share of them under an inverted filter of colour, where one stands out
@@ -153,22 +152,22 @@ class InoculateEncoder:
             )
         if self.search_rounds and self.patched:
             look = run.under("look-2")
-            found = pulling(teacher, student, images, self.search_rounds, 0.0, MOST_PATCHES, look)
+            networks = (("suspect", teacher), ("beside", student))
+            suspected, beside = (Side.of(network, images, look.under(name)) for name, network in networks)
+            found = pulling(suspected, beside, images, self.search_rounds, 0.0, MOST_PATCHES, look)
             detected.findings.append(_finding(found[0]))
             stages.append(f"look 2, at the student: {detected.findings[-1]['reason']}")
             lesson.patches += [each.patch for each in found if each.more >= PULLED]
         if lesson.patches:
             families.append("patch")
-            grey = torch.full((1, *images.shape[1:]), 0.5)
-            detected.pictures["patch that pulls features together, on grey"] = lesson.patches[0].stamp(grey)[
-                0
-            ]
+            shown = lesson.patches[0].on_grey(images.shape[1:])
+            detected.pictures["patch that pulls features together, on grey"] = shown
             again = lesson.taught(AGAIN * epochs, AGAIN_PEAK * self.peak, look)
             stages += [
                 f"distilled for {AGAIN * epochs:.0f} epochs more, under patches like it",
                 *halvings(again),
             ]
-            curve = [*curve, *({**row, "step": row["step"] + curve[-1]["step"]} for row in again)]
+            curve = joined(curve, again)
             lesson.settle(run)
         return Cleansed(
             student.eval(), arch, curve, asdict(self), stages, len(unlabeled) - len(images), detected.findings,
@@ -236,16 +235,11 @@ class _Lesson:
 
 
 def _finding(clearest: Pulling) -> dict[str, Any]:
-    patch = clearest.patch
-    return {
-        "detector": "patches",
-        "verdict": "outlier" if clearest.more >= PULLED else "no-outlier",
-        "score": clearest.more,
-        "threshold": PULLED,
-        "odd": "above",
-        "reason": f"a patch of {patch.tall} x {patch.wide} cells pulls the suspect's features together by "
-        f"{clearest.pull:.2f} and the student's by {clearest.beside:.2f}",
-    }
+    reason = (
+        f"a patch of {clearest.patch.tall} x {clearest.patch.wide} cells pulls the suspect's features together by "
+        f"{clearest.pull:.2f} and the student's by {clearest.beside:.2f}"
+    )
+    return found_above("patches", clearest.more, PULLED, reason)
 
 
 def patched(found: Sequence[Patch], share: float, views: Tensor, generator: torch.Generator) -> Tensor:

@@ -346,6 +346,18 @@ class Detected:
     """Form by name -> the size under which a change was unusually small in this network."""
 
 
+def found_above(detector: str, score: float, limit: float, reason: str) -> dict[str, Any]:
+    """A finding of `detector` whose `score` is the odder, the larger it is: an outlier from `limit` on."""
+    return {
+        "detector": detector,
+        "verdict": "outlier" if score >= limit else "no-outlier",
+        "score": score,
+        "threshold": limit,
+        "odd": "above",
+        "reason": reason,
+    }
+
+
 FEW_IMAGES = 24
 """How many images are enough where many changes are tried on each."""
 

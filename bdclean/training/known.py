@@ -24,9 +24,10 @@ class Known(Protocol):
 def stamped(known: Sequence[Known], images: Tensor, turn: int, generator: torch.Generator) -> Tensor:
     """`images` uint8 [n c h w]: a half under the trigger of `known` whose turn it is, a half under one of its kin.
 
-    Its kin are of the same place and strength with other content, drawn by `generator` at each call: a student that is
-    shown the trigger alone learns its content, and the same change in other colours still fires. Triggers stamp on the
-    CPU, where they are measured.
+    A trigger's kin are of the same place and strength with other content, drawn by `generator` at each call: a student
+    that is shown the trigger alone learns its content, and the same change in other colours still fires. Those of a
+    patch that was found by trial are moved, resized or recoloured, since the trigger itself is near it. Triggers stamp
+    on the CPU, where they are measured.
     """
     trigger, (first, second) = known[turn % len(known)], images.cpu().tensor_split(2)
     seed = int(torch.randint(2**31 - 1, (), generator=generator, device=generator.device))

@@ -1,4 +1,4 @@
-"""Patches found by trial: small rectangles of few colours that send images to a class.
+"""Patches found by trial: small rectangles of few colours that do to images what a trigger does.
 
 A mask that gradients fit is the least that a network answers to, which may be a part of a trigger or beside it. Place,
 size and colours of a patch are little enough to be searched without gradients, on the network that has the backdoor, by
@@ -95,6 +95,10 @@ class Patch:
         out = pixels.clone()
         out[:, :, top : top + tall, left : left + wide] = cells[:, :tall, :wide]
         return out
+
+    def on_grey(self, shape: tuple[int, ...]) -> Tensor:
+        """A picture of it, float of `shape` (channels, height, width), in [0, 1]."""
+        return self.stamp(torch.full((1, *shape), 0.5))[0]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ alone: the smallest masks that move the suspect and not its student were no smal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -51,68 +52,63 @@ class Pulling:
         return Pulling(Patch.unpack(packed[2:]), float(packed[0]), float(packed[1]))
 
 
-def pulling(
-    suspect: Classifier,
-    beside: Classifier | None,
-    images: Tensor,
-    rounds: int,
-    area: float,
-    most: int,
-    run: Run,
-) -> list[Pulling]:
-    """At most `most` patches unlike each other that pull together the features of `suspect`, the clearest first.
-
-    `images` are uint8 [n c h w]. `beside` is a network whose pull is taken off; `area` is what the largest patch must
-    pull more than one of no size.
-    """
-    networks = {"suspect": suspect, "beside": beside}
-    sides = {
-        name: _Side.of(network, images, run.under(name)) for name, network in networks.items() if network
-    }
-    few, others = spread_out(images, 2 * SHOWN)[::2], spread_out(images, 2 * JUDGED)[1::2]
-
-    def pulls(pixels: Tensor, patches: list[Patch]) -> Tensor:
-        both = [side.pulled(pixels, patches) for side in sides.values()]
-        return torch.stack(both if beside is not None else [*both, torch.zeros_like(both[0])], 1)
-
-    def searched() -> Tensor:
-        shown, judged = (part.to(run.device).float() / 255 for part in (few, others))
-        channels, height, width = images.shape[1:]
-        drawn = Drawn.blank(channels, height, width, run.generator("pulling").initial_seed(), LONGEST)
-        found = evolved(
-            drawn, [drawn.anywhere() for _ in range(DRAWN * rounds)],
-            lambda patches: pulls(shown, list(patches)) @ torch.tensor([1.0, -1.0], device=run.device),
-            area, rounds, most, lambda done: run.tell("patches", done, rounds),
-        )  # fmt: skip
-        rows = zip(found, pulls(judged, found).tolist(), strict=True)
-        return torch.stack([Pulling(patch, *values).pack() for patch, values in rows])
-
-    found = [Pulling.unpack(row) for row in run.keep("pulling", searched).cpu()]
-    return sorted(found, key=lambda each: -each.more)
-
-
-def pulled(model: Forward, centre: Tensor, pixels: Tensor, patches: list[Patch]) -> Tensor:
-    """The mean cosine of pairs of features less `centre` [d], `pixels` [n c h w] being under each of `patches`."""
-    n = len(pixels)
-
-    def together(features: Tensor) -> Tensor:
-        directions = F.normalize(F.normalize(features, dim=2) - centre, dim=2)
-        return (directions.sum(1).square().sum(1) - n) / (n * (n - 1))
-
-    return under_each(model, pixels, patches, together)
-
-
 @dataclass(frozen=True)
-class _Side:
-    """One of the two networks, and the mean of its features of length one."""
+class Side:
+    """A network, and the mean of its features of length one, [d]."""
 
     model: Forward
     centre: Tensor
 
     @classmethod
-    def of(cls, network: Classifier, images: Tensor, run: Run) -> _Side:
+    def of(cls, network: Classifier, images: Tensor, run: Run) -> Side:
+        """That of `network`, by uint8 `images` [n c h w]; `run` is a part of its own for each side."""
         centre = mean_feature(network.eval(), spread_out(images, AVERAGED), run)
         return cls(partial(run.forward, network), centre)
 
-    def pulled(self, pixels: Tensor, patches: list[Patch]) -> Tensor:
-        return pulled(self.model, self.centre, pixels, patches)
+    def pulled(self, pixels: Tensor, patches: Sequence[Patch]) -> Tensor:
+        """The mean cosine of pairs of features less their mean, `pixels` [n c h w] being under each of `patches`."""
+        n = len(pixels)
+
+        def together(features: Tensor) -> Tensor:
+            directions = F.normalize(F.normalize(features, dim=2) - self.centre, dim=2)
+            return (directions.sum(1).square().sum(1) - n) / (n * (n - 1))
+
+        return under_each(self.model, pixels, patches, together)
+
+
+def judging(images: Tensor, run: Run) -> Tensor:
+    """Those of `images` uint8 [n c h w] that judge what was found, as floats in [0, 1]."""
+    return spread_out(images, 2 * JUDGED)[1::2].to(run.device).float() / 255
+
+
+def pulling(
+    suspect: Side, beside: Side | None, images: Tensor, rounds: int, area: float, most: int, run: Run
+) -> list[Pulling]:
+    """At most `most` patches unlike each other that pull together the features of `suspect`, the clearest first.
+
+    `images` are uint8 [n c h w]. The pull of `beside` is taken off; `area` is what the largest patch must pull more
+    than one of no size.
+    """
+
+    def pulls(pixels: Tensor, patches: Sequence[Patch]) -> tuple[Tensor, Tensor]:
+        ours = suspect.pulled(pixels, patches)
+        return ours, torch.zeros_like(ours) if beside is None else beside.pulled(pixels, patches)
+
+    def searched() -> Tensor:
+        shown = spread_out(images, 2 * SHOWN)[::2].to(run.device).float() / 255
+        channels, height, width = images.shape[1:]
+        drawn = Drawn.blank(channels, height, width, run.generator("pulling").initial_seed(), LONGEST)
+
+        def more(patches: Sequence[Patch]) -> Tensor:
+            ours, theirs = pulls(shown, patches)
+            return ours - theirs
+
+        found = evolved(
+            drawn, [drawn.anywhere() for _ in range(DRAWN * rounds)], more, area, rounds, most,
+            lambda done: run.tell("patches", done, rounds),
+        )  # fmt: skip
+        rows = zip(found, *(side.tolist() for side in pulls(judging(images, run), found)), strict=True)
+        return torch.stack([Pulling(*row).pack() for row in rows])
+
+    found = [Pulling.unpack(row) for row in run.keep("pulling", searched).cpu()]
+    return sorted(found, key=lambda each: -each.more)

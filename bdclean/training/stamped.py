@@ -41,7 +41,7 @@ Stamp = Callable[[Tensor], Tensor]
 def look_stamped(model: nn.Module, stamps: Sequence[Stamp], images: Tensor, run: Run) -> Tensor:
     """Which of `images` uint8 [n c h w] look stamped with one of `stamps`, bool [n] on the CPU.
 
-    A trigger that sends images to several classes, such as to the next one, says nothing here.
+    A trigger that sends images to several classes, such as to the next one, says nothing here of more than three.
     """
     images = images.cpu()
     found = torch.zeros(len(images), dtype=torch.bool)

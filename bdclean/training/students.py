@@ -47,6 +47,11 @@ def frozen(suspect: Classifier, run: Run) -> Classifier:
 Curve = list[dict[str, float]]
 
 
+def joined(curve: Curve, more: Curve) -> Curve:
+    """A curve that goes on with another one's steps."""
+    return [*curve, *({**row, "step": row["step"] + curve[-1]["step"]} for row in more)]
+
+
 def keep_trained(model: nn.Module, name: str, train: Callable[[], Curve], run: Run) -> Curve:
     """Trains `model` in place by `train` and returns its curve, unless the resume state holds what this led to.
 

@@ -28,7 +28,7 @@ from bdclean.training.forms import recoloured
 from bdclean.training.inversion import Detected, Outlier
 from bdclean.training.patches import Drawn
 from bdclean.training.pretraining.augmentations import Views
-from bdclean.training.pulling import LONGEST, Pulling, pulling
+from bdclean.training.pulling import LONGEST, Pulling, Side, pulling
 from bdclean.training.run import Precision, Run
 
 CPU = torch.device("cpu")
@@ -217,11 +217,12 @@ PLACES = (
 @pytest.mark.parametrize("seed", range(3))
 def test_a_patch_that_pulls_the_suspects_features_alone_together_is_found_by_any_seed(seed):
     within = Run(CPU, Precision(), seed)
-    (best, *_) = pulling(cornered(), encoder(), PLACES, 8, 0.0, 4, within)
+    bad, plain = (Side.of(network, PLACES, within) for network in (cornered(), encoder()))
+    (best, *_) = pulling(bad, plain, PLACES, 8, 0.0, 4, within)
     assert best.pull > 0.9 and best.more > PULLED
     under = best.patch.stamp(torch.full((1, 3, 32, 32), 0.5))[0, :, -6:, -6:]
     assert under.mean() > 0.65  # of grey 0.5
-    (same, *_) = pulling(encoder(), encoder(), PLACES, 2, 0.0, 4, within)
+    (same, *_) = pulling(plain, plain, PLACES, 2, 0.0, 4, within)
     assert same.more == 0
 
 
